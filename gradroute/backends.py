@@ -1,0 +1,176 @@
+"""Which backend runs an op: one literal table, the automatic choice, and the reasons for a refusal."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from types import ModuleType, TracebackType
+
+import torch
+from torch import Tensor
+
+from . import composed
+
+#: Every backend there is, by name.
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+
+# op → the backends that implement it, in the order in which the automatic choice tries them.
+OPS: dict[str, tuple[str, ...]] = {
+    "route_grad": ("triton", "torch", "reference"),
+    "routed_linear": ("triton", "torch", "reference"),
+    "routed_activation": ("triton", "torch", "reference"),
+    "routed_glu": ("triton", "torch", "reference"),
+    "routed_mlp": ("triton", "torch", "reference"),
+    "routed_gated_mlp": ("triton", "torch", "reference"),
+    "routed_rms_norm": ("triton", "torch", "reference"),
+    "routed_layer_norm": ("triton", "torch", "reference"),
+    "routed_embedding": ("triton", "torch", "reference"),
+    "routed_attention": ("reference",),
+}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+triton_kernels: ModuleType | None
+if importlib.util.find_spec("triton") is None:
+    triton_kernels = None
+else:
+    from . import kernels as triton_kernels
+
+_process_wide: str | None = os.environ.get("GRADROUTE_BACKEND") or None
+
+
+class BackendError(RuntimeError):
+    """No backend can run a call; the message names every rejected one with its reason."""
+
+
+class use_backend:
+    """Chooses `backend` for every later call of the process (None: automatic again).
+
+    As a context manager it restores the earlier choice on leaving. An explicit choice never falls back: a call
+    that the backend cannot run raises BackendError. Under torch.compile it is read when a function is traced.
+
+    Raises:
+        ValueError: no such backend.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        global _process_wide
+        if backend is not None:
+            _check_name(backend)
+        self._earlier = _process_wide
+        _process_wide = backend
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _process_wide
+        _process_wide = self._earlier
+
+
+def available_backends(op: str | None = None, device: torch.device | str | None = None) -> tuple[str, ...]:
+    """The backends that can run here, best first: those of `op` (default: of any op) on `device` (default: any)."""
+    reasons = unavailable_backends(op, device)
+    names = BACKENDS[::-1] if op is None else OPS[op]
+    return tuple(name for name in names if name not in reasons)
+
+
+def unavailable_backends(
+    op: str | None = None, device: torch.device | str | None = None
+) -> dict[str, str]:
+    """The backends that cannot run here, each with the reason."""
+    if op is not None and op not in OPS:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+    where = None if device is None else torch.device(device)
+    reasons = {}
+    for name in BACKENDS:
+        reason = _why_not(op, name, where)
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def choose(op: str, requested: str | None, x: Tensor) -> str:
+    """The backend that runs `op` on the activation `x`.
+
+    An explicit choice (`requested`, else use_backend, else GRADROUTE_BACKEND) is taken or refused; the automatic
+    one takes the first of the op's backends that supports the call, and warns when it is not the fastest there.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: the explicit backend, or every backend, cannot run the call.
+    """
+    explicit = requested or _process_wide
+    if explicit is not None:
+        _check_name(explicit)
+        reason = _why_not(op, explicit, x.device, x.dtype)
+        if reason is not None:
+            raise BackendError(f"{op}: the requested backend {explicit!r} cannot run it: {reason}")
+        return explicit
+    rejected = {}
+    for name in OPS[op]:
+        reason = _why_not_automatic(op, name, x)
+        if reason is None:
+            if x.is_cuda and rejected or name == "reference":
+                _warn_slow(op, name, rejected)
+            return name
+        rejected[name] = reason
+    raise BackendError(f"{op}: no backend can run it: " + _listed(rejected))
+
+
+def kernels(backend: str) -> ModuleType:
+    """The module of a backend's leaf computations, which the autograd.Functions call."""
+    module = {"torch": composed, "triton": triton_kernels}[backend]
+    assert module is not None
+    return module
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def _why_not(
+    op: str | None, name: str, device: torch.device | None, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why backend `name` cannot run `op` on tensors of this device and dtype; None when it can."""
+    implemented = any(name in row for row in OPS.values()) if op is None else name in OPS[op]
+    if not implemented:
+        return f"there are no {name} kernels for {op or 'any op'} yet"
+    if dtype is not None and dtype not in DTYPES:
+        return f"dtype {dtype} is not supported, only float32, bfloat16, float16 and float64"
+    if name == "triton":
+        return _why_not_triton(device, dtype)
+    return None
+
+
+def _why_not_triton(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    if triton_kernels is None:
+        return "the package triton is not installed"
+    if dtype == torch.float64:
+        return "float64 runs on the backends reference and torch"
+    if triton_kernels.INTERPRETED or triton_kernels.recording():
+        return None
+    if device is None:
+        return None if torch.cuda.is_available() else "no CUDA device is visible, and TRITON_INTERPRET=1 is not set"
+    if device.type not in ("cuda", "meta"):
+        return f"Triton runs on CUDA devices (on the CPU only under TRITON_INTERPRET=1), and the tensors are on {device}"
+    return None
+
+
+def _why_not_automatic(op: str, name: str, x: Tensor) -> str | None:
+    if name == "triton" and not x.is_cuda:
+        return f"Triton is chosen by itself for CUDA tensors, and these are on {x.device}"
+    return _why_not(op, name, x.device, x.dtype)
+
+
+def _warn_slow(op: str, name: str, rejected: dict[str, str]) -> None:
+    why = _listed(rejected) or "no faster backend exists yet"
+    warnings.warn(f"{op} runs on the slower backend {name!r}: {why}", RuntimeWarning, stacklevel=4)
+
+
+def _listed(rejected: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in rejected.items())

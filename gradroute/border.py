@@ -1,0 +1,70 @@
+"""What every public function does at its border: checks, autocast, flattening; and every Function in its backward."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .routes import Routes
+from .sites import Sites
+
+AnySites = TypeVar("AnySites", bound=Sites)
+
+
+def unrouted(routes: Routes | None, sites: Any, kind: type) -> bool:
+    """Whether the call asks for the ordinary op; raises TypeError where an argument is not what it should be."""
+    if routes is not None and not isinstance(routes, Routes):
+        raise TypeError(f"routes: got a {type(routes).__name__}, expected gradroute.Routes or None")
+    if sites is not None and not isinstance(sites, kind):
+        raise TypeError(f"sites: got a {type(sites).__name__}, expected gradroute.{kind.__name__} or None")
+    return routes is None or sites is None
+
+
+def check_shape(name: str, tensor: Tensor | None, *expected: int) -> None:
+    """Raises ValueError unless `tensor` is None or has the shape `expected`; -1 accepts any extent."""
+    if tensor is None:
+        return
+    fits = tensor.dim() == len(expected) and all(
+        want in (-1, got) for got, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(expected)}")
+
+
+def check_features(name: str, x: Tensor, features: int, origin: str) -> None:
+    """Raises ValueError unless the last dimension of `x` is `features`, which `origin` explains."""
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected [*tokens, {features}] ({origin})")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as an ordinary linear layer takes them: cast to autocast's dtype where it is enabled.
+
+    The casts stand outside the autograd.Functions, so that gradients reach parameters in their own dtype.
+    """
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def flat(x: Tensor) -> Tensor:
+    """`[*tokens, F]` as `[T, F]`: a view wherever the strides allow one."""
+    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raises inside a backward that was asked to build a graph: its own gradient would silently lack terms."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: backward was called with create_graph=True, but a routed gradient has no second derivative; "
+            "call it without create_graph"
+        )

@@ -1,0 +1,66 @@
+"""route_grad: the identity whose gradient is masked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .border import flat, refuse_double_backward, unrouted
+from .routes import Routes
+from .sites import check_table
+from .tables import Table, TableLike
+
+
+def route_grad(
+    x: Tensor, routes: Routes | None, table: TableLike | None, *, backend: str | None = None
+) -> Tensor:
+    """y is x, without a copy; the gradient is dx = m ⊙ dy (Cloud et al. 2024, arXiv 2410.04332, section 3).
+
+    Args:
+        x: `[*tokens, F]`, fp32, bf16, fp16 or fp64.
+        routes: the batch's routes; None: no mask.
+        table: `[R, F]` or `[R, 1]`; None: no mask.
+        backend: see `gradroute.use_backend`; default: the fastest that supports the call.
+
+    Returns:
+        `[*tokens, F]`, an alias of x.
+
+    Raises:
+        ValueError: shapes, devices or table do not fit.
+        BackendError: the requested backend cannot run the call.
+        RuntimeError: in backward with create_graph=True.
+    """
+    if table is not None:
+        table = Table.of(table)
+    if unrouted(routes, table, Table):
+        return x
+    assert routes is not None and table is not None
+    routes.check(x, "x")
+    check_table(table, routes, x.shape[-1], "table")
+    chosen = backends.choose("route_grad", backend, x)
+    if chosen == "reference":
+        return reference.route_grad(x, routes, table)
+    if table.kind == "ones":
+        return x
+    return RouteGradFunction.apply(x, routes, table, backends.kernels(chosen))
+
+
+class RouteGradFunction(torch.autograd.Function):
+    """route_grad on the kernels of a backend."""
+
+    @staticmethod
+    def forward(x: Tensor, routes: Routes, table: Table, kernels: Any) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.routes, ctx.table, ctx.kernels = inputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_double_backward("route_grad")
+        dx = ctx.kernels.masked_product(flat(dy), ctx.routes, ctx.table).view(dy.shape)
+        return dx, None, None, None  # x, routes, table, kernels

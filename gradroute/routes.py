@@ -1,0 +1,213 @@
+"""Routes: which route each token of a batch takes. One object per batch, shared by every layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_ROUTES = 32768
+
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch compares these only after a cast
+
+
+class Routes:
+    """The route of every token of one batch, and all that kernels derive from it. Made by `Routes.of`.
+
+    A plain class on purpose: FSDP2 rebuilds dataclass arguments and casts their fields.
+
+    Attributes:
+        ids: `[T]` int32, contiguous: the tokens' routes in row-major order of `shape`.
+        num_routes: R.
+        shape: the tokens' shape, `[*tokens]`.
+        strength: None, 0-dim, or `[T]`: floating point, on the device of `ids`.
+        order: `[T]` int32: the tokens sorted by route, stable.
+        counts: `[R]` int32 on the device of `ids`: tokens per route.
+        host_counts: the same as a tuple, where the ids came from the host; else None.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,  # [T] int32
+        num_routes: int,
+        shape: tuple[int, ...],
+        strength: Tensor | None,
+        host_counts: tuple[int, ...] | None = None,
+    ) -> None:
+        self.ids = ids
+        self.num_routes = num_routes
+        self.shape = shape
+        self.strength = strength
+        ordered, order = torch.sort(ids, stable=True)
+        self.order = order.to(torch.int32)
+        # searchsorted, not bincount: bincount waits for the device to learn its output's size.
+        bounds = torch.arange(num_routes + 1, dtype=torch.int32, device=ids.device)
+        self.counts = torch.searchsorted(ordered, bounds, out_int32=True).diff()
+        if host_counts is None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            host_counts = tuple(self.counts.tolist())
+        self.host_counts = host_counts
+
+    @staticmethod
+    def of(
+        ids: Any, num_routes: int, strength: Tensor | float | None = None, validate: bool = True
+    ) -> Routes:
+        """Routes of one batch.
+
+        Args:
+            ids: any integer or bool dtype, shaped `[*tokens]` like the activations (usually `[B, S]`) or
+                flat `[T]`; every id in `[0, num_routes)`.
+            num_routes: R, 1 to 32768.
+            strength: None, a number, a 0-dim tensor, or floating point `[*tokens]`: how far a token's mask
+                goes from route 0's row (0) to its own route's (1). A 0-dim tensor of dtype fp32 or fp64 on the
+                ids' device is kept, not copied: writing to it in place changes the strength of later backwards
+                without recompilation.
+            validate: check ranges and finiteness. This waits for the device once; under tracing it becomes
+                `torch._assert_async`. False skips it: ids out of range are then undefined behaviour.
+
+        Raises:
+            TypeError: ids are not integers, num_routes is not an int, or strength is not floating point.
+            ValueError: ids out of range; strength of another shape or device, or not finite.
+        """
+        if isinstance(num_routes, bool) or not isinstance(num_routes, int):
+            raise TypeError(f"num_routes: got {num_routes!r}, expected an int")
+        if not 1 <= num_routes <= MAX_ROUTES:
+            raise ValueError(f"num_routes: got {num_routes}, expected 1 to {MAX_ROUTES}")
+        ids = torch.as_tensor(ids)
+        if ids.is_floating_point() or ids.is_complex():
+            raise TypeError(f"ids: got dtype {ids.dtype}, expected an integer or bool dtype")
+        if ids.dtype in _WIDE_UNSIGNED:
+            ids = ids.to(torch.int64)
+        strength = _checked_strength(strength, ids)
+        if validate:
+            _validate(ids, num_routes, strength)
+        flat = ids.reshape(-1).to(torch.int32).contiguous()
+        if strength is not None and strength.dim() > 0:
+            strength = strength.reshape(-1).contiguous()
+        return Routes(flat, num_routes, tuple(ids.shape), strength)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids are."""
+        return self.ids.device
+
+    def __len__(self) -> int:
+        """T, the number of tokens."""
+        return self.ids.shape[0]
+
+    def __getitem__(self, index: Any) -> Routes:
+        """The routes of a part of the batch: `index` indexes the tokens' shape, as in `activations[index]`."""
+        return self._like(self._shaped(self.ids)[index], index)
+
+    def select(self, index: Tensor) -> Routes:
+        """The routes of the tokens at `index`: int `[n]` into, or bool `[T]` over, the flattened tokens."""
+        flat = self.reshape(-1)
+        return flat[index]
+
+    def pad(self, n: int) -> Routes:
+        """`n` more tokens of route 0 (strength 1) at the end of the last token dimension."""
+        if n < 0:
+            raise ValueError(f"n: got {n}, expected a number of tokens to append, 0 or more")
+        ids = torch.nn.functional.pad(self._shaped(self.ids), (0, n))
+        strength = self.strength
+        if strength is not None and strength.dim() > 0:
+            strength = torch.nn.functional.pad(self._shaped(strength), (0, n), value=1.0).reshape(-1)
+        return Routes(ids.reshape(-1), self.num_routes, tuple(ids.shape), strength)
+
+    def reshape(self, *shape: int | tuple[int, ...]) -> Routes:
+        """The same tokens in another shape: the order and counts are shared, not derived again."""
+        flattened = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        return self._copy(shape=tuple(self.ids.reshape(flattened).shape))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Routes:
+        """The routes on another device; host counts stay known."""
+        if torch.device(device) == self.device:
+            return self
+        tensors = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return self._copy(**tensors)
+
+    def check(self, x: Tensor, name: str) -> None:
+        """Raises unless the activation `x [*tokens, F]` has these tokens, on this device."""
+        tokens = x.shape[:-1]
+        if tuple(tokens) != self.shape and self.shape != (math.prod(tokens),):
+            raise ValueError(
+                f"routes: got ids of shape {list(self.shape)}, expected {name}'s leading shape {list(tokens)} "
+                f"or [{math.prod(tokens)}] ({name} is {list(x.shape)})"
+            )
+        if x.device != self.device:
+            raise ValueError(
+                f"routes: got ids on {self.device}, expected {name}'s device {x.device}; "
+                f"move them once per batch with routes.to({str(x.device)!r})"
+            )
+
+    def _shaped(self, flat: Tensor) -> Tensor:
+        return flat.view(self.shape)
+
+    def _like(self, ids: Tensor, index: Any) -> Routes:
+        strength = self.strength
+        if strength is not None and strength.dim() > 0:
+            strength = self._shaped(strength)[index].reshape(-1).contiguous()
+        return Routes(ids.reshape(-1).contiguous(), self.num_routes, tuple(ids.shape), strength)
+
+    def _copy(self, **changes: Any) -> Routes:
+        other = object.__new__(Routes)
+        other.__dict__.update(vars(self) | changes)
+        return other
+
+    def __repr__(self) -> str:
+        counts = "" if self.host_counts is None else f", counts={list(self.host_counts)}"
+        strength = "" if self.strength is None else f", strength={list(self.strength.shape)}"
+        return f"Routes({list(self.shape)}, num_routes={self.num_routes}{counts}{strength}, {self.device})"
+
+
+def _checked_strength(strength: Tensor | float | None, ids: Tensor) -> Tensor | None:
+    if strength is None:
+        return None
+    if not isinstance(strength, Tensor):
+        strength = torch.tensor(strength, dtype=torch.float32, device=ids.device)
+    if not strength.is_floating_point():
+        raise TypeError(f"strength: got dtype {strength.dtype}, expected floating point")
+    if strength.dim() > 0 and strength.shape != ids.shape:
+        raise ValueError(
+            f"strength: got shape {list(strength.shape)}, expected the ids' {list(ids.shape)} or 0-dim"
+        )
+    if strength.device != ids.device:
+        raise ValueError(f"strength: got a tensor on {strength.device}, expected the ids' device {ids.device}")
+    strength = strength.detach()
+    return strength if strength.dtype == torch.float64 else strength.to(torch.float32)
+
+
+def _validate(ids: Tensor, num_routes: int, strength: Tensor | None) -> None:
+    if ids.is_meta:
+        return
+    valid = ((ids >= 0) & (ids < num_routes)).all()
+    finite = None if strength is None else torch.isfinite(strength).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(valid, f"ids: some are out of range, expected 0 <= id < num_routes = {num_routes}")
+        if finite is not None:
+            torch._assert_async(finite, "strength: some values are not finite")
+        return
+    if not bool(valid if finite is None else valid & finite):
+        _raise_invalid(ids, num_routes, strength)
+
+
+def _raise_invalid(ids: Tensor, num_routes: int, strength: Tensor | None) -> None:
+    wrong = (ids < 0) | (ids >= num_routes)
+    if wrong.any():
+        values = ids[wrong].unique().tolist()
+        shown = ", ".join(str(value) for value in values[:5]) + (", ..." if len(values) > 5 else "")
+        raise ValueError(
+            f"ids: got {int(wrong.sum())} of {ids.numel()} out of range, the first at "
+            f"{wrong.nonzero()[0].tolist()}, values {shown}; expected 0 <= id < num_routes = {num_routes}"
+        )
+    assert strength is not None
+    wrong = ~torch.isfinite(strength)
+    raise ValueError(
+        f"strength: got {int(wrong.sum())} of {strength.numel()} values that are not finite, "
+        f"the first at {wrong.nonzero()[0].tolist()}; expected finite numbers"
+    )

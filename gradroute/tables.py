@@ -1,0 +1,186 @@
+"""Tables: what a token of each route does to each feature of one site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# A table of more constant pieces than this is handled as dense: beyond it, a pass per piece costs more
+# than one pass with a gathered mask.
+MAX_SEGMENTS = 16
+
+TableLike = Union["Table", Tensor, np.ndarray, Sequence[Sequence[float]]]
+
+
+class Table:
+    """Weights `[R, F]` (or `[R, 1]`, broadcast over features): row r masks the gradient of tokens of route r.
+
+    Host fp32 constants, immutable: checked and classified once, copied to a device when first used there.
+    They carry no gradient, are not part of a state_dict and are untouched by a module's `.to(dtype)`.
+    Route 0 is the base route, from which a strength interpolates.
+
+    Attributes:
+        weights: `[R, F]` or `[R, 1]`, fp32, on the CPU.
+        kind: "ones" (the site costs nothing), "blocks" (piecewise constant along features) or "dense".
+        segments: for "blocks", the maximal runs `(start, stop)` of features on which every row is constant,
+            without those that are one in every row: nothing changes there.
+
+    Raises:
+        TypeError: `weights` are not real numbers.
+        ValueError: `weights` are not two-dimensional, are empty, or are not finite.
+    """
+
+    __slots__ = ("__weakref__", "_copies", "kind", "segments", "weights")
+
+    def __init__(self, weights: TableLike) -> None:
+        if isinstance(weights, Table):
+            weights = weights.weights
+        self.weights = _host_weights(weights)
+        segments = _segments(self.weights)
+        changed = [bool((self.weights[:, start] != 1).any()) for start, _ in segments[: MAX_SEGMENTS + 1]]
+        self.segments: tuple[tuple[int, int], ...] = ()
+        if len(segments) > MAX_SEGMENTS:
+            self.kind = "dense"
+        elif not any(changed):
+            self.kind = "ones"
+        else:
+            self.kind = "blocks"
+            self.segments = tuple(segment for segment, changes in zip(segments, changed, strict=True) if changes)
+        self._copies: dict[torch.device, Tensor] = {}
+
+    @classmethod
+    def of(cls, weights: TableLike, name: str = "table") -> Table:
+        """`weights` as a Table: itself when it is one, else converted; errors name the argument `name`."""
+        if isinstance(weights, Table):
+            return weights
+        if torch.compiler.is_compiling():
+            raise TypeError(
+                f"{name}: got a {type(weights).__name__} inside compiled code, expected a gradroute.Table; "
+                "make the Table outside the compiled function"
+            )
+        try:
+            return cls(weights)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+
+    @property
+    def num_routes(self) -> int:
+        """R, the number of rows."""
+        return self.weights.shape[0]
+
+    @property
+    def features(self) -> int:
+        """F, the number of columns; 1 is broadcast over any number of features."""
+        return self.weights.shape[1]
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that are not zero."""
+        return float((self.weights != 0).float().mean())
+
+    def on(self, device: torch.device) -> Tensor:
+        """The weights on `device`, fp32; copied once per device."""
+        if device.type == "cpu":
+            return self.weights
+        copy = self._copies.get(device)
+        if copy is None:
+            copy = self.weights.to(device)
+            # A traced program may not write to a cache; layers fill it when they are made or moved.
+            if not torch.compiler.is_compiling():
+                self._copies[device] = copy
+        return copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Table:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Table, (self.weights,)
+
+    def __repr__(self) -> str:
+        rows, features = self.weights.shape
+        return f"Table([{rows}, {features}], {self.kind})"
+
+
+def _host_weights(weights: Any) -> Tensor:  # [R, F]
+    tensor = torch.as_tensor(weights, device=None if isinstance(weights, Tensor) else "cpu").detach()
+    if tensor.is_meta:
+        raise ValueError("got weights on the meta device, which have no values; expected values")
+    if tensor.is_complex():
+        raise TypeError(f"got weights of dtype {tensor.dtype}, expected real numbers")
+    if tensor.dim() != 2 or 0 in tensor.shape:
+        raise ValueError(
+            f"got weights of shape {list(tensor.shape)}, expected [routes, features] or [routes, 1]"
+        )
+    host = tensor.to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+    finite = torch.isfinite(host)
+    if not finite.all():
+        row, feature = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"got {int((~finite).sum())} weights that are not finite in fp32, the first at [{row}, {feature}] "
+            f"({tensor[row, feature].item()}); expected finite numbers"
+        )
+    return host
+
+
+def _segments(weights: Tensor) -> tuple[tuple[int, int], ...]:
+    changes = (weights[:, 1:] != weights[:, :-1]).any(0).nonzero().flatten() + 1
+    starts = [0, *changes.tolist()]
+    stops = [*changes.tolist(), weights.shape[1]]
+    return tuple(zip(starts, stops, strict=True))
+
+
+def localize(
+    num_routes: int,
+    features: int,
+    where: Mapping[int, slice | Sequence[int] | Tensor | np.ndarray],
+    on: float = 1.0,
+    off: float = 0.0,
+) -> Table:
+    """A table that confines each named route to its features (Cloud et al. 2024, arXiv 2410.04332, section 3).
+
+    Args:
+        num_routes: R, the number of routes.
+        features: F, the site's width.
+        where: route → the features (slice or indices) where its tokens weigh `on`; elsewhere they weigh `off`.
+            Rows of routes not named are ones.
+        on: weight inside.
+        off: weight outside.
+
+    Raises:
+        ValueError: a route is not in `[0, num_routes)`, or an index not in `[-features, features)`.
+    """
+    weights = torch.ones(num_routes, features, device="cpu")
+    for route, features_of_route in where.items():
+        if not 0 <= route < num_routes:
+            raise ValueError(f"where: got route {route}, expected 0 <= route < num_routes = {num_routes}")
+        weights[route] = off
+        if not isinstance(features_of_route, slice):
+            features_of_route = torch.as_tensor(features_of_route, device="cpu").flatten()
+            if features_of_route.dtype != torch.bool:
+                features_of_route = _checked_indices(features_of_route, route, features)
+        weights[route, features_of_route] = on
+    return Table(weights)
+
+
+def _checked_indices(indices: Tensor, route: int, features: int) -> Tensor:
+    outside = (indices < -features) | (indices >= features)
+    if outside.any():
+        raise ValueError(
+            f"where[{route}]: got index {int(indices[outside][0])}, "
+            f"expected -{features} <= index < {features} = features"
+        )
+    return indices.long()
+
+
+def heads(weights: TableLike, head_dim: int) -> Table:
+    """A per-head table `[R, H]` expanded to the features of its heads, `[R, H * head_dim]`.
+
+    Feature `h * head_dim + d` of head h gets the weight of head h, as projections of attention lay them out.
+    """
+    if head_dim < 1:
+        raise ValueError(f"head_dim: got {head_dim}, expected a positive number of features per head")
+    return Table(Table.of(weights, "weights").weights.repeat_interleave(head_dim, dim=1))

@@ -1,0 +1,21 @@
+"""Shipped launch configurations: kernel → architecture (compute capability times ten) → configuration.
+
+An architecture without an entry uses that of the nearest older one, so an entry under 80 serves every chip. There is
+no autotuning at run time: first calls are as fast as later ones, and results do not depend on a race.
+All of them compile for sm_80, sm_90 and sm_100 without spills (tests/test_compile.py).
+"""
+
+ARCHITECTURES = (80, 90, 100)
+
+CONFIGS: dict[str, dict[int, dict[str, int]]] = {
+    "masked_product_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 256, "num_warps": 4}},
+    "bias_grad_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 128, "num_warps": 4}},
+    "weight_grad_kernel": {
+        80: {"BLOCK_O": 64, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 4, "num_stages": 3},
+        90: {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3},
+    },
+    "input_grad_kernel": {
+        80: {"BLOCK_T": 64, "BLOCK_I": 128, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3},
+        90: {"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 3},
+    },
+}

@@ -1,0 +1,134 @@
+"""How a launcher reaches its kernel: registration with torch.library, configurations, launching, recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..routes import Routes
+from ..tables import Table
+from .configs import ARCHITECTURES, CONFIGS
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_library = torch.library.Library("gradroute", "DEF")
+
+
+class Launch(NamedTuple):
+    """A recorded launch, for compiling offline what would have run."""
+
+    kernel: Any
+    config: dict[str, int]
+    arguments: dict[str, Any]
+
+
+class _Recorder(NamedTuple):
+    architecture: int
+    launches: list[Launch]
+
+
+_recorder: _Recorder | None = None
+
+
+def recording() -> bool:
+    """Whether launches are recorded instead of run."""
+    return _recorder is not None
+
+
+@contextmanager
+def record(architecture: int) -> Iterator[list[Launch]]:
+    """Inside, launches are recorded with the configurations shipped for `architecture` (80, 90, 100), not run."""
+    global _recorder
+    _recorder = _Recorder(architecture, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = None
+
+
+def kernel_op(schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a launcher with torch.library under `schema`; it is its own fake kernel.
+
+    A launcher allocates its outputs and calls `launch`, which does nothing for tensors without data: so shapes and
+    dtypes are written once.
+    """
+
+    def register(launcher: Callable[..., Any]) -> Any:
+        name = schema.split("(")[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, launcher, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gradroute::{name}", launcher, lib=_library)
+        return getattr(torch.ops.gradroute, name).default
+
+    return register
+
+
+def config_of(kernel: Any, device: torch.device) -> dict[str, int]:
+    """The shipped configuration of `kernel` for the device's architecture, or for the nearest older one."""
+    shipped = CONFIGS[kernel.fn.__name__]
+    architecture = _architecture(device)
+    for known in reversed(ARCHITECTURES):
+        if known <= architecture and known in shipped:
+            return shipped[known]
+    return shipped[ARCHITECTURES[0]]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
+    """Runs `kernel` on its tensors' device; nothing for tensors without data or an empty grid."""
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    if isinstance(first, FakeTensor) or first.is_meta:
+        return
+    if _recorder is not None:
+        _recorder.launches.append(Launch(kernel, config, arguments))
+    elif 0 not in grid:
+        with torch.cuda.device_of(first):
+            kernel[grid](**arguments, **config)
+
+
+def strides(name: str, tensor: Tensor, dimensions: str) -> dict[str, int]:
+    """The stride arguments of a tensor: `{name}_stride_{d}` for each letter d of `dimensions`."""
+    return {f"{name}_stride_{d}": stride for d, stride in zip(dimensions, tensor.stride(), strict=True)}
+
+
+def route_arguments(ids: Tensor, strength: Tensor | None) -> dict[str, Any]:
+    """The arguments every routed kernel takes: ids `[T]`, strength `[T]`, 0-dim (stride 0) or None."""
+    per_token = strength is not None and strength.dim() > 0
+    return {"ids": ids, "strength": strength, "strength_stride": int(per_token)}
+
+
+def table_arguments(**tables: Tensor | None) -> dict[str, Any]:
+    """For each table `[R, F]` or `[R, 1]`, or None: the pointer and its number of columns."""
+    arguments: dict[str, Any] = {}
+    for name, weights in tables.items():
+        arguments[name] = weights
+        arguments[f"{name}_cols"] = 0 if weights is None else weights.shape[1]
+    return arguments
+
+
+def weights_on(device: torch.device, *tables: Table | None) -> tuple[Tensor | None, ...]:
+    """The tables' device copies."""
+    return tuple(None if table is None else table.on(device) for table in tables)
+
+
+def tokens_of(routes: Routes) -> tuple[Tensor, Tensor | None]:
+    """What a launcher passes of the routes: ids `[T]` and strength."""
+    return routes.ids, routes.strength
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _architecture(device: torch.device) -> int:
+    if _recorder is not None:
+        return _recorder.architecture
+    return _capability(device) if device.type == "cuda" else ARCHITECTURES[0]

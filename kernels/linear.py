@@ -1,0 +1,299 @@
+"""The gradients of a linear layer whose masks cannot be folded into something that runs anyway.
+
+Large products stay with torch. The two GEMMs here take tokens sorted by route, so that tiles are of one route where
+possible, and skip tiles whose weights are all zero.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..routes import Routes
+from ..tables import Table
+from .launch import (
+    config_of,
+    kernel_op,
+    launch,
+    route_arguments,
+    strides,
+    table_arguments,
+    tokens_of,
+    weights_on,
+)
+from .route_grad import masked_product_
+from .tiles import dot, load_weights, masked, rounded
+
+# An irregular input table below this density is applied in the GEMM's epilogue, where zero tiles are skipped; above
+# it, the vendor's GEMM and a pass in place do less work. An estimate from tile counts, not yet measured.
+SKIP_BELOW = 0.5
+
+TOKENS_PER_PARTIAL = 512  # of a bias gradient's first stage
+
+
+@triton.jit
+def bias_grad_kernel(
+    g,  # [T, F]
+    partial,  # [ceil(T / TOKENS), F] fp32
+    ids,  # [T]
+    strength,
+    strength_stride,
+    weights,
+    weights_cols,
+    num_tokens,
+    num_features,
+    g_stride_t,
+    g_stride_f,
+    TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """partial[p, f] = Σ m ⊙ g over the p-th run of TOKENS tokens."""
+    features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    total = tl.zeros([BLOCK_F], dtype=tl.float32)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    for start in range(0, TOKENS, BLOCK_T):
+        rows = first + start + tl.arange(0, BLOCK_T)
+        valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
+        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        g_tile = tl.load(g + rows[:, None] * g_stride_t + features[None, :] * g_stride_f, mask=valid, other=0.0)
+        g_tile = masked(
+            g_tile.to(tl.float32), weights, weights_cols, strength, strength_stride, routes, rows, features, valid
+        )
+        total += tl.sum(g_tile, axis=0)
+    tl.store(
+        partial + tl.program_id(0).to(tl.int64) * num_features + features, total, mask=features < num_features
+    )
+
+
+def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
+    """Σ_t m ⊙ g: g `[T, O]` → `[O]`."""
+    if table is None:
+        return g.sum(0)
+    return bias_grad_op(g, *tokens_of(routes), table.on(g.device))
+
+
+@kernel_op("bias_grad(Tensor g, Tensor ids, Tensor? strength, Tensor weights) -> Tensor")
+def bias_grad_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> Tensor:
+    tokens, features = g.shape
+    config = config_of(bias_grad_kernel, g.device)
+    partial = g.new_empty(triton.cdiv(tokens, TOKENS_PER_PARTIAL), features, dtype=torch.float32)
+    launch(
+        bias_grad_kernel,
+        (partial.shape[0], triton.cdiv(features, config["BLOCK_F"])),
+        config,
+        g=g,
+        partial=partial,
+        **route_arguments(ids, strength),
+        **table_arguments(weights=weights),
+        num_tokens=tokens,
+        num_features=features,
+        **strides("g", g, "tf"),
+        TOKENS=TOKENS_PER_PARTIAL,
+    )
+    return partial.sum(0).to(g.dtype)
+
+
+@triton.jit
+def weight_grad_kernel(
+    g,  # [T, O]
+    x,  # [T, I]
+    out,  # [O, I]
+    ids,  # [T]
+    order,  # [T], tokens sorted by route
+    strength,
+    strength_stride,
+    row_weights,
+    row_weights_cols,
+    col_weights,
+    col_weights_cols,
+    num_tokens,
+    num_outputs,
+    num_inputs,
+    g_stride_t,
+    g_stride_o,
+    x_stride_t,
+    x_stride_i,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """out = (m_rows ⊙ g)ᵀ (m_cols ⊙ x), masks in the prologue; token tiles with all-zero weights are skipped."""
+    outputs = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inputs = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    total = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
+    for start in range(0, num_tokens, BLOCK_T):
+        positions = start + tl.arange(0, BLOCK_T)
+        present = positions < num_tokens
+        rows = tl.load(order + positions, mask=present, other=0).to(tl.int64)
+        routes = tl.load(ids + rows, mask=present, other=0)
+        g_valid = present[:, None] & (outputs < num_outputs)[None, :]
+        x_valid = present[:, None] & (inputs < num_inputs)[None, :]
+        live = True
+        if row_weights is not None:
+            m_rows = load_weights(
+                row_weights, row_weights_cols, strength, strength_stride, routes, rows, outputs, g_valid
+            )
+            g_valid = g_valid & (m_rows != 0.0)
+            live = tl.max(g_valid.to(tl.int32)) > 0
+        if col_weights is not None:
+            m_cols = load_weights(
+                col_weights, col_weights_cols, strength, strength_stride, routes, rows, inputs, x_valid
+            )
+            x_valid = x_valid & (m_cols != 0.0)
+            live = live & (tl.max(x_valid.to(tl.int32)) > 0)
+        if live:
+            g_tile = tl.load(
+                g + rows[:, None] * g_stride_t + outputs[None, :] * g_stride_o, mask=g_valid, other=0.0
+            )
+            x_tile = tl.load(x + rows[:, None] * x_stride_t + inputs[None, :] * x_stride_i, mask=x_valid, other=0.0)
+            if row_weights is not None:
+                g_tile = rounded(m_rows * g_tile.to(tl.float32), g.dtype.element_ty)
+            if col_weights is not None:
+                x_tile = rounded(m_cols * x_tile.to(tl.float32), x.dtype.element_ty)
+            total = dot(tl.trans(g_tile), x_tile, total, PRECISION)
+    tl.store(
+        out + outputs[:, None] * num_inputs + inputs[None, :],
+        rounded(total, out.dtype.element_ty),
+        mask=(outputs < num_outputs)[:, None] & (inputs < num_inputs)[None, :],
+    )
+
+
+def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None) -> Tensor:
+    """(m_rows ⊙ g)ᵀ (m_cols ⊙ x): g `[T, O]`, x `[T, I]` → `[O, I]`; no copy of either."""
+    if rows is None and cols is None:
+        return g.T @ x
+    row_weights, col_weights = weights_on(g.device, rows, cols)
+    return weight_grad_op(g, x, *tokens_of(routes), routes.order, row_weights, col_weights)
+
+
+@kernel_op(
+    "weight_grad(Tensor g, Tensor x, Tensor ids, Tensor? strength, Tensor order, "
+    "Tensor? row_weights, Tensor? col_weights) -> Tensor"
+)
+def weight_grad_op(
+    g: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    strength: Tensor | None,
+    order: Tensor,
+    row_weights: Tensor | None,
+    col_weights: Tensor | None,
+) -> Tensor:
+    outputs, inputs = g.shape[1], x.shape[1]
+    out = g.new_empty(outputs, inputs)
+    config = config_of(weight_grad_kernel, g.device)
+    launch(
+        weight_grad_kernel,
+        (triton.cdiv(outputs, config["BLOCK_O"]), triton.cdiv(inputs, config["BLOCK_I"])),
+        config,
+        g=g,
+        x=x,
+        out=out,
+        order=order,
+        **route_arguments(ids, strength),
+        **table_arguments(row_weights=row_weights, col_weights=col_weights),
+        num_tokens=g.shape[0],
+        num_outputs=outputs,
+        num_inputs=inputs,
+        **strides("g", g, "to"),
+        **strides("x", x, "ti"),
+        PRECISION=dot_precision(),
+    )
+    return out
+
+
+@triton.jit
+def input_grad_kernel(
+    g,  # [T, O]
+    weight,  # [O, I]
+    out,  # [T, I]
+    ids,  # [T]
+    order,  # [T], tokens sorted by route
+    strength,
+    strength_stride,
+    table,
+    table_cols,
+    num_tokens,
+    num_outputs,
+    num_inputs,
+    g_stride_t,
+    g_stride_o,
+    weight_stride_o,
+    weight_stride_i,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """out = m ⊙ (g W), the mask in the epilogue; tiles whose weights are all zero are not computed."""
+    positions = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inputs = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    present = positions < num_tokens
+    rows = tl.load(order + positions, mask=present, other=0).to(tl.int64)
+    routes = tl.load(ids + rows, mask=present, other=0)
+    valid = present[:, None] & (inputs < num_inputs)[None, :]
+    m = load_weights(table, table_cols, strength, strength_stride, routes, rows, inputs, valid)
+    total = tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32)
+    if tl.max((m != 0.0).to(tl.int32)) > 0:
+        for start in range(0, num_outputs, BLOCK_O):
+            outputs = (start + tl.arange(0, BLOCK_O)).to(tl.int64)
+            g_tile = tl.load(
+                g + rows[:, None] * g_stride_t + outputs[None, :] * g_stride_o,
+                mask=present[:, None] & (outputs < num_outputs)[None, :],
+                other=0.0,
+            )
+            weight_tile = tl.load(
+                weight + outputs[:, None] * weight_stride_o + inputs[None, :] * weight_stride_i,
+                mask=(outputs < num_outputs)[:, None] & (inputs < num_inputs)[None, :],
+                other=0.0,
+            )
+            total = dot(g_tile, weight_tile, total, PRECISION)
+    total = tl.where(m == 0.0, 0.0, m * total)
+    tl.store(
+        out + rows[:, None] * num_inputs + inputs[None, :], rounded(total, out.dtype.element_ty), mask=valid
+    )
+
+
+def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
+    """m ⊙ (g W): g `[T, O]`, weight `[O, I]` → `[T, I]`."""
+    if table is not None and table.kind == "dense" and table.density < SKIP_BELOW:
+        return input_grad_op(g, weight, *tokens_of(routes), routes.order, table.on(g.device))
+    dx = g @ weight
+    masked_product_(dx, routes, table)
+    return dx
+
+
+@kernel_op(
+    "input_grad(Tensor g, Tensor weight, Tensor ids, Tensor? strength, Tensor order, Tensor table) -> Tensor"
+)
+def input_grad_op(
+    g: Tensor, weight: Tensor, ids: Tensor, strength: Tensor | None, order: Tensor, table: Tensor
+) -> Tensor:
+    tokens, (outputs, inputs) = g.shape[0], weight.shape
+    out = g.new_empty(tokens, inputs)
+    config = config_of(input_grad_kernel, g.device)
+    launch(
+        input_grad_kernel,
+        (triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(inputs, config["BLOCK_I"])),
+        config,
+        g=g,
+        weight=weight,
+        out=out,
+        order=order,
+        **route_arguments(ids, strength),
+        **table_arguments(table=table),
+        num_tokens=tokens,
+        num_outputs=outputs,
+        num_inputs=inputs,
+        **strides("g", g, "to"),
+        **strides("weight", weight, "oi"),
+        PRECISION=dot_precision(),
+    )
+    return out
+
+
+def dot_precision() -> str:
+    """fp32 products as torch's own: tf32 only where the user allowed it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

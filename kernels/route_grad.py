@@ -1,0 +1,92 @@
+"""The masked product of a gradient: into a new tensor, or in place on the elements that a table changes."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..routes import Routes
+from ..tables import Table
+from .launch import config_of, kernel_op, launch, route_arguments, strides, table_arguments, tokens_of
+from .tiles import load_weights, rounded
+
+
+@triton.jit
+def masked_product_kernel(
+    g,  # [T, F]
+    out,  # [T, F], g itself where IN_PLACE
+    ids,  # [T]
+    strength,
+    strength_stride,
+    weights,
+    weights_cols,
+    num_tokens,
+    num_features,
+    g_stride_t,
+    g_stride_f,
+    out_stride_t,
+    out_stride_f,
+    IN_PLACE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """out = m ⊙ g. Elements with m = 0 are not read; in place, those with m = 1 are neither read nor written."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
+    routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+    m = load_weights(weights, weights_cols, strength, strength_stride, routes, rows, features, valid)
+    changed = valid
+    if IN_PLACE:
+        changed = valid & (m != 1.0)
+    g_tile = tl.load(
+        g + rows[:, None] * g_stride_t + features[None, :] * g_stride_f, mask=changed & (m != 0.0), other=0.0
+    )
+    product = rounded(m * g_tile.to(tl.float32), out.dtype.element_ty)
+    tl.store(out + rows[:, None] * out_stride_t + features[None, :] * out_stride_f, product, mask=changed)
+
+
+def masked_product(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
+    """m ⊙ g in a new tensor; `g` itself without a table."""
+    if table is None:
+        return g
+    return masked_product_op(g, *tokens_of(routes), table.on(g.device))
+
+
+def masked_product_(g: Tensor, routes: Routes, table: Table | None) -> None:
+    """m ⊙ g in place, on a gradient that the caller allocated."""
+    if table is not None:
+        masked_product_in_place_op(g, *tokens_of(routes), table.on(g.device))
+
+
+@kernel_op("masked_product(Tensor g, Tensor ids, Tensor? strength, Tensor weights) -> Tensor")
+def masked_product_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> Tensor:
+    out = g.new_empty(g.shape)
+    _launch(g, out, ids, strength, weights, in_place=False)
+    return out
+
+
+@kernel_op("masked_product_(Tensor(a!) g, Tensor ids, Tensor? strength, Tensor weights) -> ()")
+def masked_product_in_place_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> None:
+    _launch(g, g, ids, strength, weights, in_place=True)
+
+
+def _launch(
+    g: Tensor, out: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor, in_place: bool
+) -> None:
+    tokens, features = g.shape
+    config = config_of(masked_product_kernel, g.device)
+    grid = (triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(features, config["BLOCK_F"]))
+    launch(
+        masked_product_kernel,
+        grid,
+        config,
+        g=g,
+        out=out,
+        **route_arguments(ids, strength),
+        **table_arguments(weights=weights),
+        num_tokens=tokens,
+        num_features=features,
+        **strides("g", g, "tf"),
+        **strides("out", out, "tf"),
+        IN_PLACE=in_place,
+    )
