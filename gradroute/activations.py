@@ -1,4 +1,4 @@
-"""The activations of the MLPs: name → value (eager PyTorch's, bit for bit) and derivative."""
+"""The activations of the MLPs: name → value (eager PyTorch's, bit for bit), derivative and backward."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ class Activation(NamedTuple):
     Attributes:
         value: act(a), with the rounding of eager PyTorch.
         derivative: act'(a), in the dtype of a.
+        backward: (dh, a) → dh ⊙ act'(a), by eager PyTorch's own kernel: one pass, rounded once.
     """
 
     value: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
 
 
 def _silu_derivative(a: Tensor) -> Tensor:
@@ -39,12 +41,22 @@ def _gelu_tanh_derivative(a: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * c * (1 + 3 * k * a * a)
 
 
+_aten = torch.ops.aten
+
 ACTIVATIONS = {
-    "silu": Activation(F.silu, _silu_derivative),
-    "gelu": Activation(F.gelu, _gelu_derivative),
-    "gelu_tanh": Activation(lambda a: F.gelu(a, approximate="tanh"), _gelu_tanh_derivative),
-    "relu": Activation(F.relu, lambda a: (a > 0).to(a.dtype)),
-    "relu2": Activation(lambda a: F.relu(a).square(), lambda a: 2 * F.relu(a)),
+    "silu": Activation(F.silu, _silu_derivative, _aten.silu_backward),
+    "gelu": Activation(F.gelu, _gelu_derivative, _aten.gelu_backward),
+    "gelu_tanh": Activation(
+        lambda a: F.gelu(a, approximate="tanh"),
+        _gelu_tanh_derivative,
+        lambda dh, a: _aten.gelu_backward(dh, a, approximate="tanh"),
+    ),
+    "relu": Activation(
+        F.relu, lambda a: (a > 0).to(a.dtype), lambda dh, a: _aten.threshold_backward(dh, a, 0)
+    ),
+    "relu2": Activation(
+        lambda a: F.relu(a).square(), lambda a: 2 * F.relu(a), lambda dh, a: dh * (2 * F.relu(a))
+    ),
 }
 
 

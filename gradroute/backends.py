@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
-from types import ModuleType, TracebackType
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +33,12 @@ OPS: dict[str, tuple[str, ...]] = {
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-triton_kernels: ModuleType | None
-if importlib.util.find_spec("triton") is None:
-    triton_kernels = None
-else:
-    from . import kernels as triton_kernels
+# Imported eagerly, because traced code cannot import; absent where triton is (macOS, Windows).
+triton_kernels: Any = None
+if importlib.util.find_spec("triton") is not None:
+    triton_kernels = importlib.import_module("gradroute.kernels")
+
+_KERNELS: dict[str, Any] = {"torch": composed, "triton": triton_kernels}
 
 _process_wide: str | None = os.environ.get("GRADROUTE_BACKEND") or None
 
@@ -78,9 +81,7 @@ def available_backends(op: str | None = None, device: torch.device | str | None 
     return tuple(name for name in names if name not in reasons)
 
 
-def unavailable_backends(
-    op: str | None = None, device: torch.device | str | None = None
-) -> dict[str, str]:
+def unavailable_backends(op: str | None = None, device: torch.device | str | None = None) -> dict[str, str]:
     """The backends that cannot run here, each with the reason."""
     if op is not None and op not in OPS:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
@@ -110,7 +111,7 @@ def choose(op: str, requested: str | None, x: Tensor) -> str:
         if reason is not None:
             raise BackendError(f"{op}: the requested backend {explicit!r} cannot run it: {reason}")
         return explicit
-    rejected = {}
+    rejected: dict[str, str] = {}
     for name in OPS[op]:
         reason = _why_not_automatic(op, name, x)
         if reason is None:
@@ -121,11 +122,9 @@ def choose(op: str, requested: str | None, x: Tensor) -> str:
     raise BackendError(f"{op}: no backend can run it: " + _listed(rejected))
 
 
-def kernels(backend: str) -> ModuleType:
+def kernels(backend: str) -> Any:
     """The module of a backend's leaf computations, which the autograd.Functions call."""
-    module = {"torch": composed, "triton": triton_kernels}[backend]
-    assert module is not None
-    return module
+    return _KERNELS[backend]
 
 
 def _check_name(backend: str) -> None:
@@ -155,9 +154,13 @@ def _why_not_triton(device: torch.device | None, dtype: torch.dtype | None) -> s
     if triton_kernels.INTERPRETED or triton_kernels.recording():
         return None
     if device is None:
-        return None if torch.cuda.is_available() else "no CUDA device is visible, and TRITON_INTERPRET=1 is not set"
+        return (
+            None
+            if torch.cuda.is_available()
+            else "no CUDA device is visible, and TRITON_INTERPRET=1 is not set"
+        )
     if device.type not in ("cuda", "meta"):
-        return f"Triton runs on CUDA devices (on the CPU only under TRITON_INTERPRET=1), and the tensors are on {device}"
+        return f"Triton runs on CUDA devices (elsewhere only under TRITON_INTERPRET=1); the tensors are on {device}"
     return None
 
 

@@ -7,10 +7,12 @@ Any device, no build. Each function has the name and the signature of its counte
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .activations import ACTIVATIONS
 from .routes import Routes
 from .tables import Table
 
@@ -54,9 +56,7 @@ def _product(m: Tensor, g: Tensor) -> Tensor:
     return torch.where(m == 0, 0, m * g).to(g.dtype)
 
 
-def masked_product(
-    g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)
-) -> Tensor:
+def masked_product(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> Tensor:
     """m ⊙ g in a new tensor; `g` itself without a table."""
     if table is None:
         return g
@@ -83,9 +83,7 @@ def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -
     return dx
 
 
-def weight_grad(
-    g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None
-) -> Tensor:
+def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None) -> Tensor:
     """(m_rows ⊙ g)ᵀ (m_cols ⊙ x): g `[T, O]`, x `[T, I]` → `[O, I]`.
 
     Masked copies are made of a share of the tokens at a time, never of a whole operand.
@@ -105,3 +103,180 @@ def weight_grad(
 def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
     """Σ_t m ⊙ g: g `[T, O]` → `[O]`."""
     return masked_product(g, routes, table).sum(0)
+
+
+def activation_backward(
+    dz: Tensor | None,
+    a: Tensor,
+    routes: Routes,
+    sites: Any,
+    activation: str,
+    *,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradient of z = m_forward ⊙ act(a), and what the weights beside it need.
+
+    Args:
+        dz: `[T, F]`, or None where only z is wanted.
+        a: `[T, F]`.
+        routes: the batch's routes.
+        sites: effective sites with `pre`, `hidden`, `forward`; for z also `update_out`, for the bias `update_in`.
+        activation: its name.
+        want_z: recompute m_update_out ⊙ z.
+        want_bias: sum the bias gradient.
+
+    Returns:
+        da `[T, F]`; m_update_out ⊙ z `[T, F]`; Σ_t m_update_in ⊙ da `[F]`; None for what is not wanted.
+    """
+    act = ACTIVATIONS[activation]
+    z = db = None
+    if want_z:
+        z = masked_product(masked_product(act.value(a), routes, sites.forward), routes, sites.update_out)
+    if dz is None:
+        return None, z, None
+    dh = masked_product(masked_product(dz, routes, sites.forward), routes, sites.hidden)
+    da = act.backward(dh, a)
+    masked_product_(da, routes, sites.pre)
+    if want_bias:
+        db = bias_grad(da, routes, sites.update_in)
+    return da, z, db
+
+
+def glu_backward(
+    dz: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    routes: Routes,
+    sites: Any,
+    activation: str,
+    *,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of z = m_forward ⊙ (act(gate) * up), and what the weights beside it need.
+
+    Arguments as for `activation_backward`, with gate and up `[T, F]`.
+
+    Returns:
+        dgate, dup `[T, F]`; m_update_out ⊙ z `[T, F]`; Σ_t m_update_in ⊙ dgate and Σ_t m_update_in ⊙ dup `[F]`; None
+        for what is not wanted.
+    """
+    act = ACTIVATIONS[activation]
+    value = act.value(gate)
+    z = db_gate = db_up = None
+    if want_z:
+        z = masked_product(masked_product(value * up, routes, sites.forward), routes, sites.update_out)
+    if dz is None:
+        return None, None, z, None, None
+    dh = masked_product(masked_product(dz, routes, sites.forward), routes, sites.hidden)
+    dgate, dup = act.backward(dh * up, gate), dh * value
+    for branch in (dgate, dup):
+        masked_product_(branch, routes, sites.pre)
+    if want_bias:
+        db_gate, db_up = (bias_grad(branch, routes, sites.update_in) for branch in (dgate, dup))
+    return dgate, dup, z, db_gate, db_up
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    routes: Routes,
+    update: Table | None,
+    eps: float,
+    offset: float,
+    casting_mode: str,
+    *,
+    want_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of an RMS norm, the weight's masked; x̂ is computed again.
+
+    Args:
+        dy: `[T, D]`.
+        x: `[T, D]`.
+        weight: `[D]`, or None where dx is not wanted.
+        routes: the batch's routes.
+        update: m_update.
+        eps: added to the mean square.
+        offset: added to the weight.
+        casting_mode: "llama": the weight met x̂ rounded to x's dtype.
+        want_weight: compute dW.
+
+    Returns:
+        dx `[T, D]` in x's dtype; dW `[D]` in fp32 (fp64 for fp64); None for what is not wanted.
+    """
+    dtype = product_dtype(x.dtype)
+    x_wide, g = x.to(dtype), dy.to(dtype)
+    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    x_hat = x_wide * rstd
+    dx = dweight = None
+    if weight is not None:
+        dx = _norm_input_grad(g * (weight.to(dtype) + offset), x_hat, rstd).to(x.dtype)
+    if want_weight:
+        x_seen = x_hat.to(x.dtype).to(dtype) if casting_mode == "llama" else x_hat
+        dweight = bias_grad(g * x_seen, routes, update)
+    return dx, dweight
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    routes: Routes,
+    update: Table | None,
+    eps: float,
+    *,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of a layer norm, the weight's and the bias's masked; x̂ is computed again.
+
+    Arguments as for `rms_norm_backward`; eps is added to the variance.
+
+    Returns:
+        dx `[T, D]` in x's dtype; dW and db `[D]` in fp32 (fp64 for fp64); None for what is not wanted.
+    """
+    dtype = product_dtype(x.dtype)
+    x_wide, g = x.to(dtype), dy.to(dtype)
+    centered = x_wide - x_wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    x_hat = centered * rstd
+    dx = None
+    if weight is not None:
+        dx_hat = g * weight.to(dtype)
+        dx = _norm_input_grad(dx_hat - dx_hat.mean(-1, keepdim=True), x_hat, rstd).to(x.dtype)
+    dweight = bias_grad(g * x_hat, routes, update) if want_weight else None
+    dbias = bias_grad(g, routes, update) if want_bias else None
+    return dx, dweight, dbias
+
+
+def _norm_input_grad(dx_hat: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
+    """dx̂ through the division by the root mean square."""
+    return rstd * (dx_hat - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True))
+
+
+def embedding_backward(
+    dy: Tensor,
+    tokens: Tensor,
+    routes: Routes,
+    update: Table | None,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> Tensor:
+    """dW[v] = Σ_{t: token_t = v} m_update ⊙ dy_t, none for padding_idx.
+
+    Args:
+        dy: `[T, D]`.
+        tokens: `[T]`, int32 or int64.
+        routes: the batch's routes.
+        update: m_update.
+        num_embeddings: V.
+        padding_idx: the row that no token updates, in `[0, V)`, or None.
+
+    Returns:
+        `[V, D]` in dy's dtype, summed in fp32 (fp64 for fp64).
+    """
+    g = masked_product(dy.to(product_dtype(dy.dtype)), routes, update)
+    padding = -1 if padding_idx is None else padding_idx
+    return torch.ops.aten.embedding_dense_backward(g, tokens, num_embeddings, padding, False).to(dy.dtype)

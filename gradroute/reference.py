@@ -256,7 +256,8 @@ def rms_norm_value(x: Tensor, weight: Tensor, eps: float | None, offset: float, 
 
 def rms_norm_eps(eps: float | None, x: Tensor) -> float:
     """eps, or F.rms_norm's own where it is None: the machine epsilon of the dtype it computes in."""
-    return torch.finfo(wide(x).dtype).eps if eps is None else eps
+    computed_in = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.finfo(computed_in).eps if eps is None else eps
 
 
 class RMSNorm(torch.autograd.Function):
@@ -320,9 +321,7 @@ class LayerNorm(torch.autograd.Function):
         dweight = masked(update, g * x_hat).sum(0)
         dbias = None if bias is None else masked(update, g).sum(0).to(bias.dtype)
         dx_hat = g * wide(weight)
-        dx = rstd * (
-            dx_hat - dx_hat.mean(-1, keepdim=True) - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True)
-        )
+        dx = rstd * (dx_hat - dx_hat.mean(-1, keepdim=True) - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True))
         return _shaped(dx.to(x.dtype), x), dweight.to(weight.dtype), dbias, None, None, None
 
 
@@ -346,7 +345,9 @@ class Embedding(torch.autograd.Function):
         tokens, weight = ctx.saved_tensors
         masked = masked_by(ctx.routes)
         dweight = torch.zeros_like(wide(weight))
-        dweight.index_put_((tokens.reshape(-1).long(),), masked(ctx.sites.update, wide(flat(dy))), accumulate=True)
+        dweight.index_put_(
+            (tokens.reshape(-1).long(),), masked(ctx.sites.update, wide(flat(dy))), accumulate=True
+        )
         if ctx.padding_idx is not None:
             dweight[ctx.padding_idx] = 0
         return None, dweight.to(weight.dtype), None, None, None

@@ -115,10 +115,9 @@ class Routes:
             strength = torch.nn.functional.pad(self._shaped(strength), (0, n), value=1.0).reshape(-1)
         return Routes(ids.reshape(-1), self.num_routes, tuple(ids.shape), strength)
 
-    def reshape(self, *shape: int | tuple[int, ...]) -> Routes:
-        """The same tokens in another shape: the order and counts are shared, not derived again."""
-        flattened = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        return self._copy(shape=tuple(self.ids.reshape(flattened).shape))
+    def reshape(self, *shape: Any) -> Routes:
+        """The same tokens in another shape, given as to Tensor.reshape; order and counts are not derived again."""
+        return self._copy(shape=tuple(self.ids.reshape(*shape).shape))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Routes:
         """The routes on another device; host counts stay known."""
@@ -177,7 +176,9 @@ def _checked_strength(strength: Tensor | float | None, ids: Tensor) -> Tensor | 
             f"strength: got shape {list(strength.shape)}, expected the ids' {list(ids.shape)} or 0-dim"
         )
     if strength.device != ids.device:
-        raise ValueError(f"strength: got a tensor on {strength.device}, expected the ids' device {ids.device}")
+        raise ValueError(
+            f"strength: got a tensor on {strength.device}, expected the ids' device {ids.device}"
+        )
     strength = strength.detach()
     return strength if strength.dtype == torch.float64 else strength.to(torch.float32)
 
@@ -188,7 +189,9 @@ def _validate(ids: Tensor, num_routes: int, strength: Tensor | None) -> None:
     valid = ((ids >= 0) & (ids < num_routes)).all()
     finite = None if strength is None else torch.isfinite(strength).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(valid, f"ids: some are out of range, expected 0 <= id < num_routes = {num_routes}")
+        torch._assert_async(
+            valid, f"ids: some are out of range, expected 0 <= id < num_routes = {num_routes}"
+        )
         if finite is not None:
             torch._assert_async(finite, "strength: some values are not finite")
         return

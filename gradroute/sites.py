@@ -29,16 +29,22 @@ class Sites:
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for name in kwargs:
             if name not in names:
-                raise TypeError(f"{cls.__name__}: got an unknown site {name!r}, expected one of {', '.join(names)}")
+                raise TypeError(
+                    f"{cls.__name__}: got an unknown site {name!r}, expected one of {', '.join(names)}"
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         given: dict[str, Table | None] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            given[field.name] = None if value is None else Table.of(value, f"{type(self).__name__}.{field.name}")
+            given[field.name] = (
+                None if value is None else Table.of(value, f"{type(self).__name__}.{field.name}")
+            )
             object.__setattr__(self, field.name, given[field.name])
-        object.__setattr__(self, "tables", {name: table for name, table in given.items() if table is not None})
+        object.__setattr__(
+            self, "tables", {name: table for name, table in given.items() if table is not None}
+        )
         effective = object.__new__(type(self))
         for name, table in given.items():
             if table is None and name in self.defaults:

@@ -37,9 +37,7 @@ class Table:
     __slots__ = ("__weakref__", "_copies", "kind", "segments", "weights")
 
     def __init__(self, weights: TableLike) -> None:
-        if isinstance(weights, Table):
-            weights = weights.weights
-        self.weights = _host_weights(weights)
+        self.weights: Tensor = _host_weights(weights.weights if isinstance(weights, Table) else weights)
         segments = _segments(self.weights)
         changed = [bool((self.weights[:, start] != 1).any()) for start, _ in segments[: MAX_SEGMENTS + 1]]
         self.segments: tuple[tuple[int, int], ...] = ()
@@ -49,7 +47,9 @@ class Table:
             self.kind = "ones"
         else:
             self.kind = "blocks"
-            self.segments = tuple(segment for segment, changes in zip(segments, changed, strict=True) if changes)
+            self.segments = tuple(
+                segment for segment, changes in zip(segments, changed, strict=True) if changes
+            )
         self._copies: dict[torch.device, Tensor] = {}
 
     @classmethod

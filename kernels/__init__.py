@@ -1,12 +1,16 @@
 """Backend `triton`: the leaf computations of the autograd.Functions as Triton kernels with their launchers."""
 
+from .gated_mlp import glu_backward
 from .launch import INTERPRETED, record, recording
 from .linear import bias_grad, input_grad, weight_grad
+from .mlp import activation_backward
 from .route_grad import masked_product, masked_product_
 
 __all__ = [
     "INTERPRETED",
+    "activation_backward",
     "bias_grad",
+    "glu_backward",
     "input_grad",
     "masked_product",
     "masked_product_",

@@ -10,6 +10,8 @@ ARCHITECTURES = (80, 90, 100)
 CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "masked_product_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 256, "num_warps": 4}},
     "bias_grad_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 128, "num_warps": 4}},
+    "activation_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
+    "glu_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
     "weight_grad_kernel": {
         80: {"BLOCK_O": 64, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 4, "num_stages": 3},
         90: {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3},

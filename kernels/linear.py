@@ -52,13 +52,23 @@ def bias_grad_kernel(
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     total = tl.zeros([BLOCK_F], dtype=tl.float32)
     first = tl.program_id(0).to(tl.int64) * TOKENS
-    for start in range(0, TOKENS, BLOCK_T):
+    for start in range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T):
         rows = first + start + tl.arange(0, BLOCK_T)
         valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
         routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
-        g_tile = tl.load(g + rows[:, None] * g_stride_t + features[None, :] * g_stride_f, mask=valid, other=0.0)
+        g_tile = tl.load(
+            g + rows[:, None] * g_stride_t + features[None, :] * g_stride_f, mask=valid, other=0.0
+        )
         g_tile = masked(
-            g_tile.to(tl.float32), weights, weights_cols, strength, strength_stride, routes, rows, features, valid
+            g_tile.to(tl.float32),
+            weights,
+            weights_cols,
+            strength,
+            strength_stride,
+            routes,
+            rows,
+            features,
+            valid,
         )
         total += tl.sum(g_tile, axis=0)
     tl.store(
@@ -147,7 +157,9 @@ def weight_grad_kernel(
             g_tile = tl.load(
                 g + rows[:, None] * g_stride_t + outputs[None, :] * g_stride_o, mask=g_valid, other=0.0
             )
-            x_tile = tl.load(x + rows[:, None] * x_stride_t + inputs[None, :] * x_stride_i, mask=x_valid, other=0.0)
+            x_tile = tl.load(
+                x + rows[:, None] * x_stride_t + inputs[None, :] * x_stride_i, mask=x_valid, other=0.0
+            )
             if row_weights is not None:
                 g_tile = rounded(m_rows * g_tile.to(tl.float32), g.dtype.element_ty)
             if col_weights is not None:

@@ -1,0 +1,268 @@
+"""routed_mlp: linear, activation, linear as one op with routed gradients; routed_activation: its middle alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, reference
+from .activations import ACTIVATIONS, check_activation
+from .border import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
+from .routes import Routes
+from .sites import Sites
+from .tables import TableLike
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MLPSites(Sites):
+    """Where an MLP masks. Each a table `[R, d_ff]`, the last two `[R, d_model]`, or `[R, 1]`, or None.
+
+    Attributes:
+        pre: the gradient of the pre-activations (gated: of both branches).
+        hidden: the gradient of the hidden activations.
+        forward: the hidden activations themselves, in forward, and so their gradient: zeroing in SGTM's sense.
+        update: shorthand for `update_in` and `update_out`, where they are not given.
+        update_in: which rows of the input weights (and biases) a token may update (SGTM, arXiv 2512.05648).
+        update_out: which columns of the output weight a token may update.
+        output: the gradient that arrives at the output, before everything else.
+        update_output_bias: which entries of the output bias a token may update.
+    """
+
+    pre: TableLike | None = None
+    hidden: TableLike | None = None
+    forward: TableLike | None = None
+    update: TableLike | None = None
+    update_in: TableLike | None = None
+    update_out: TableLike | None = None
+    output: TableLike | None = None
+    update_output_bias: TableLike | None = None
+
+    defaults: ClassVar[dict[str, str]] = {"update_in": "update", "update_out": "update"}
+
+    def check_mlp(self, routes: Routes, d_model: int, d_ff: int, output_bias: Tensor | None) -> None:
+        """Raises unless every table fits an MLP of these widths."""
+        self.check(
+            routes,
+            pre=d_ff,
+            hidden=d_ff,
+            forward=d_ff,
+            update=d_ff,
+            update_in=d_ff,
+            update_out=d_ff,
+            output=d_model,
+            update_output_bias=d_model if output_bias is not None else "the MLP has no output bias",
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationSites(Sites):
+    """Where the middle of an MLP masks. Each a table `[R, d_ff]` or `[R, 1]`, or None.
+
+    Attributes:
+        pre: the gradient of the pre-activations (gated: of both branches).
+        hidden: the gradient of the hidden activations.
+        forward: the hidden activations themselves, in forward, and so their gradient.
+    """
+
+    pre: TableLike | None = None
+    hidden: TableLike | None = None
+    forward: TableLike | None = None
+
+
+def routed_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    routes: Routes | None,
+    sites: MLPSites | None,
+    activation: str = "gelu",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """y = z W_outᵀ + b_out with z = m_forward ⊙ act(x W_inᵀ + b_in), and routed gradients.
+
+    With g = m_output ⊙ dy: dW_out = gᵀ (m_update_out ⊙ z), db_out = Σ_t m_update_output_bias ⊙ g,
+    dh = m_hidden ⊙ m_forward ⊙ (g W_out), da = m_pre ⊙ dh ⊙ act'(a), dx = da W_in, dW_in = (m_update_in ⊙ da)ᵀ x,
+    db_in = Σ_t m_update_in ⊙ da. Saved for backward: x and the pre-activations; the activation is recomputed.
+    Without a `forward` table the output equals eager PyTorch's bit for bit.
+
+    Args:
+        x: `[*tokens, d_model]`, fp32, bf16, fp16 or fp64.
+        w_in: `[d_ff, d_model]`.
+        b_in: `[d_ff]` or None.
+        w_out: `[d_out, d_ff]`; d_out is usually d_model.
+        b_out: `[d_out]` or None.
+        routes: the batch's routes; None: the ordinary op.
+        sites: where to mask; None: the ordinary op.
+        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        backend: see `gradroute.use_backend`; default: the fastest that supports the call.
+
+    Returns:
+        `[*tokens, d_out]`.
+
+    Raises:
+        ValueError: shapes, devices, tables or the activation do not fit, or `update_output_bias` without a bias.
+        BackendError: the requested backend cannot run the call.
+        RuntimeError: in backward with create_graph=True.
+    """
+    check_activation(activation)
+    if unrouted(routes, sites, MLPSites):
+        return F.linear(ACTIVATIONS[activation].value(F.linear(x, w_in, b_in)), w_out, b_out)
+    assert routes is not None and sites is not None
+    check_shape("w_in", w_in, -1, -1)
+    d_ff, d_model = w_in.shape
+    check_features("x", x, d_model, "w_in is [d_ff, d_model]")
+    check_shape("b_in", b_in, d_ff)
+    check_shape("w_out", w_out, -1, d_ff)
+    check_shape("b_out", b_out, w_out.shape[0])
+    routes.check(x, "x")
+    sites.check_mlp(routes, w_out.shape[0], d_ff, b_out)
+    x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)
+    chosen = backends.choose("routed_mlp", backend, x)
+    if chosen == "reference":
+        return reference.routed_mlp(x, w_in, b_in, w_out, b_out, routes, sites, activation)
+    y, _ = MLPFunction.apply(
+        x, w_in, b_in, w_out, b_out, routes, sites.effective, activation, backends.kernels(chosen)
+    )
+    return y
+
+
+class MLPFunction(torch.autograd.Function):
+    """routed_mlp on the kernels of a backend; the pre-activations are a second output, so that they can be saved."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w_in: Tensor,
+        b_in: Tensor | None,
+        w_out: Tensor,
+        b_out: Tensor | None,
+        routes: Routes,
+        sites: MLPSites,
+        activation: str,
+        kernels: Any,
+    ) -> tuple[Tensor, Tensor]:
+        a = F.linear(x, w_in, b_in)
+        z = ACTIVATIONS[activation].value(a)
+        kernels.masked_product_(flat(z), routes, sites.forward)
+        return F.linear(z, w_out, b_out), a
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, w_in, _, w_out, _, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
+        _, a = output
+        ctx.mark_non_differentiable(a)
+        need_x, need_w_in, need_b_in, need_w_out, _ = ctx.needs_input_grad[:5]
+        need_a = need_x or need_w_in or need_b_in
+        ctx.save_for_backward(
+            x if need_w_in else None,
+            w_in if need_x else None,
+            w_out if need_a else None,
+            a if need_a or need_w_out else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+        refuse_double_backward("routed_mlp")
+        x, w_in, w_out, a = ctx.saved_tensors
+        routes, sites, kernels = ctx.routes, ctx.sites, ctx.kernels
+        need_x, need_w_in, need_b_in, need_w_out, need_b_out = ctx.needs_input_grad[:5]
+        dx = dw_in = db_in = dw_out = db_out = None
+        g = kernels.masked_product(flat(dy), routes, sites.output)
+        if a is not None:
+            dz = None if w_out is None else g @ w_out
+            da, z, db_in = kernels.activation_backward(
+                dz, flat(a), routes, sites, ctx.activation, want_z=need_w_out, want_bias=need_b_in
+            )
+        if need_w_out:
+            dw_out = g.T @ z
+        if need_b_out:
+            db_out = kernels.bias_grad(g, routes, sites.update_output_bias)
+        if need_x:
+            dx = (da @ w_in).view(*dy.shape[:-1], w_in.shape[1])
+        if need_w_in:
+            kernels.masked_product_(da, routes, sites.update_in)  # da has served dx: it is ours to mask
+            dw_in = da.T @ flat(x)
+        return (
+            dx,
+            dw_in,
+            db_in,
+            dw_out,
+            db_out,
+            None,
+            None,
+            None,
+            None,
+        )  # ..., routes, sites, activation, kernels
+
+
+def routed_activation(
+    a: Tensor,
+    routes: Routes | None,
+    sites: ActivationSites | None,
+    activation: str,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """z = m_forward ⊙ act(a) with da = m_pre ⊙ m_hidden ⊙ m_forward ⊙ dz ⊙ act'(a): the middle of an MLP alone.
+
+    For models whose linears must be called, not read: LoRA, tensor-parallel or quantised modules.
+    Saved for backward: a.
+
+    Args:
+        a: `[*tokens, d_ff]`, fp32, bf16, fp16 or fp64.
+        routes: the batch's routes; None: the ordinary op.
+        sites: where to mask; None: the ordinary op.
+        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        backend: see `gradroute.use_backend`; default: the fastest that supports the call.
+
+    Returns:
+        `[*tokens, d_ff]`.
+
+    Raises:
+        ValueError: shapes, devices, tables or the activation do not fit.
+        BackendError: the requested backend cannot run the call.
+        RuntimeError: in backward with create_graph=True.
+    """
+    check_activation(activation)
+    if unrouted(routes, sites, ActivationSites):
+        return ACTIVATIONS[activation].value(a)
+    assert routes is not None and sites is not None
+    routes.check(a, "a")
+    sites.check(routes, pre=a.shape[-1], hidden=a.shape[-1], forward=a.shape[-1])
+    chosen = backends.choose("routed_activation", backend, a)
+    if chosen == "reference":
+        return reference.routed_activation(a, routes, sites, activation)
+    return ActivationFunction.apply(a, routes, sites.effective, activation, backends.kernels(chosen))
+
+
+class ActivationFunction(torch.autograd.Function):
+    """routed_activation on the kernels of a backend."""
+
+    @staticmethod
+    def forward(a: Tensor, routes: Routes, sites: ActivationSites, activation: str, kernels: Any) -> Tensor:
+        z = ACTIVATIONS[activation].value(a)
+        if sites.forward is not None:
+            z = z.contiguous()
+            kernels.masked_product_(flat(z), routes, sites.forward)
+        return z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
+        ctx.save_for_backward(a)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+        refuse_double_backward("routed_activation")
+        (a,) = ctx.saved_tensors
+        da, _, _ = ctx.kernels.activation_backward(
+            flat(dz), flat(a), ctx.routes, ctx.sites, ctx.activation, want_z=False, want_bias=False
+        )
+        return da.view(a.shape), None, None, None, None  # a, routes, sites, activation, kernels

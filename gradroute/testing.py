@@ -1,0 +1,947 @@
+"""Sample calls of every op, two plain PyTorch statements of each, and the error budget; shared by tests and bench.
+
+`sample(op, ...)` makes one call: tensors, routes, sites, keywords and an upstream gradient. A Sample runs itself on a
+backend, in fp64, as the ordinary op (`run_plain`) and by the detach idiom m * x + (1 - m) * x.detach() under ordinary
+autograd (`run_detached`). The last two come from one formula per op, written on `Marks` without gradroute's Functions.
+Needs no test framework.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gradroute
+
+from . import reference
+from .activations import ACTIVATIONS
+from .routes import Routes
+from .sites import Sites
+from .tables import Table, TableLike
+
+#: What `sample(tables=...)` takes, see `make_table`.
+TABLE_KINDS = ("ones", "zeros", "blocks", "fractional", "negative", "dense", "sparse", "unused", "broadcast")
+
+#: What `sample(strength=...)` takes: none, one value a token, one 0-dim value.
+STRENGTHS = (None, "token", "scalar")
+
+#: What `sample(gradient=...)` takes: the strides of the upstream gradient.
+LAYOUTS = ("contiguous", "sliced", "transposed", "zero_stride")
+
+# Masked products on the longest path to a gradient (output, forward, hidden, pre, update), and its own rounding.
+ROUNDINGS = 6
+
+
+class Sizes(NamedTuple):
+    """Widths of the sample inputs; odd enough to leave partial tiles."""
+
+    d_model: int = 20
+    d_ff: int = 37
+    vocabulary: int = 11
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+
+
+class Result(NamedTuple):
+    """What one run gave: the output, and the gradient of every floating-point input (None where it was frozen)."""
+
+    output: Tensor
+    gradients: dict[str, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One call of an op, with the gradient that arrives at its output.
+
+    Attributes:
+        op: its name in `gradroute.backends.OPS`.
+        tensors: the public function's tensor arguments by name, in its order; None for an absent bias.
+        routes: the batch's routes, or None.
+        sites: the op's sites, or None; for route_grad the table.
+        keywords: the other arguments.
+        upstream: the gradient of the output, in the layout that was asked for.
+    """
+
+    op: str
+    tensors: dict[str, Tensor | None]
+    routes: Routes | None
+    sites: Any
+    keywords: dict[str, Any]
+    upstream: Tensor
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The tables by site, as they were given."""
+        if self.sites is None or isinstance(self.sites, Table):
+            return {} if self.sites is None else {"table": self.sites}
+        given = {field.name: getattr(self.sites, field.name) for field in fields(self.sites)}
+        return {name: table for name, table in given.items() if table is not None}
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The names of the tensors that have gradients."""
+        return tuple(name for name, t in self.tensors.items() if t is not None and t.is_floating_point())
+
+    def leaves(self, frozen: Iterable[str] = ()) -> dict[str, Tensor | None]:
+        """The tensors as fresh autograd leaves over the same memory; those named in `frozen` need no gradient."""
+        names = set(self.differentiable) - set(frozen)
+        return {
+            name: None if tensor is None else tensor.detach().requires_grad_(name in names)
+            for name, tensor in self.tensors.items()
+        }
+
+    def call(self, tensors: Mapping[str, Tensor | None], backend: str | None = None) -> Tensor:
+        """The op's output for `tensors`, through its public function."""
+        function = getattr(gradroute, self.op, None)
+        options = {"backend": backend}
+        if function is None and backend == "reference":
+            function, options = getattr(reference, self.op), {}
+        if function is None:
+            raise NotImplementedError(
+                f"gradroute.{self.op} does not exist yet, only its meaning: backend 'reference'"
+            )
+        sites = {"table" if self.op == "route_grad" else "sites": self.sites}
+        return function(**tensors, routes=self.routes, **sites, **self.keywords, **options)
+
+    def call_plain(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """The ordinary op in eager PyTorch, without gradroute."""
+        return OPS[self.op].formula(Marks(None, {}), **tensors, **self.keywords)
+
+    def call_detached(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """The routed op by the detach idiom under ordinary autograd; parameters are copied per token."""
+        return OPS[self.op].formula(Marks(self.routes, self.tables), **tensors, **self.keywords)
+
+    def run(self, backend: str | None = None, frozen: Iterable[str] = ()) -> Result:
+        """Forward and backward on a backend."""
+        return self._run(lambda tensors: self.call(tensors, backend), frozen)
+
+    def run_plain(self, frozen: Iterable[str] = ()) -> Result:
+        """Forward and backward of the ordinary op in eager PyTorch."""
+        return self._run(self.call_plain, frozen)
+
+    def run_detached(self) -> Result:
+        """Forward and backward of the routed op by the detach idiom."""
+        return self._run(self.call_detached, ())
+
+    def _run(self, call: Callable[[dict[str, Tensor | None]], Tensor], frozen: Iterable[str]) -> Result:
+        leaves = self.leaves(frozen)
+        output = call(leaves)
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+        gradients: dict[str, Tensor | None] = dict.fromkeys(self.differentiable)
+        if wanted:
+            found = torch.autograd.grad(output, list(wanted.values()), self.upstream, allow_unused=True)
+            gradients |= dict(zip(wanted, found, strict=True))
+        return Result(output.detach(), gradients)
+
+    def in_float64(self) -> Sample:
+        """The same values in fp64: what is exact for every dtype."""
+        tensors = {name: _float64(tensor) for name, tensor in self.tensors.items()}
+        keywords = {name: _float64(value) for name, value in self.keywords.items()}
+        return replace(self, tensors=tensors, keywords=keywords, upstream=self.upstream.double())
+
+    def with_sites(self, sites: Any) -> Sample:
+        """The same call with other sites."""
+        return replace(self, sites=sites)
+
+    def with_upstream(self, upstream: Tensor) -> Sample:
+        """The same call with another upstream gradient."""
+        return replace(self, upstream=upstream)
+
+    def with_routes(self, routes: Routes | None) -> Sample:
+        """The same call with other routes."""
+        return replace(self, routes=routes)
+
+    def of_tokens(self, index: Tensor) -> Sample:
+        """The call on some tokens only: `index [n]` into the flattened tokens. Not for attention."""
+        assert self.routes is not None
+        tensors = dict(self.tensors)
+        for name in OPS[self.op].activations:
+            tensor = tensors[name]
+            assert tensor is not None
+            tensors[name] = tensor.flatten(0, self.upstream.dim() - 2)[index]
+        upstream = self.upstream.flatten(0, -2)[index]
+        return replace(self, tensors=tensors, upstream=upstream, routes=self.routes.select(index))
+
+    def assert_within_budget(self, backend: str | None = None) -> None:
+        """Runs the call on a backend and asserts the error budget, see `excess`, for the output and every gradient."""
+        actual, exact = self.run(backend), self.in_float64().run("reference")
+        plain, plain_exact = self.run_plain(), self.in_float64().run_plain()
+        assert_result_within_budget(actual, exact, plain, plain_exact, f"{self.op} on {backend}")
+
+
+def _float64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def excess(actual: Tensor, exact: Tensor, plain: Tensor, plain_exact: Tensor) -> str | None:
+    """What exceeds the error budget of `actual`, in words; None when it is within.
+
+    The error against fp64 may be twice that of the ordinary op in plain PyTorch at the same dtype, on the same inputs,
+    plus a floor. Twice: a fused backward rounds at other places than eager PyTorch, as often. Errors are measured as
+    their maximum over the maximum of the exact values, and as their root mean square (RMS) over that of the exact
+    values; both must hold. They are relative, so that the ordinary op, whose gradients have another size, can lend its
+    error to the routed one: rounding is relative, and both sum the same number of terms.
+
+    The floor is what masking adds: each masked product rounds once more, by at most eps / 2 of its value. At most
+    five lie on the path to one gradient (output, forward, hidden, pre, update), and the gradient is rounded itself:
+    ROUNDINGS = 6, so 3 eps. It covers fp64 too, where the ordinary op's error against fp64 is that of another order
+    of summation. Where every exact value is 0, every actual value must be 0.
+
+    Args:
+        actual: what is tested, at dtype.
+        exact: the same in fp64.
+        plain: the ordinary op's counterpart in plain PyTorch, at dtype.
+        plain_exact: the ordinary op's counterpart in fp64.
+    """
+    if actual.shape != exact.shape:
+        return f"got shape {list(actual.shape)}, expected {list(exact.shape)}"
+    if actual.numel() == 0:
+        return None
+    floor = ROUNDINGS / 2 * torch.finfo(actual.dtype).eps
+    error, plain_error = actual.double() - exact, plain.double() - plain_exact
+    for name, size in {"maximum": _maximum, "RMS": _rms}.items():
+        scale, plain_scale = size(exact), size(plain_exact)
+        relative = size(plain_error) / plain_scale if plain_scale > 0 else 0.0
+        limit = (2 * relative + floor) * scale
+        if not size(error) <= limit:  # a NaN fails too
+            return (
+                f"{name} error {size(error):.3e} exceeds {limit:.3e} = (2 × {relative:.3e} of plain PyTorch + "
+                f"{floor:.3e} floor) × {scale:.3e} scale, in {actual.dtype}"
+            )
+    return None
+
+
+def _maximum(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _rms(x: Tensor) -> float:
+    return math.sqrt(float(x.square().mean()))
+
+
+def assert_result_within_budget(
+    actual: Result, exact: Result, plain: Result, plain_exact: Result, name: str
+) -> None:
+    """Raises AssertionError, naming the tensor, unless the output and every gradient keep the budget (`excess`)."""
+    excesses = {"output": excess(actual.output, exact.output, plain.output, plain_exact.output)}
+    for argument, gradient in actual.gradients.items():
+        others = (result.gradients[argument] for result in (exact, plain, plain_exact))
+        expected, plain_gradient, plain_expected = others
+        if gradient is None or expected is None:
+            excesses[f"d{argument}"] = "the gradient is None"
+            continue
+        assert plain_gradient is not None
+        assert plain_expected is not None
+        excesses[f"d{argument}"] = excess(gradient, expected, plain_gradient, plain_expected)
+    wrong = [f"{part}: {why}" for part, why in excesses.items() if why is not None]
+    if wrong:
+        raise AssertionError(f"{name}: " + "; ".join(wrong))
+
+
+def assert_same_bits(actual: Result, expected: Result, name: str) -> None:
+    """Raises AssertionError, naming the tensor, unless two results agree in every bit (0 and -0 are equal)."""
+    pairs = {"output": (actual.output, expected.output)}
+    for argument, gradient in actual.gradients.items():
+        other = expected.gradients[argument]
+        if gradient is None or other is None:
+            assert gradient is other, f"{name}: d{argument}: got {gradient}, expected {other}"
+            continue
+        pairs[f"d{argument}"] = (gradient, other)
+    for part, (got, want) in pairs.items():
+        different = int((got != want).sum()) if got.shape == want.shape else -1
+        assert different == 0, f"{name}: {part}: {different} of {want.numel()} elements differ"
+
+
+class SavedBytes(NamedTuple):
+    """Bytes kept for the backward: every storage once, and once per tensor saved."""
+
+    once: int
+    packed: int
+
+
+def saved_bytes(forward: Callable[[], Any]) -> SavedBytes:
+    """What autograd saves while `forward` runs, counted with `torch.autograd.graph.saved_tensors_hooks`."""
+    storages: dict[int, int] = {}
+    packed = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal packed
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        packed += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return SavedBytes(sum(storages.values()), packed)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Draw:
+    """Random values, the same on every device and in every dtype up to rounding."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, device
+
+    def normal(self, *shape: int, scale: float = 1.0, layout: str = "contiguous") -> Tensor:
+        """Normal values in one of LAYOUTS."""
+        if layout == "zero_stride":
+            return self._values((), scale).expand(shape)
+        if layout == "sliced":
+            return self._values((*shape[:-1], 2 * shape[-1] + 1), scale)[..., 1::2]
+        if layout == "transposed":
+            return self._values((shape[-1], *shape[:-1]), scale).movedim(0, -1)
+        if layout != "contiguous":
+            raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+        return self._values(shape, scale)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high)."""
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+    def _values(self, shape: tuple[int, ...], scale: float) -> Tensor:
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        return values.to(device=self.device, dtype=self.dtype)
+
+
+def make_table(kind: str, num_routes: int, features: int, seed: int = 0) -> Table:
+    """A table of one of TABLE_KINDS.
+
+    "ones"; "zeros"; "blocks", "fractional" and "negative": up to four constant pieces of weights in {0, 1}, {0.5, 1},
+    {-0.75, 1}; "dense" and "unused": any feature any of {0, 1, 0.5, -0.75} (for "unused", `sample` gives the last
+    route no token); "sparse": the same, three quarters of it 0; "broadcast": the same, `[R, 1]`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def one_of(values: Iterable[float], columns: int) -> Tensor:
+        choice = torch.tensor(tuple(values))
+        return choice[torch.randint(len(choice), (num_routes, columns), generator=generator)]
+
+    mixed = (0.0, 1.0, 0.5, -0.75)
+    pieces = {"blocks": (0.0, 1.0), "fractional": (0.5, 1.0), "negative": (-0.75, 1.0)}
+    if kind in ("ones", "zeros"):
+        weights = torch.full((num_routes, features), float(kind == "ones"))
+    elif kind in pieces:
+        bounds = [piece * features // 4 for piece in range(5)]
+        weights = torch.cat(
+            [
+                one_of(pieces[kind], 1).expand(-1, stop - start)
+                for start, stop in zip(bounds, bounds[1:], strict=False)
+            ],
+            dim=1,
+        )
+    elif kind in ("dense", "unused"):
+        weights = one_of(mixed, features)
+    elif kind == "sparse":
+        weights = one_of((*mixed, *(0.0,) * 8), features)
+    elif kind == "broadcast":
+        weights = one_of(mixed, 1)
+    else:
+        raise ValueError(f"tables: got {kind!r}, expected one of {', '.join(TABLE_KINDS)}")
+    return Table(weights)
+
+
+def make_routes(
+    draw: Draw,
+    shape: tuple[int, ...],
+    num_routes: int,
+    strength: str | None = None,
+    used: int | None = None,
+    flat_ids: bool = False,
+) -> Routes:
+    """Routes of random ids in [0, used); strength one of STRENGTHS, or "ones": 1 for every token.
+
+    Per-token strengths are 0 and 1 in part, otherwise anything in [0, 1.25).
+    """
+    ids = draw.integers(num_routes if used is None else used, *shape)
+    per_token = 1.25 * torch.rand(shape, generator=draw.generator)
+    per_token.view(-1)[::3] = 1
+    per_token.view(-1)[1::5] = 0
+    strengths = {
+        None: None,
+        "token": per_token,
+        "scalar": torch.tensor(0.3),
+        "ones": torch.ones(shape),
+    }
+    s = strengths[strength]
+    if flat_ids:
+        ids = ids.reshape(-1)
+        s = s.reshape(-1) if s is not None and s.dim() else s
+    return Routes.of(ids, num_routes, strength=None if s is None else s.to(draw.device))
+
+
+def sample(
+    op: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokens: int | tuple[int, ...] = 37,
+    tables: str = "dense",
+    strength: str | None = None,
+    sites: str | tuple[str, ...] = "all",
+    gradient: str = "contiguous",
+    inputs: str = "contiguous",
+    bias: bool = True,
+    flat_ids: bool = False,
+    num_routes: int = 4,
+    sizes: Sizes | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    **keywords: Any,
+) -> Sample:
+    """One call of `op`.
+
+    Args:
+        op: its name in `gradroute.backends.OPS`.
+        dtype: of all floating-point tensors.
+        tokens: the activations' leading shape; for routed_attention (batch, sequence).
+        tables: one of TABLE_KINDS; every site gets another table of it.
+        strength: one of STRENGTHS, or "ones".
+        sites: "all", one name or several, see `site_names`. Bias sites are left out where there is no bias.
+        gradient: one of LAYOUTS, of the upstream gradient.
+        inputs: one of LAYOUTS, of the activations.
+        bias: whether biases are given where the op has any.
+        flat_ids: ids `[T]` instead of `[*tokens]`.
+        num_routes: R.
+        sizes: the widths.
+        seed: of all random values.
+        device: where everything is.
+        **keywords: the op's other arguments. For routed_attention also `documents` (how many documents the sequence is
+            cut into: makes cu_seqlens), `padding` (how many keys at the end are padding: makes key_mask) and
+            `queries` (S_q of the last queries only).
+    """
+    entry = OPS[op]
+    shape = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    sizes = sizes or Sizes()
+    draw = Draw(seed, dtype, device)
+    tensors, keywords = entry.inputs(draw, shape, sizes, bias, inputs, keywords)
+    widths = entry.site_features(sizes, num_routes, bias)
+    names = tuple(widths) if sites == "all" else (sites,) if isinstance(sites, str) else sites
+    made = {
+        name: make_table(tables, num_routes, widths[name], seed=100 * seed + index)
+        for index, name in enumerate(widths)
+        if name in names
+    }
+    used = num_routes - 1 if tables == "unused" else num_routes
+    routes = make_routes(draw, shape, num_routes, strength, used, flat_ids)
+    with torch.no_grad():
+        output = entry.formula(Marks(None, {}), **tensors, **keywords)
+    return Sample(
+        op=op,
+        tensors=tensors,
+        routes=routes,
+        sites=made.get("table") if op == "route_grad" else entry.sites_class()(**made),
+        keywords=keywords,
+        upstream=draw.normal(*output.shape, layout=gradient),
+    )
+
+
+def site_names(op: str, bias: bool = True) -> tuple[str, ...]:
+    """The sites of `op`; route_grad's only one is "table"."""
+    return tuple(OPS[op].site_features(Sizes(), 1, bias))
+
+
+def variants(op: str) -> tuple[dict[str, Any], ...]:
+    """Keyword arguments of `sample` that choose another computation of `op`: activations, casting modes, masks."""
+    return OPS[op].variants
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Marks:
+    """The detach idiom for the sites of one call, in plain PyTorch; without tables, the ordinary op.
+
+    A formula marks its tensors: `gradient` where a site masks a gradient, `forward` where it masks an activation, and
+    `parameter` where it decides who updates a parameter: every token gets its own copy m * w + (1 - m) * w.detach().
+    """
+
+    def __init__(self, routes: Routes | None, tables: Mapping[str, Table]) -> None:
+        self.routes, self.tables = routes, tables
+
+    def table(self, site: str, shorthand: str | None = None) -> Table | None:
+        """The table of a site, or of the site it takes its table from when it has none."""
+        found = self.tables.get(site)
+        return self.tables.get(shorthand) if found is None and shorthand else found
+
+    def mask(self, table: Table, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """m for tokens of the given shape, `[*shape, F]`, from the formula of the masks."""
+        assert self.routes is not None
+        weights = table.weights.to(device=self.routes.device, dtype=dtype)
+        m = weights[self.routes.ids.long()]
+        if self.routes.strength is not None:
+            s = self.routes.strength.to(dtype).reshape(-1, 1)
+            m = weights[0] + s * (m - weights[0])
+        return m.reshape(*shape, m.shape[-1])
+
+    def gradient(self, site: str, x: Tensor) -> Tensor:
+        """x, its gradient masked at `site`."""
+        table = self.table(site)
+        return x if table is None else _detached(self.mask(table, x.dtype, x.shape[:-1]), x)
+
+    def forward(self, site: str, x: Tensor) -> Tensor:
+        """x masked at `site`, and so its gradient."""
+        table = self.table(site)
+        return x if table is None else self.mask(table, x.dtype, x.shape[:-1]) * x
+
+    def by_head(self, site: str, x: Tensor, forward: bool = False) -> Tensor:
+        """`gradient` (or `forward`) for x `[B, H, S, D]` and a table `[R, H]`."""
+        table = self.table(site)
+        if table is None:
+            return x
+        m = self.mask(table, x.dtype, torch.Size((x.shape[0], x.shape[2]))).transpose(1, 2).unsqueeze(-1)
+        return m * x if forward else _detached(m, x)
+
+    def edges(self, site: str, batch: int, dtype: torch.dtype) -> Tensor | None:
+        """E[query's route, key's route] `[B, 1, S, S]`, or None."""
+        table = self.table(site)
+        if table is None:
+            return None
+        assert self.routes is not None
+        ids = self.routes.ids.long().reshape(batch, -1)
+        weights = table.weights.to(device=ids.device, dtype=dtype)
+        return weights[ids.unsqueeze(2), ids.unsqueeze(1)].unsqueeze(1)
+
+    def parameter(self, parameter: Tensor, tokens: torch.Size, *tables: Table | None) -> Tensor:
+        """`parameter`, or each token's copy `[*tokens, *parameter.shape]`; one table (or None) per dimension of it."""
+        masks = [
+            self.mask(table, parameter.dtype, tokens).reshape(*tokens, *_along(dimension, parameter.dim()))
+            for dimension, table in enumerate(tables)
+            if table is not None
+        ]
+        return _detached(math.prod(masks), parameter) if masks else parameter
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Table | None = None,
+        cols: Table | None = None,
+        bias_rows: Table | None = None,
+    ) -> Tensor:
+        """A linear layer, some entries of whose weight and bias some tokens may not update."""
+        tokens = x.shape[:-1]
+        copies = self.parameter(weight, tokens, rows, cols)
+        copied_bias = None if bias is None else self.parameter(bias, tokens, bias_rows)
+        if copies is weight and copied_bias is bias:
+            return F.linear(x, weight, bias)
+        y = F.linear(x, weight) if copies is weight else (copies @ x.unsqueeze(-1)).squeeze(-1)
+        return y if copied_bias is None else y + copied_bias
+
+
+def _detached(m: Any, x: Tensor) -> Tensor:
+    return m * x + (1 - m) * x.detach()
+
+
+def _along(dimension: int, dimensions: int) -> tuple[int, ...]:
+    return (*(1,) * dimension, -1, *(1,) * (dimensions - dimension - 1))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The ops: inputs, site widths, and the ordinary formula with its sites marked.
+
+Inputs = tuple[dict[str, "Tensor | None"], dict[str, Any]]
+
+
+class Op(NamedTuple):
+    """What `sample` knows about an op.
+
+    Attributes:
+        inputs: (draw, token shape, sizes, bias, layout of activations, keywords) → the tensors, and the keywords of
+            the public function.
+        site_features: (sizes, num_routes, bias) → the width of every site that such a call can honour.
+        formula: the op on Marks, in eager PyTorch.
+        sites_class: the name of its dataclass in gradroute; None for route_grad.
+        activations: the tensors that have tokens.
+        variants: see `variants`.
+    """
+
+    inputs: Callable[[Draw, tuple[int, ...], Sizes, bool, str, dict[str, Any]], Inputs]
+    site_features: Callable[[Sizes, int, bool], dict[str, int]]
+    formula: Callable[..., Tensor]
+    sites_name: str | None
+    activations: tuple[str, ...] = ("x",)
+    variants: tuple[dict[str, Any], ...] = ({},)
+
+    def sites_class(self) -> Any:
+        """The dataclass of its sites."""
+        assert self.sites_name is not None
+        return getattr(gradroute, self.sites_name, None) or _NOT_YET_PUBLIC[self.sites_name]
+
+
+def _route_grad_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    return {"x": draw.normal(*tokens, sizes.d_model, layout=layout)}, keywords
+
+
+def _route_grad(marks: Marks, x: Tensor) -> Tensor:
+    return marks.gradient("table", x)
+
+
+def _linear_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    inputs, outputs = sizes.d_model, sizes.d_ff
+    tensors = {
+        "x": draw.normal(*tokens, inputs, layout=layout),
+        "weight": draw.normal(outputs, inputs, scale=inputs**-0.5),
+        "bias": draw.normal(outputs) if bias else None,
+    }
+    return tensors, keywords
+
+
+def _linear_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
+    inputs, outputs = sizes.d_model, sizes.d_ff
+    widths = {"output": outputs, "input": inputs, "update_rows": outputs, "update_cols": inputs}
+    return widths | ({"update_bias": outputs} if bias else {})
+
+
+def _linear(marks: Marks, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = marks.linear(
+        marks.gradient("input", x),
+        weight,
+        bias,
+        rows=marks.table("update_rows"),
+        cols=marks.table("update_cols"),
+        bias_rows=marks.table("update_bias", "update_rows"),
+    )
+    return marks.gradient("output", y)
+
+
+def _activation_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    return {"a": draw.normal(*tokens, sizes.d_ff, layout=layout)}, {"activation": "gelu"} | keywords
+
+
+def _activation_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
+    return {"pre": sizes.d_ff, "hidden": sizes.d_ff, "forward": sizes.d_ff}
+
+
+def _activation(marks: Marks, a: Tensor, activation: str) -> Tensor:
+    h = PLAIN_ACTIVATIONS[activation](marks.gradient("pre", a))
+    return marks.forward("forward", marks.gradient("hidden", h))
+
+
+def _glu_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    return {name: draw.normal(*tokens, sizes.d_ff, layout=layout) for name in ("gate", "up")}, keywords
+
+
+def _glu(marks: Marks, gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    h = PLAIN_ACTIVATIONS[activation](marks.gradient("pre", gate)) * marks.gradient("pre", up)
+    return marks.forward("forward", marks.gradient("hidden", h))
+
+
+def _mlp_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    d_model, d_ff = sizes.d_model, sizes.d_ff
+    tensors = {
+        "x": draw.normal(*tokens, d_model, layout=layout),
+        "w_in": draw.normal(d_ff, d_model, scale=d_model**-0.5),
+        "b_in": draw.normal(d_ff) if bias else None,
+        "w_out": draw.normal(d_model, d_ff, scale=d_ff**-0.5),
+        "b_out": draw.normal(d_model) if bias else None,
+    }
+    return tensors, keywords
+
+
+def _mlp_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
+    names = ("pre", "hidden", "forward", "update", "update_in", "update_out")
+    widths = dict.fromkeys(names, sizes.d_ff) | {"output": sizes.d_model}
+    return widths | ({"update_output_bias": sizes.d_model} if bias else {})
+
+
+def _mlp(
+    marks: Marks,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str = "gelu",
+) -> Tensor:
+    update_in = marks.table("update_in", "update")
+    a = marks.linear(x, w_in, b_in, rows=update_in, bias_rows=update_in)
+    return _mlp_output(marks, _activation(marks, a, activation), w_out, b_out)
+
+
+def _mlp_output(marks: Marks, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    update_out, update_bias = marks.table("update_out", "update"), marks.table("update_output_bias")
+    return marks.gradient("output", marks.linear(z, weight, bias, cols=update_out, bias_rows=update_bias))
+
+
+def _gated_mlp_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    d_model, d_ff = sizes.d_model, sizes.d_ff
+    tensors = {
+        "x": draw.normal(*tokens, d_model, layout=layout),
+        "w_gate": draw.normal(d_ff, d_model, scale=d_model**-0.5),
+        "w_up": draw.normal(d_ff, d_model, scale=d_model**-0.5),
+        "w_down": draw.normal(d_model, d_ff, scale=d_ff**-0.5),
+        "b_gate": draw.normal(d_ff) if bias else None,
+        "b_up": draw.normal(d_ff) if bias else None,
+        "b_down": draw.normal(d_model) if bias else None,
+    }
+    return tensors, keywords
+
+
+def _gated_mlp(
+    marks: Marks,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str = "silu",
+) -> Tensor:
+    update_in = marks.table("update_in", "update")
+    gate = marks.linear(x, w_gate, b_gate, rows=update_in, bias_rows=update_in)
+    up = marks.linear(x, w_up, b_up, rows=update_in, bias_rows=update_in)
+    return _mlp_output(marks, _glu(marks, gate, up, activation), w_down, b_down)
+
+
+def _rms_norm_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    tensors = {"x": draw.normal(*tokens, sizes.d_model, layout=layout), "weight": draw.normal(sizes.d_model)}
+    return tensors, keywords
+
+
+def _update_site(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
+    return {"update": sizes.d_model}
+
+
+def _rms_norm(
+    marks: Marks,
+    x: Tensor,
+    weight: Tensor,
+    eps: float | None = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "torch",
+) -> Tensor:
+    copies = marks.parameter(weight, x.shape[:-1], marks.table("update"))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if casting_mode == "torch":
+        if copies is weight:
+            return F.rms_norm(x, x.shape[-1:], weight + offset if offset else weight, eps)
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * (copies + offset)
+    # transformers: LlamaRMSNorm and GemmaRMSNorm.
+    normalised = x.to(wide) * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)
+    if casting_mode == "llama":
+        return (copies + offset if offset else copies) * normalised.to(x.dtype)
+    return (normalised * (offset + copies.to(wide))).to(x.dtype)
+
+
+def _layer_norm_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    tensors = {
+        "x": draw.normal(*tokens, sizes.d_model, layout=layout),
+        "weight": draw.normal(sizes.d_model),
+        "bias": draw.normal(sizes.d_model) if bias else None,
+    }
+    return tensors, keywords
+
+
+def _layer_norm(marks: Marks, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    update, tokens = marks.table("update"), x.shape[:-1]
+    if update is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = F.layer_norm(x, x.shape[-1:], eps=eps) * marks.parameter(weight, tokens, update)
+    return y if bias is None else y + marks.parameter(bias, tokens, update)
+
+
+def _embedding_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    tensors = {
+        "tokens": draw.integers(sizes.vocabulary, *tokens),
+        "weight": draw.normal(sizes.vocabulary, sizes.d_model),
+    }
+    return tensors, keywords
+
+
+def _embedding(marks: Marks, tokens: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    return marks.gradient("update", F.embedding(tokens, weight, padding_idx))
+
+
+def _attention_inputs(
+    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
+) -> Inputs:
+    batch, length = tokens
+    keywords = dict(keywords)
+    documents, padding = keywords.pop("documents", None), keywords.pop("padding", None)
+    queries = keywords.pop("queries", length)
+    tensors = {
+        "q": draw.normal(batch, sizes.heads, queries, sizes.head_dim, layout=layout),
+        "k": draw.normal(batch, sizes.kv_heads, length, sizes.head_dim, layout=layout),
+        "v": draw.normal(batch, sizes.kv_heads, length, sizes.head_dim, layout=layout),
+    }
+    if documents is not None:
+        bounds = [document * length // documents for document in range(documents + 1)]
+        keywords["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=draw.device)
+    if padding is not None:
+        keywords["key_mask"] = (torch.arange(length, device=draw.device) < length - padding).expand(batch, -1)
+    return tensors, keywords
+
+
+def _attention_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
+    by_query_head = dict.fromkeys(("query", "heads", "forward_heads"), sizes.heads)
+    by_key_head = dict.fromkeys(("key", "value"), sizes.kv_heads)
+    return by_query_head | by_key_head | dict.fromkeys(("score_edges", "value_edges"), num_routes)
+
+
+def _visible(
+    queries: int,
+    keys: int,
+    device: torch.device,
+    causal: bool,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """Which key a query sees, bool `[B or 1, 1, S_q, S_k]`."""
+    key = torch.arange(keys, device=device)
+    query = key[keys - queries :].unsqueeze(1)
+    far = query - key
+    seen = torch.ones_like(far, dtype=torch.bool)
+    if causal:
+        seen = seen & (far >= 0)
+    if window is not None:
+        seen = seen & ((far if causal else far.abs()) < window)
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().long()
+        document = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        seen = seen & (document[query] == document)
+    seen = seen.expand(1, 1, queries, keys)
+    return seen if key_mask is None else seen & key_mask[:, None, None, :]
+
+
+def _attention(
+    marks: Marks,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    seen = _visible(q.shape[2], k.shape[2], q.device, causal, window, cu_seqlens, key_mask)
+    if not marks.tables:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    group = q.shape[1] // k.shape[1]
+    q, k, v = marks.by_head("query", q), marks.by_head("key", k), marks.by_head("value", v)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    score_edges = marks.edges("score_edges", q.shape[0], q.dtype)
+    if score_edges is not None:
+        scores = _detached(score_edges, scores)
+    p = torch.softmax(scores.masked_fill(~seen, -math.inf), -1).nan_to_num(0.0)
+    value_edges = marks.edges("value_edges", q.shape[0], q.dtype)
+    if value_edges is None:
+        o = p @ v
+    else:  # every query has its own copy of every value
+        o = (p.unsqueeze(-1) * _detached(value_edges.unsqueeze(-1), v.unsqueeze(2))).sum(-2)
+    return marks.by_head("forward_heads", marks.by_head("heads", o), forward=True)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _AttentionSites(Sites):
+    query: TableLike | None = None
+    key: TableLike | None = None
+    value: TableLike | None = None
+    heads: TableLike | None = None
+    forward_heads: TableLike | None = None
+    score_edges: TableLike | None = None
+    value_edges: TableLike | None = None
+
+
+# Sites of ops that have a meaning (backend "reference") and no public function yet.
+_NOT_YET_PUBLIC = {"AttentionSites": _AttentionSites}
+
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda a: F.relu(a).square(),
+}
+
+_ACTIVATION_VARIANTS = tuple({"activation": name} for name in ACTIVATIONS)
+
+#: What `sample` knows about every op of `gradroute.backends.OPS`.
+OPS = {
+    "route_grad": Op(_route_grad_inputs, lambda sizes, _, __: {"table": sizes.d_model}, _route_grad, None),
+    "routed_linear": Op(_linear_inputs, _linear_sites, _linear, "LinearSites"),
+    "routed_activation": Op(
+        _activation_inputs, _activation_sites, _activation, "ActivationSites", ("a",), _ACTIVATION_VARIANTS
+    ),
+    "routed_glu": Op(
+        _glu_inputs, _activation_sites, _glu, "ActivationSites", ("gate", "up"), _ACTIVATION_VARIANTS
+    ),
+    "routed_mlp": Op(_mlp_inputs, _mlp_sites, _mlp, "MLPSites", variants=_ACTIVATION_VARIANTS),
+    "routed_gated_mlp": Op(
+        _gated_mlp_inputs, _mlp_sites, _gated_mlp, "MLPSites", variants=_ACTIVATION_VARIANTS
+    ),
+    "routed_rms_norm": Op(
+        _rms_norm_inputs,
+        _update_site,
+        _rms_norm,
+        "NormSites",
+        variants=(
+            {},
+            {"eps": None},
+            {"offset": 1.0},
+            {"casting_mode": "llama"},
+            {"casting_mode": "gemma", "offset": 1.0},
+        ),
+    ),
+    "routed_layer_norm": Op(
+        _layer_norm_inputs, _update_site, _layer_norm, "NormSites", variants=({}, {"eps": 1e-3})
+    ),
+    "routed_embedding": Op(
+        _embedding_inputs,
+        _update_site,
+        _embedding,
+        "EmbeddingSites",
+        ("tokens",),
+        variants=({}, {"padding_idx": 3}),
+    ),
+    "routed_attention": Op(
+        _attention_inputs,
+        _attention_sites,
+        _attention,
+        "AttentionSites",
+        ("q", "k", "v"),
+        variants=(
+            {},
+            {"causal": False},
+            {"window": 5},
+            {"causal": False, "window": 5, "scale": 0.2},
+            {"documents": 3},
+            {"padding": 4},
+        ),
+    ),
+}

@@ -1,0 +1,237 @@
+"""The backward of act(gate) * up with every mask of a gated MLP folded in, and the bias gradients on the way."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..routes import Routes
+from .activations import value_and_derivative
+from .launch import (
+    config_of,
+    kernel_op,
+    launch,
+    route_arguments,
+    strides,
+    table_arguments,
+    tokens_of,
+    weights_on,
+)
+from .mlp import TOKENS_PER_PARTIAL
+from .tiles import masked, rounded
+
+
+@triton.jit
+def glu_bwd_kernel(
+    dz,  # [T, F] or None
+    gate,  # [T, F]
+    up,  # [T, F]
+    dgate,  # [T, F] or None
+    dup,  # [T, F] or None
+    z,  # [T, F] or None
+    gate_partial,  # [ceil(T / TOKENS), F] fp32 or None
+    up_partial,  # [ceil(T / TOKENS), F] fp32 or None
+    ids,  # [T]
+    strength,
+    strength_stride,
+    pre,
+    pre_cols,
+    hidden,
+    hidden_cols,
+    forward,
+    forward_cols,
+    update_out,
+    update_out_cols,
+    update_in,
+    update_in_cols,
+    num_tokens,
+    num_features,
+    dz_stride_t,
+    dz_stride_f,
+    gate_stride_t,
+    gate_stride_f,
+    up_stride_t,
+    up_stride_f,
+    ACTIVATION: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """With dh = m_hidden ⊙ m_forward ⊙ dz: dgate = m_pre ⊙ dh ⊙ up ⊙ act'(gate), dup = m_pre ⊙ dh ⊙ act(gate).
+
+    On the way z = m_update_out ⊙ m_forward ⊙ act(gate) ⊙ up, and partial sums of m_update_in ⊙ dgate and
+    m_update_in ⊙ dup over runs of TOKENS tokens.
+    """
+    features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    gate_total = tl.zeros([BLOCK_F], dtype=tl.float32)
+    up_total = tl.zeros([BLOCK_F], dtype=tl.float32)
+    for start in range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T):
+        rows = first + start + tl.arange(0, BLOCK_T)
+        valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
+        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        out = rows[:, None] * num_features + features[None, :]
+        gate_tile = tl.load(
+            gate + rows[:, None] * gate_stride_t + features[None, :] * gate_stride_f, mask=valid, other=0.0
+        )
+        up_tile = tl.load(
+            up + rows[:, None] * up_stride_t + features[None, :] * up_stride_f, mask=valid, other=0.0
+        ).to(tl.float32)
+        value, derivative = value_and_derivative(gate_tile.to(tl.float32), ACTIVATION)
+        if z is not None:
+            z_tile = masked(
+                value * up_tile,
+                forward,
+                forward_cols,
+                strength,
+                strength_stride,
+                routes,
+                rows,
+                features,
+                valid,
+            )
+            z_tile = masked(
+                z_tile, update_out, update_out_cols, strength, strength_stride, routes, rows, features, valid
+            )
+            tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
+        if dz is not None:
+            dh = tl.load(
+                dz + rows[:, None] * dz_stride_t + features[None, :] * dz_stride_f, mask=valid, other=0.0
+            ).to(tl.float32)
+            dh = masked(dh, forward, forward_cols, strength, strength_stride, routes, rows, features, valid)
+            dh = masked(dh, hidden, hidden_cols, strength, strength_stride, routes, rows, features, valid)
+            dgate_tile = masked(
+                dh * up_tile * derivative,
+                pre,
+                pre_cols,
+                strength,
+                strength_stride,
+                routes,
+                rows,
+                features,
+                valid,
+            )
+            dup_tile = masked(
+                dh * value, pre, pre_cols, strength, strength_stride, routes, rows, features, valid
+            )
+            tl.store(dgate + out, rounded(dgate_tile, dgate.dtype.element_ty), mask=valid)
+            tl.store(dup + out, rounded(dup_tile, dup.dtype.element_ty), mask=valid)
+            if gate_partial is not None:
+                dgate_tile = masked(
+                    dgate_tile,
+                    update_in,
+                    update_in_cols,
+                    strength,
+                    strength_stride,
+                    routes,
+                    rows,
+                    features,
+                    valid,
+                )
+                dup_tile = masked(
+                    dup_tile,
+                    update_in,
+                    update_in_cols,
+                    strength,
+                    strength_stride,
+                    routes,
+                    rows,
+                    features,
+                    valid,
+                )
+                gate_total += tl.sum(dgate_tile, axis=0)
+                up_total += tl.sum(dup_tile, axis=0)
+    if gate_partial is not None:
+        partial = tl.program_id(0).to(tl.int64) * num_features + features
+        tl.store(gate_partial + partial, gate_total, mask=features < num_features)
+        tl.store(up_partial + partial, up_total, mask=features < num_features)
+
+
+def glu_backward(
+    dz: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    routes: Routes,
+    sites: Any,
+    activation: str,
+    *,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.composed.glu_backward`."""
+    dgate, dup, z, db_gate, db_up = glu_backward_op(
+        dz,
+        gate,
+        up,
+        *tokens_of(routes),
+        *weights_on(gate.device, sites.pre, sites.hidden, sites.forward),
+        *weights_on(
+            gate.device, sites.update_out if want_z else None, sites.update_in if want_bias else None
+        ),
+        activation,
+        want_z,
+        want_bias,
+    )
+    if dz is None:
+        dgate = dup = None
+    return dgate, dup, z if want_z else None, db_gate if want_bias else None, db_up if want_bias else None
+
+
+@kernel_op(
+    "glu_backward(Tensor? dz, Tensor gate, Tensor up, Tensor ids, Tensor? strength, Tensor? pre, Tensor? hidden, "
+    "Tensor? forward, Tensor? update_out, Tensor? update_in, str activation, bool want_z, bool want_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def glu_backward_op(
+    dz: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    ids: Tensor,
+    strength: Tensor | None,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    forward: Tensor | None,
+    update_out: Tensor | None,
+    update_in: Tensor | None,
+    activation: str,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs that are not wanted have no elements."""
+    tokens, features = gate.shape
+    config = config_of(glu_bwd_kernel, gate.device)
+    want_grad = dz is not None
+    dgate, dup = (gate.new_empty(tokens if want_grad else 0, features) for _ in range(2))
+    z = gate.new_empty(tokens if want_z else 0, features)
+    tokens_per_program = TOKENS_PER_PARTIAL if want_bias else config["BLOCK_T"]
+    programs = triton.cdiv(tokens, tokens_per_program)
+    gate_partial, up_partial = (
+        gate.new_empty(programs if want_bias else 0, features, dtype=torch.float32) for _ in range(2)
+    )
+    launch(
+        glu_bwd_kernel,
+        (programs, triton.cdiv(features, config["BLOCK_F"])),
+        config,
+        dz=dz,
+        gate=gate,
+        up=up,
+        dgate=dgate if want_grad else None,
+        dup=dup if want_grad else None,
+        z=z if want_z else None,
+        gate_partial=gate_partial if want_bias else None,
+        up_partial=up_partial if want_bias else None,
+        **route_arguments(ids, strength),
+        **table_arguments(
+            pre=pre, hidden=hidden, forward=forward, update_out=update_out, update_in=update_in
+        ),
+        num_tokens=tokens,
+        num_features=features,
+        **strides("dz", gate if dz is None else dz, "tf"),
+        **strides("gate", gate, "tf"),
+        **strides("up", up, "tf"),
+        ACTIVATION=activation,
+        TOKENS=tokens_per_program,
+    )
+    return dgate, dup, z, gate_partial.sum(0).to(gate.dtype), up_partial.sum(0).to(gate.dtype)

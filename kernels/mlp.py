@@ -1,0 +1,178 @@
+"""The activation's backward with every mask of an MLP folded in, and the bias gradient on the way."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..routes import Routes
+from .activations import value_and_derivative
+from .launch import (
+    config_of,
+    kernel_op,
+    launch,
+    route_arguments,
+    strides,
+    table_arguments,
+    tokens_of,
+    weights_on,
+)
+from .tiles import masked, rounded
+
+TOKENS_PER_PARTIAL = 512  # of a bias gradient's first stage
+
+
+@triton.jit
+def activation_bwd_kernel(
+    dz,  # [T, F] or None
+    a,  # [T, F]
+    da,  # [T, F] or None
+    z,  # [T, F] or None
+    partial,  # [ceil(T / TOKENS), F] fp32 or None
+    ids,  # [T]
+    strength,
+    strength_stride,
+    pre,
+    pre_cols,
+    hidden,
+    hidden_cols,
+    forward,
+    forward_cols,
+    update_out,
+    update_out_cols,
+    update_in,
+    update_in_cols,
+    num_tokens,
+    num_features,
+    dz_stride_t,
+    dz_stride_f,
+    a_stride_t,
+    a_stride_f,
+    ACTIVATION: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """da = m_pre ⊙ m_hidden ⊙ m_forward ⊙ dz ⊙ act'(a).
+
+    On the way z = m_update_out ⊙ m_forward ⊙ act(a), and partial sums of m_update_in ⊙ da over runs of TOKENS tokens.
+    """
+    features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    total = tl.zeros([BLOCK_F], dtype=tl.float32)
+    for start in range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T):
+        rows = first + start + tl.arange(0, BLOCK_T)
+        valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
+        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        out = rows[:, None] * num_features + features[None, :]
+        a_tile = tl.load(
+            a + rows[:, None] * a_stride_t + features[None, :] * a_stride_f, mask=valid, other=0.0
+        )
+        value, derivative = value_and_derivative(a_tile.to(tl.float32), ACTIVATION)
+        if z is not None:
+            z_tile = masked(
+                value, forward, forward_cols, strength, strength_stride, routes, rows, features, valid
+            )
+            z_tile = masked(
+                z_tile, update_out, update_out_cols, strength, strength_stride, routes, rows, features, valid
+            )
+            tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
+        if dz is not None:
+            g = tl.load(
+                dz + rows[:, None] * dz_stride_t + features[None, :] * dz_stride_f, mask=valid, other=0.0
+            )
+            g = g.to(tl.float32)
+            g = masked(g, forward, forward_cols, strength, strength_stride, routes, rows, features, valid)
+            g = masked(g, hidden, hidden_cols, strength, strength_stride, routes, rows, features, valid)
+            g = masked(
+                g * derivative, pre, pre_cols, strength, strength_stride, routes, rows, features, valid
+            )
+            tl.store(da + out, rounded(g, da.dtype.element_ty), mask=valid)
+            if partial is not None:
+                g = masked(
+                    g, update_in, update_in_cols, strength, strength_stride, routes, rows, features, valid
+                )
+                total += tl.sum(g, axis=0)
+    if partial is not None:
+        tl.store(
+            partial + tl.program_id(0).to(tl.int64) * num_features + features,
+            total,
+            mask=features < num_features,
+        )
+
+
+def activation_backward(
+    dz: Tensor | None,
+    a: Tensor,
+    routes: Routes,
+    sites: Any,
+    activation: str,
+    *,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.composed.activation_backward`."""
+    da, z, db = activation_backward_op(
+        dz,
+        a,
+        *tokens_of(routes),
+        *weights_on(a.device, sites.pre, sites.hidden, sites.forward),
+        *weights_on(a.device, sites.update_out if want_z else None, sites.update_in if want_bias else None),
+        activation,
+        want_z,
+        want_bias,
+    )
+    return None if dz is None else da, z if want_z else None, db if want_bias else None
+
+
+@kernel_op(
+    "activation_backward(Tensor? dz, Tensor a, Tensor ids, Tensor? strength, Tensor? pre, Tensor? hidden, "
+    "Tensor? forward, Tensor? update_out, Tensor? update_in, str activation, bool want_z, bool want_bias) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def activation_backward_op(
+    dz: Tensor | None,
+    a: Tensor,
+    ids: Tensor,
+    strength: Tensor | None,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    forward: Tensor | None,
+    update_out: Tensor | None,
+    update_in: Tensor | None,
+    activation: str,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs that are not wanted have no elements."""
+    tokens, features = a.shape
+    config = config_of(activation_bwd_kernel, a.device)
+    want_grad = dz is not None
+    da = a.new_empty(tokens if want_grad else 0, features)
+    z = a.new_empty(tokens if want_z else 0, features)
+    tokens_per_program = TOKENS_PER_PARTIAL if want_bias else config["BLOCK_T"]
+    programs = triton.cdiv(tokens, tokens_per_program)
+    partial = a.new_empty(programs if want_bias else 0, features, dtype=torch.float32)
+    launch(
+        activation_bwd_kernel,
+        (programs, triton.cdiv(features, config["BLOCK_F"])),
+        config,
+        dz=dz,
+        a=a,
+        da=da if want_grad else None,
+        z=z if want_z else None,
+        partial=partial if want_bias else None,
+        **route_arguments(ids, strength),
+        **table_arguments(
+            pre=pre, hidden=hidden, forward=forward, update_out=update_out, update_in=update_in
+        ),
+        num_tokens=tokens,
+        num_features=features,
+        **strides("dz", a if dz is None else dz, "tf"),
+        **strides("a", a, "tf"),
+        ACTIVATION=activation,
+        TOKENS=tokens_per_program,
+    )
+    return da, z, partial.sum(0).to(a.dtype)
