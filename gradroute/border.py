@@ -61,6 +61,15 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
 
 
+def masked_forward(z: Tensor, routes: Routes, table: Any, kernels: Any) -> Tensor:
+    """m ⊙ z, in place on the activation `z [*tokens, F]` that the caller has just allocated."""
+    if table is None:
+        return z
+    z = z.contiguous()
+    kernels.masked_product_(flat(z), routes, table)
+    return z
+
+
 def refuse_double_backward(op: str) -> None:
     """Raises inside a backward that was asked to build a graph: its own gradient would silently lack terms."""
     if torch.is_grad_enabled():

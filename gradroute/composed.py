@@ -51,29 +51,26 @@ def pieces(
         yield features, mask(weights[:, start : start + 1], routes, dtype, tokens)
 
 
-def _product(m: Tensor, g: Tensor) -> Tensor:
-    """m ⊙ g rounded once to g's dtype, and 0 where m is 0."""
-    return torch.where(m == 0, 0, m * g).to(g.dtype)
-
-
 def masked_product(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> Tensor:
     """m ⊙ g in a new tensor; `g` itself without a table."""
     if table is None:
         return g
-    if table.kind == "dense":
-        ((_, m),) = pieces(g, routes, table, tokens)
-        return _product(m, g)
     out = g.clone(memory_format=torch.contiguous_format)
-    for features, m in pieces(g, routes, table, tokens):
-        out[:, features] = _product(m, g[:, features])
+    masked_product_(out, routes, table, tokens)
     return out
 
 
-def masked_product_(g: Tensor, routes: Routes, table: Table | None) -> None:
+def masked_product_(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> None:
     """m ⊙ g in place, on a gradient that the caller allocated."""
-    if table is not None:
-        for features, m in pieces(g, routes, table):
-            g[:, features] = _product(m, g[:, features])
+    if table is None:
+        return
+    is_constant = routes.strength is None
+    for features, m in pieces(g, routes, table, tokens):
+        part = g[:, features]
+        if not (is_constant and table.binary):
+            part.mul_(m)  # formed in m's dtype and rounded once, by type promotion
+        if not is_constant or table.density < 1:
+            part.masked_fill_(m == 0, 0)  # whatever g is there
 
 
 def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
@@ -103,6 +100,12 @@ def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: 
 def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
     """Σ_t m ⊙ g: g `[T, O]` → `[O]`."""
     return masked_product(g, routes, table).sum(0)
+
+
+def _mask_middle(da: Tensor, routes: Routes, sites: Any) -> None:
+    """m_pre ⊙ m_hidden ⊙ m_forward ⊙ da in place: masks commute with the derivative, so dz need not be copied."""
+    for table in (sites.forward, sites.hidden, sites.pre):
+        masked_product_(da, routes, table)
 
 
 def activation_backward(
@@ -135,9 +138,8 @@ def activation_backward(
         z = masked_product(masked_product(act.value(a), routes, sites.forward), routes, sites.update_out)
     if dz is None:
         return None, z, None
-    dh = masked_product(masked_product(dz, routes, sites.forward), routes, sites.hidden)
-    da = act.backward(dh, a)
-    masked_product_(da, routes, sites.pre)
+    da = act.backward(dz, a)
+    _mask_middle(da, routes, sites)
     if want_bias:
         db = bias_grad(da, routes, sites.update_in)
     return da, z, db
@@ -169,10 +171,9 @@ def glu_backward(
         z = masked_product(masked_product(value * up, routes, sites.forward), routes, sites.update_out)
     if dz is None:
         return None, None, z, None, None
-    dh = masked_product(masked_product(dz, routes, sites.forward), routes, sites.hidden)
-    dgate, dup = act.backward(dh * up, gate), dh * value
+    dgate, dup = act.backward(dz * up, gate), dz * value
     for branch in (dgate, dup):
-        masked_product_(branch, routes, sites.pre)
+        _mask_middle(branch, routes, sites)
     if want_bias:
         db_gate, db_up = (bias_grad(branch, routes, sites.update_in) for branch in (dgate, dup))
     return dgate, dup, z, db_gate, db_up

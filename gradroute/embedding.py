@@ -66,7 +66,7 @@ def routed_embedding(
     if padding_idx is not None:
         padding_idx = _checked_row(padding_idx, num_embeddings)
     routes.check(tokens.unsqueeze(-1).expand(*tokens.shape, features), "y")
-    sites.check(routes, update=features)
+    sites.check(routes, {"update": features})
     chosen = backends.choose("routed_embedding", backend, weight)
     if chosen == "reference":
         return reference.routed_embedding(tokens, weight, routes, sites, padding_idx)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
-from .border import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
+from .border import (
+    autocast,
+    check_features,
+    check_shape,
+    flat,
+    masked_forward,
+    refuse_double_backward,
+    unrouted,
+)
 from .mlp import ActivationSites, MLPSites
 from .routes import Routes
 
@@ -70,7 +78,7 @@ def routed_gated_mlp(
     check_shape("b_up", b_up, d_ff)
     check_shape("b_down", b_down, w_down.shape[0])
     routes.check(x, "x")
-    sites.check_mlp(routes, w_down.shape[0], d_ff, b_down)
+    sites.check(routes, MLPSites.widths(w_down.shape[0], d_ff, b_down))
     x, w_gate, w_up, w_down, b_gate, b_up, b_down = autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     chosen = backends.choose("routed_gated_mlp", backend, x)
     if chosen == "reference":
@@ -112,7 +120,7 @@ class GatedMLPFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
         z = ACTIVATIONS[activation].value(gate) * up
-        kernels.masked_product_(flat(z), routes, sites.forward)
+        z = masked_forward(z, routes, sites.forward, kernels)
         return F.linear(z, w_down, b_down), gate, up
 
     @staticmethod
@@ -220,7 +228,7 @@ def routed_glu(
     if up.dtype != gate.dtype:
         raise ValueError(f"up: got dtype {up.dtype}, expected gate's {gate.dtype}")
     routes.check(gate, "gate")
-    sites.check(routes, pre=gate.shape[-1], hidden=gate.shape[-1], forward=gate.shape[-1])
+    sites.check(routes, ActivationSites.widths(gate.shape[-1]))
     chosen = backends.choose("routed_glu", backend, gate)
     if chosen == "reference":
         return reference.routed_glu(gate, up, routes, sites, activation)
@@ -235,10 +243,7 @@ class GLUFunction(torch.autograd.Function):
         gate: Tensor, up: Tensor, routes: Routes, sites: ActivationSites, activation: str, kernels: Any
     ) -> Tensor:
         z = ACTIVATIONS[activation].value(gate) * up
-        if sites.forward is not None:
-            z = z.contiguous()
-            kernels.masked_product_(flat(z), routes, sites.forward)
-        return z
+        return masked_forward(z, routes, sites.forward, kernels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -22,7 +22,7 @@ from .embedding import EmbeddingSites, routed_embedding
 from .gated_mlp import routed_gated_mlp
 from .linear import LinearSites, routed_linear
 from .mlp import MLPSites, routed_mlp
-from .norm import NormSites, routed_layer_norm, routed_rms_norm
+from .norm import CASTING_MODES, NormSites, routed_layer_norm, routed_rms_norm
 from .routes import Routes
 from .sites import Sites
 from .tables import Table
@@ -51,12 +51,12 @@ class _Routed(nn.Module):
     def sites(self, sites: Any) -> None:
         unrouted(None, sites, self.sites_type)  # raises where sites are not this layer's
         if sites is not None:
-            _check_widths(sites, self._widths())
+            sites.check(None, self._widths())
         self._sites = sites
         self._copy_tables()
 
     def _copy_tables(self) -> None:
-        """Copies the tables to where the parameters are: traced code copies them anew in every call."""
+        """Fills the tables' caches for the parameters' devices: traced code cannot, and would copy in every call."""
         if self._sites is None:
             return
         devices = {parameter.device for parameter in self.parameters() if not parameter.is_meta}
@@ -77,22 +77,6 @@ class _Routed(nn.Module):
     def extra_repr(self) -> str:
         backend = "" if self.backend is None else f"backend={self.backend!r}"
         return ", ".join(filter(None, (super().extra_repr(), f"sites={self.sites}", backend)))
-
-
-def _check_widths(sites: Sites, widths: Mapping[str, int | str]) -> None:
-    """Raises unless the tables have the layer's widths and agree on the number of routes."""
-    tables = list(sites.tables.items())
-    for name, table in tables:
-        where, width = f"{type(sites).__name__}.{name}", widths[name]
-        if isinstance(width, str):
-            raise ValueError(f"{where}: got {table}, expected None: {width}")
-        if table.features not in (1, width):
-            raise ValueError(f"{where}: got a table of {table.features} features, expected {width} or 1")
-        first_name, first = tables[0]
-        if table.num_routes != first.num_routes:
-            raise ValueError(
-                f"{where}: got a table of {table.num_routes} routes, expected {first.num_routes} as in {first_name}"
-            )
 
 
 def _check_plain(name: str, module: Any, kind: type[nn.Module], instead: str) -> None:
@@ -168,13 +152,7 @@ class RoutedLinear(_Routed, nn.Linear):
         return _share(layer, linear, sites)
 
     def _widths(self) -> Mapping[str, int | str]:
-        return {
-            "output": self.out_features,
-            "input": self.in_features,
-            "update_rows": self.out_features,
-            "update_cols": self.in_features,
-            "update_bias": self.out_features if self.bias is not None else "the layer has no bias",
-        }
+        return LinearSites.widths(self.in_features, self.out_features, self.bias)
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         return routed_linear(x, self.weight, self.bias, routes, self.sites, backend=self.backend)
@@ -201,7 +179,7 @@ class _RoutedMLPs(_Routed):
         activation: str | None = None,
         backend: str | None = None,
     ) -> Self:
-        """A routed MLP of the linear submodules of `mlp`, which keep their names, and so their state_dict keys.
+        """A routed MLP that shares the linear submodules of `mlp` under their names, and so has its state_dict keys.
 
         The forward of `mlp` must be that of the op: linear layers and an activation, nothing else. Hooks are not
         copied, and those of the submodules do not run, because the submodules are read and not called.
@@ -252,12 +230,7 @@ class _RoutedMLPs(_Routed):
 
     def _widths(self) -> Mapping[str, int | str]:
         outer = self._linears()[-1]
-        hidden = ("pre", "hidden", "forward", "update", "update_in", "update_out")
-        no_bias = f"{self.names[-1]} has no bias"
-        return dict.fromkeys(hidden, outer.in_features) | {
-            "output": outer.out_features,
-            "update_output_bias": outer.out_features if outer.bias is not None else no_bias,
-        }
+        return MLPSites.widths(outer.out_features, outer.in_features, outer.bias)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, {super().extra_repr()}"
@@ -466,6 +439,10 @@ class RoutedRMSNorm(_RoutedNorm, nn.RMSNorm):
         casting_mode: str = "torch",
         backend: str | None = None,
     ) -> None:
+        if casting_mode not in CASTING_MODES:
+            raise ValueError(
+                f"casting_mode: got {casting_mode!r}, expected one of {', '.join(CASTING_MODES)}"
+            )
         self.offset = offset  # reset_parameters, which the constructor calls, reads it
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self._check_affine()

@@ -36,6 +36,17 @@ class LinearSites(Sites):
 
     defaults: ClassVar[dict[str, str]] = {"update_bias": "update_rows"}
 
+    @staticmethod
+    def widths(inputs: int, outputs: int, bias: Tensor | None) -> dict[str, int | str]:
+        """Each site's number of features, or the reason why a layer of this shape cannot honour it."""
+        return {
+            "output": outputs,
+            "input": inputs,
+            "update_rows": outputs,
+            "update_cols": inputs,
+            "update_bias": outputs if bias is not None else "the layer has no bias",
+        }
+
 
 def routed_linear(
     x: Tensor,
@@ -75,14 +86,7 @@ def routed_linear(
     check_features("x", x, inputs, "weight is [O, I]")
     check_shape("bias", bias, outputs)
     routes.check(x, "x")
-    sites.check(
-        routes,
-        output=outputs,
-        input=inputs,
-        update_rows=outputs,
-        update_cols=inputs,
-        update_bias=outputs if bias is not None else "the layer has no bias",
-    )
+    sites.check(routes, LinearSites.widths(inputs, outputs, bias))
     x, weight, bias = autocast(x, weight, bias)
     chosen = backends.choose("routed_linear", backend, x)
     if chosen == "reference":

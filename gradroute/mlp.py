@@ -11,7 +11,15 @@ from torch import Tensor
 
 from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
-from .border import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
+from .border import (
+    autocast,
+    check_features,
+    check_shape,
+    flat,
+    masked_forward,
+    refuse_double_backward,
+    unrouted,
+)
 from .routes import Routes
 from .sites import Sites
 from .tables import TableLike
@@ -43,19 +51,14 @@ class MLPSites(Sites):
 
     defaults: ClassVar[dict[str, str]] = {"update_in": "update", "update_out": "update"}
 
-    def check_mlp(self, routes: Routes, d_model: int, d_ff: int, output_bias: Tensor | None) -> None:
-        """Raises unless every table fits an MLP of these widths."""
-        self.check(
-            routes,
-            pre=d_ff,
-            hidden=d_ff,
-            forward=d_ff,
-            update=d_ff,
-            update_in=d_ff,
-            update_out=d_ff,
-            output=d_model,
-            update_output_bias=d_model if output_bias is not None else "the MLP has no output bias",
-        )
+    @staticmethod
+    def widths(d_model: int, d_ff: int, output_bias: Tensor | None) -> dict[str, int | str]:
+        """Each site's number of features, or the reason why an MLP of this shape cannot honour it."""
+        hidden = ("pre", "hidden", "forward", "update", "update_in", "update_out")
+        return dict.fromkeys(hidden, d_ff) | {
+            "output": d_model,
+            "update_output_bias": d_model if output_bias is not None else "the MLP has no output bias",
+        }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,6 +74,11 @@ class ActivationSites(Sites):
     pre: TableLike | None = None
     hidden: TableLike | None = None
     forward: TableLike | None = None
+
+    @staticmethod
+    def widths(d_ff: int) -> dict[str, int | str]:
+        """Each site's number of features."""
+        return {"pre": d_ff, "hidden": d_ff, "forward": d_ff}
 
 
 def routed_mlp(
@@ -122,7 +130,7 @@ def routed_mlp(
     check_shape("w_out", w_out, -1, d_ff)
     check_shape("b_out", b_out, w_out.shape[0])
     routes.check(x, "x")
-    sites.check_mlp(routes, w_out.shape[0], d_ff, b_out)
+    sites.check(routes, MLPSites.widths(w_out.shape[0], d_ff, b_out))
     x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)
     chosen = backends.choose("routed_mlp", backend, x)
     if chosen == "reference":
@@ -150,7 +158,7 @@ class MLPFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         a = F.linear(x, w_in, b_in)
         z = ACTIVATIONS[activation].value(a)
-        kernels.masked_product_(flat(z), routes, sites.forward)
+        z = masked_forward(z, routes, sites.forward, kernels)
         return F.linear(z, w_out, b_out), a
 
     @staticmethod
@@ -235,7 +243,7 @@ def routed_activation(
         return ACTIVATIONS[activation].value(a)
     assert routes is not None and sites is not None
     routes.check(a, "a")
-    sites.check(routes, pre=a.shape[-1], hidden=a.shape[-1], forward=a.shape[-1])
+    sites.check(routes, ActivationSites.widths(a.shape[-1]))
     chosen = backends.choose("routed_activation", backend, a)
     if chosen == "reference":
         return reference.routed_activation(a, routes, sites, activation)
@@ -248,10 +256,7 @@ class ActivationFunction(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, routes: Routes, sites: ActivationSites, activation: str, kernels: Any) -> Tensor:
         z = ACTIVATIONS[activation].value(a)
-        if sites.forward is not None:
-            z = z.contiguous()
-            kernels.masked_product_(flat(z), routes, sites.forward)
-        return z
+        return masked_forward(z, routes, sites.forward, kernels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

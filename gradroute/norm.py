@@ -130,7 +130,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
     check_features("x", x, features, "weight is [D]")
     check_shape("bias", bias, features)
     routes.check(x, "x")
-    sites.check(routes, update=features)
+    sites.check(routes, {"update": features})
 
 
 # Both forwards run the ordinary op inside the Function, under the caller's autocast: x is saved as it came, and the
@@ -221,7 +221,6 @@ class LayerNormFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         routes, update, kernels = ctx.routes, ctx.sites.update, ctx.kernels
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx = dweight = dbias = None
         if need_x or need_weight:
             dx, dweight, dbias = kernels.layer_norm_backward(
                 flat(dy),
@@ -233,8 +232,8 @@ class LayerNormFunction(torch.autograd.Function):
                 want_weight=need_weight,
                 want_bias=need_bias,
             )
-        elif need_bias:
-            dbias = kernels.bias_grad(flat(dy), routes, update)
+        else:
+            dx, dweight, dbias = None, None, kernels.bias_grad(flat(dy), routes, update)
         if need_x:
             dx = dx.view(x.shape)
         if need_weight:

@@ -39,7 +39,7 @@ def route_grad(
         return x
     assert routes is not None and table is not None
     routes.check(x, "x")
-    check_table(table, routes, x.shape[-1], "table")
+    check_table(table, routes.num_routes, x.shape[-1], "table")
     chosen = backends.choose("route_grad", backend, x)
     if chosen == "reference":
         return reference.route_grad(x, routes, table)

@@ -74,7 +74,8 @@ class Routes:
             raise TypeError(f"num_routes: got {num_routes!r}, expected an int")
         if not 1 <= num_routes <= MAX_ROUTES:
             raise ValueError(f"num_routes: got {num_routes}, expected 1 to {MAX_ROUTES}")
-        ids = torch.as_tensor(ids)
+        if not isinstance(ids, Tensor):
+            ids = torch.as_tensor(ids, device="cpu")
         if ids.is_floating_point() or ids.is_complex():
             raise TypeError(f"ids: got dtype {ids.dtype}, expected an integer or bool dtype")
         if ids.dtype in _WIDE_UNSIGNED:

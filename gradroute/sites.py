@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, TypeVar
 
@@ -42,38 +43,44 @@ class Sites:
                 None if value is None else Table.of(value, f"{type(self).__name__}.{field.name}")
             )
             object.__setattr__(self, field.name, given[field.name])
-        object.__setattr__(
-            self, "tables", {name: table for name, table in given.items() if table is not None}
-        )
         effective = object.__new__(type(self))
         for name, table in given.items():
             if table is None and name in self.defaults:
                 table = given[self.defaults[name]]
             object.__setattr__(effective, name, None if table is None or table.kind == "ones" else table)
-        object.__setattr__(self, "effective", effective)
+        for sites in (self, effective):
+            tables = {name: getattr(sites, name) for name in given if getattr(sites, name) is not None}
+            object.__setattr__(sites, "tables", tables)
+            object.__setattr__(sites, "effective", effective)
 
-    def check(self, routes: Routes, **expected: int | str) -> None:
-        """Raises unless every table fits the call.
+    def check(self, routes: Routes | None, widths: Mapping[str, int | str]) -> None:
+        """Raises unless every table fits a call or a layer.
 
         Args:
-            routes: the batch's routes.
-            **expected: for each site its number of features, or the reason why this call cannot honour it.
+            routes: the batch's routes; None, for a layer: the tables must agree on their number.
+            widths: for each site its number of features, or the reason why it cannot be honoured.
         """
+        num_routes = None if routes is None else routes.num_routes
+        origin = "routes.num_routes"
         for name, table in self.tables.items():
-            check_table(table, routes, expected[name], f"{type(self).__name__}.{name}")
+            if num_routes is None:
+                num_routes, origin = table.num_routes, f"as in {name}"
+            check_table(table, num_routes, widths[name], f"{type(self).__name__}.{name}", origin)
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={table}" for name, table in self.tables.items())
         return f"{type(self).__name__}({given})"
 
 
-def check_table(table: Table, routes: Routes, features: int | str, name: str) -> None:
-    """Raises unless `table` has a row per route and a column per feature; a str is the reason to refuse it."""
-    if isinstance(features, str):
-        raise ValueError(f"{name}: got {table}, expected None: {features}")
-    if table.num_routes != routes.num_routes:
+def check_table(
+    table: Table, num_routes: int, width: int | str, name: str, origin: str = "routes.num_routes"
+) -> None:
+    """Raises unless `table` has `num_routes` rows and `width` columns; a str is the reason to refuse it."""
+    if isinstance(width, str):
+        raise ValueError(f"{name}: got {table}, expected None: {width}")
+    if table.num_routes != num_routes:
         raise ValueError(
-            f"{name}: got a table of {table.num_routes} routes, expected routes.num_routes = {routes.num_routes}"
+            f"{name}: got a table of {table.num_routes} routes, expected {num_routes} ({origin})"
         )
-    if table.features not in (1, features):
-        raise ValueError(f"{name}: got a table of {table.features} features, expected {features} or 1")
+    if table.features not in (1, width):
+        raise ValueError(f"{name}: got a table of {table.features} features, expected {width} or 1")

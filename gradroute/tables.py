@@ -28,13 +28,15 @@ class Table:
         kind: "ones" (the site costs nothing), "blocks" (piecewise constant along features) or "dense".
         segments: for "blocks", the maximal runs `(start, stop)` of features on which every row is constant,
             without those that are one in every row: nothing changes there.
+        density: the share of weights that are not zero.
+        binary: whether every weight is 0 or 1.
 
     Raises:
         TypeError: `weights` are not real numbers.
         ValueError: `weights` are not two-dimensional, are empty, or are not finite.
     """
 
-    __slots__ = ("__weakref__", "_copies", "kind", "segments", "weights")
+    __slots__ = ("__weakref__", "_copies", "binary", "density", "kind", "segments", "weights")
 
     def __init__(self, weights: TableLike) -> None:
         self.weights: Tensor = _host_weights(weights.weights if isinstance(weights, Table) else weights)
@@ -50,6 +52,8 @@ class Table:
             self.segments = tuple(
                 segment for segment, changes in zip(segments, changed, strict=True) if changes
             )
+        self.density = float((self.weights != 0).float().mean())
+        self.binary = bool(((self.weights == 0) | (self.weights == 1)).all())
         self._copies: dict[torch.device, Tensor] = {}
 
     @classmethod
@@ -77,11 +81,6 @@ class Table:
         """F, the number of columns; 1 is broadcast over any number of features."""
         return self.weights.shape[1]
 
-    @property
-    def density(self) -> float:
-        """Share of the weights that are not zero."""
-        return float((self.weights != 0).float().mean())
-
     def on(self, device: torch.device) -> Tensor:
         """The weights on `device`, fp32; copied once per device."""
         if device.type == "cpu":
@@ -98,7 +97,7 @@ class Table:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Table, (self.weights,)
+        return Table, (self.weights.numpy(),)  # an array, which torch.load's map_location leaves alone
 
     def __repr__(self) -> str:
         rows, features = self.weights.shape
@@ -106,7 +105,8 @@ class Table:
 
 
 def _host_weights(weights: Any) -> Tensor:  # [R, F]
-    tensor = torch.as_tensor(weights, device=None if isinstance(weights, Tensor) else "cpu").detach()
+    # as_tensor would move a tensor to an ambient device, such as meta while a model is being built.
+    tensor = weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(weights, device="cpu")
     if tensor.is_meta:
         raise ValueError("got weights on the meta device, which have no values; expected values")
     if tensor.is_complex():

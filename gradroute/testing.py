@@ -1,9 +1,9 @@
-"""Sample calls of every op, two plain PyTorch statements of each, and the error budget; shared by tests and bench.
+"""Sample calls of every op, each op in plain PyTorch, and the error budget; shared by tests and bench.
 
 `sample(op, ...)` makes one call: tensors, routes, sites, keywords and an upstream gradient. A Sample runs itself on a
-backend, in fp64, as the ordinary op (`run_plain`) and by the detach idiom m * x + (1 - m) * x.detach() under ordinary
-autograd (`run_detached`). The last two come from one formula per op, written on `Marks` without gradroute's Functions.
-Needs no test framework.
+backend, in fp64, and in plain PyTorch under ordinary autograd, without gradroute's Functions: by the detach idiom
+m * x + (1 - m) * x.detach() (`run_detached`), or in the cheapest form with the eager op's forward bits (`run_plain`).
+Both come from one formula per op, written on `Marks`. Needs no test framework.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,9 @@ from torch import Tensor
 
 import gradroute
 
-from . import reference
 from .activations import ACTIVATIONS
 from .routes import Routes
-from .sites import Sites
-from .tables import Table, TableLike
+from .tables import Table
 
 #: What `sample(tables=...)` takes, see `make_table`.
 TABLE_KINDS = ("ones", "zeros", "blocks", "fractional", "negative", "dense", "sparse", "unused", "broadcast")
@@ -99,35 +98,31 @@ class Sample:
 
     def call(self, tensors: Mapping[str, Tensor | None], backend: str | None = None) -> Tensor:
         """The op's output for `tensors`, through its public function."""
-        function = getattr(gradroute, self.op, None)
-        options = {"backend": backend}
-        if function is None and backend == "reference":
-            function, options = getattr(reference, self.op), {}
-        if function is None:
-            raise NotImplementedError(
-                f"gradroute.{self.op} does not exist yet, only its meaning: backend 'reference'"
-            )
         sites = {"table" if self.op == "route_grad" else "sites": self.sites}
-        return function(**tensors, routes=self.routes, **sites, **self.keywords, **options)
+        function = getattr(gradroute, self.op)
+        return function(**tensors, routes=self.routes, **sites, **self.keywords, backend=backend)
 
     def call_plain(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
-        """The ordinary op in eager PyTorch, without gradroute."""
-        return OPS[self.op].formula(Marks(None, {}), **tensors, **self.keywords)
+        """The op's output in plain PyTorch; without routes or sites that is the ordinary eager op."""
+        return OPS[self.op].formula(self._marks(), **tensors, **self.keywords)
 
     def call_detached(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
-        """The routed op by the detach idiom under ordinary autograd; parameters are copied per token."""
-        return OPS[self.op].formula(Marks(self.routes, self.tables), **tensors, **self.keywords)
+        """The op's output by the detach idiom, every token with its own copy of a routed parameter."""
+        return OPS[self.op].formula(self._marks(copies=True), **tensors, **self.keywords)
+
+    def _marks(self, copies: bool = False) -> Marks:
+        return Marks(self.routes, {} if self.routes is None else self.tables, copies)
 
     def run(self, backend: str | None = None, frozen: Iterable[str] = ()) -> Result:
         """Forward and backward on a backend."""
         return self._run(lambda tensors: self.call(tensors, backend), frozen)
 
     def run_plain(self, frozen: Iterable[str] = ()) -> Result:
-        """Forward and backward of the ordinary op in eager PyTorch."""
+        """Forward and backward in plain PyTorch."""
         return self._run(self.call_plain, frozen)
 
     def run_detached(self) -> Result:
-        """Forward and backward of the routed op by the detach idiom."""
+        """Forward and backward by the detach idiom."""
         return self._run(self.call_detached, ())
 
     def _run(self, call: Callable[[dict[str, Tensor | None]], Tensor], frozen: Iterable[str]) -> Result:
@@ -155,7 +150,7 @@ class Sample:
         return replace(self, upstream=upstream)
 
     def with_routes(self, routes: Routes | None) -> Sample:
-        """The same call with other routes."""
+        """The same call with other routes; None: the ordinary op."""
         return replace(self, routes=routes)
 
     def of_tokens(self, index: Tensor) -> Sample:
@@ -170,10 +165,9 @@ class Sample:
         return replace(self, tensors=tensors, upstream=upstream, routes=self.routes.select(index))
 
     def assert_within_budget(self, backend: str | None = None) -> None:
-        """Runs the call on a backend and asserts the error budget, see `excess`, for the output and every gradient."""
-        actual, exact = self.run(backend), self.in_float64().run("reference")
-        plain, plain_exact = self.run_plain(), self.in_float64().run_plain()
-        assert_result_within_budget(actual, exact, plain, plain_exact, f"{self.op} on {backend}")
+        """Runs the call on a backend and asserts the error budget, see `excess`, of the output and every gradient."""
+        exact = self.in_float64().run("reference")
+        assert_result_within_budget(self.run(backend), exact, self.run_plain(), f"{self.op} on {backend}")
 
 
 def _float64(value: Any) -> Any:
@@ -183,40 +177,38 @@ def _float64(value: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def excess(actual: Tensor, exact: Tensor, plain: Tensor, plain_exact: Tensor) -> str | None:
+def excess(actual: Tensor, exact: Tensor, plain: Tensor) -> str | None:
     """What exceeds the error budget of `actual`, in words; None when it is within.
 
-    The error against fp64 may be twice that of the ordinary op in plain PyTorch at the same dtype, on the same inputs,
-    plus a floor. Twice: a fused backward rounds at other places than eager PyTorch, as often. Errors are measured as
-    their maximum over the maximum of the exact values, and as their root mean square (RMS) over that of the exact
-    values; both must hold. They are relative, so that the ordinary op, whose gradients have another size, can lend its
-    error to the routed one: rounding is relative, and both sum the same number of terms.
+    The error against fp64 may be twice that of plain PyTorch at the same dtype on the same inputs, plus a floor.
+    Twice: a fused backward rounds as often as eager PyTorch, at other places. Errors are measured by their maximum and
+    by their root mean square (RMS); both must hold.
 
-    The floor is what masking adds: each masked product rounds once more, by at most eps / 2 of its value. At most
+    The floor is a share of the exact values' own maximum, or RMS. Where plain PyTorch happens to be exact, or exact
+    sums come out in its order, masking still rounds: once a masked product, by at most eps / 2 of its value. At most
     five lie on the path to one gradient (output, forward, hidden, pre, update), and the gradient is rounded itself:
-    ROUNDINGS = 6, so 3 eps. It covers fp64 too, where the ordinary op's error against fp64 is that of another order
-    of summation. Where every exact value is 0, every actual value must be 0.
+    ROUNDINGS = 6, so 3 eps. For fp64 nothing wider is at hand: `exact` has errors of the same size, and cancelling sums
+    make them many eps of the result. There the floor is 2⁻⁴⁰, 4096 eps: far above rounding, far below any wrong mask.
+    Where every exact value is 0, every actual value must be 0.
 
     Args:
         actual: what is tested, at dtype.
         exact: the same in fp64.
-        plain: the ordinary op's counterpart in plain PyTorch, at dtype.
-        plain_exact: the ordinary op's counterpart in fp64.
+        plain: the same in plain PyTorch, at dtype.
     """
     if actual.shape != exact.shape:
         return f"got shape {list(actual.shape)}, expected {list(exact.shape)}"
+    if actual.dtype != plain.dtype:
+        return f"got {actual.dtype}, expected {plain.dtype}"
     if actual.numel() == 0:
         return None
-    floor = ROUNDINGS / 2 * torch.finfo(actual.dtype).eps
-    error, plain_error = actual.double() - exact, plain.double() - plain_exact
+    floor = 2.0**-40 if actual.dtype == torch.float64 else ROUNDINGS / 2 * torch.finfo(actual.dtype).eps
     for name, size in {"maximum": _maximum, "RMS": _rms}.items():
-        scale, plain_scale = size(exact), size(plain_exact)
-        relative = size(plain_error) / plain_scale if plain_scale > 0 else 0.0
-        limit = (2 * relative + floor) * scale
-        if not size(error) <= limit:  # a NaN fails too
+        error, plain_error, scale = size(actual.double() - exact), size(plain.double() - exact), size(exact)
+        if not error <= 2 * plain_error + floor * scale:  # a NaN fails too
             return (
-                f"{name} error {size(error):.3e} exceeds {limit:.3e} = (2 × {relative:.3e} of plain PyTorch + "
-                f"{floor:.3e} floor) × {scale:.3e} scale, in {actual.dtype}"
+                f"{name} error {error:.3e} exceeds 2 × {plain_error:.3e} of plain PyTorch + {floor:.1e} × "
+                f"{scale:.3e} scale, in {actual.dtype}"
             )
     return None
 
@@ -229,20 +221,15 @@ def _rms(x: Tensor) -> float:
     return math.sqrt(float(x.square().mean()))
 
 
-def assert_result_within_budget(
-    actual: Result, exact: Result, plain: Result, plain_exact: Result, name: str
-) -> None:
+def assert_result_within_budget(actual: Result, exact: Result, plain: Result, name: str) -> None:
     """Raises AssertionError, naming the tensor, unless the output and every gradient keep the budget (`excess`)."""
-    excesses = {"output": excess(actual.output, exact.output, plain.output, plain_exact.output)}
+    excesses = {"output": excess(actual.output, exact.output, plain.output)}
     for argument, gradient in actual.gradients.items():
-        others = (result.gradients[argument] for result in (exact, plain, plain_exact))
-        expected, plain_gradient, plain_expected = others
-        if gradient is None or expected is None:
+        expected, plain_gradient = exact.gradients[argument], plain.gradients[argument]
+        if gradient is None or expected is None or plain_gradient is None:
             excesses[f"d{argument}"] = "the gradient is None"
-            continue
-        assert plain_gradient is not None
-        assert plain_expected is not None
-        excesses[f"d{argument}"] = excess(gradient, expected, plain_gradient, plain_expected)
+        else:
+            excesses[f"d{argument}"] = excess(gradient, expected, plain_gradient)
     wrong = [f"{part}: {why}" for part, why in excesses.items() if why is not None]
     if wrong:
         raise AssertionError(f"{name}: " + "; ".join(wrong))
@@ -290,11 +277,26 @@ def saved_bytes(forward: Callable[[], Any]) -> SavedBytes:
 
 
 class Draw:
-    """Random values, the same on every device and in every dtype up to rounding."""
+    """Random values, the same on every device and in every dtype up to rounding, for one call of an op.
 
-    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    Attributes:
+        generator: their source.
+        tokens, sizes, layout: the activations' leading shape, the widths, and one of LAYOUTS for activations.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        tokens: tuple[int, ...],
+        sizes: Sizes,
+        layout: str,
+        with_bias: bool,
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype, self.device = dtype, device
+        self.tokens, self.sizes, self.layout, self.with_bias = tokens, sizes, layout, with_bias
 
     def normal(self, *shape: int, scale: float = 1.0, layout: str = "contiguous") -> Tensor:
         """Normal values in one of LAYOUTS."""
@@ -307,6 +309,18 @@ class Draw:
         if layout != "contiguous":
             raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
         return self._values(shape, scale)
+
+    def activation(self, width: int) -> Tensor:  # [*tokens, width]
+        """An activation in the layout asked for."""
+        return self.normal(*self.tokens, width, layout=self.layout)
+
+    def weight(self, outputs: int, inputs: int) -> Tensor:  # [outputs, inputs]
+        """A weight that keeps the size of what it multiplies."""
+        return self.normal(outputs, inputs, scale=inputs**-0.5)
+
+    def bias(self, width: int) -> Tensor | None:  # [width]
+        """A bias, if any."""
+        return self.normal(width) if self.with_bias else None
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Integers in [0, high)."""
@@ -337,10 +351,7 @@ def make_table(kind: str, num_routes: int, features: int, seed: int = 0) -> Tabl
     elif kind in pieces:
         bounds = [piece * features // 4 for piece in range(5)]
         weights = torch.cat(
-            [
-                one_of(pieces[kind], 1).expand(-1, stop - start)
-                for start, stop in zip(bounds, bounds[1:], strict=False)
-            ],
+            [one_of(pieces[kind], 1).expand(-1, stop - start) for start, stop in pairwise(bounds)],
             dim=1,
         )
     elif kind in ("dense", "unused"):
@@ -354,27 +365,17 @@ def make_table(kind: str, num_routes: int, features: int, seed: int = 0) -> Tabl
     return Table(weights)
 
 
-def make_routes(
-    draw: Draw,
-    shape: tuple[int, ...],
-    num_routes: int,
-    strength: str | None = None,
-    used: int | None = None,
-    flat_ids: bool = False,
-) -> Routes:
-    """Routes of random ids in [0, used); strength one of STRENGTHS, or "ones": 1 for every token.
-
-    Per-token strengths are 0 and 1 in part, otherwise anything in [0, 1.25).
-    """
-    ids = draw.integers(num_routes if used is None else used, *shape)
-    per_token = 1.25 * torch.rand(shape, generator=draw.generator)
+def _routes(draw: Draw, num_routes: int, used: int, strength: str | None, flat_ids: bool) -> Routes:
+    """Random ids in [0, used); per-token strengths are 0 and 1 in part, otherwise anything in [0, 1.25)."""
+    ids = draw.integers(used, *draw.tokens)
+    per_token = 1.25 * torch.rand(draw.tokens, generator=draw.generator)
     per_token.view(-1)[::3] = 1
     per_token.view(-1)[1::5] = 0
     strengths = {
         None: None,
         "token": per_token,
         "scalar": torch.tensor(0.3),
-        "ones": torch.ones(shape),
+        "ones": torch.ones(draw.tokens),
     }
     s = strengths[strength]
     if flat_ids:
@@ -419,33 +420,36 @@ def sample(
         seed: of all random values.
         device: where everything is.
         **keywords: the op's other arguments. For routed_attention also `documents` (how many documents the sequence is
-            cut into: makes cu_seqlens), `padding` (how many keys at the end are padding: makes key_mask) and
-            `queries` (S_q of the last queries only).
+            cut into: makes cu_seqlens) and `padding` (how many keys at the end are padding: makes key_mask).
     """
     entry = OPS[op]
     shape = (tokens,) if isinstance(tokens, int) else tuple(tokens)
     sizes = sizes or Sizes()
-    draw = Draw(seed, dtype, device)
-    tensors, keywords = entry.inputs(draw, shape, sizes, bias, inputs, keywords)
+    draw = Draw(seed, dtype, device, shape, sizes, inputs, bias)
+    tensors, keywords = entry.inputs(draw), entry.keywords(draw, keywords)
     widths = entry.site_features(sizes, num_routes, bias)
     names = tuple(widths) if sites == "all" else (sites,) if isinstance(sites, str) else sites
     made = {
-        name: make_table(tables, num_routes, widths[name], seed=100 * seed + index)
+        name: make_table(_kind(tables, name), num_routes, widths[name], seed=100 * seed + index)
         for index, name in enumerate(widths)
         if name in names
     }
     used = num_routes - 1 if tables == "unused" else num_routes
-    routes = make_routes(draw, shape, num_routes, strength, used, flat_ids)
     with torch.no_grad():
         output = entry.formula(Marks(None, {}), **tensors, **keywords)
     return Sample(
         op=op,
         tensors=tensors,
-        routes=routes,
+        routes=_routes(draw, num_routes, used, strength, flat_ids),
         sites=made.get("table") if op == "route_grad" else entry.sites_class()(**made),
         keywords=keywords,
         upstream=draw.normal(*output.shape, layout=gradient),
     )
+
+
+def _kind(tables: str, site: str) -> str:
+    """Edges are indexed by two routes: they have no `[R, 1]` form."""
+    return "dense" if tables == "broadcast" and site.endswith("_edges") else tables
 
 
 def site_names(op: str, bias: bool = True) -> tuple[str, ...]:
@@ -462,34 +466,46 @@ def variants(op: str) -> tuple[dict[str, Any], ...]:
 
 
 class Marks:
-    """The detach idiom for the sites of one call, in plain PyTorch; without tables, the ordinary op.
+    """The sites of one call in plain PyTorch under ordinary autograd; without tables, nothing.
 
-    A formula marks its tensors: `gradient` where a site masks a gradient, `forward` where it masks an activation, and
-    `parameter` where it decides who updates a parameter: every token gets its own copy m * w + (1 - m) * w.detach().
+    An op's formula marks its tensors: `gradient` where a site masks a gradient, `forward` where it masks an activation,
+    `parameter` and `linear` where it decides who updates a parameter.
+
+    Args:
+        routes: the batch's routes; None when there are no tables.
+        tables: those of the sites, by name.
+        copies: the detach idiom as it is published, m * x + (1 - m) * x.detach(), and a copy per token of a routed
+            parameter, so that its update is literally the token's: the definition, `[T, O, I]` large. Otherwise with
+            the bits of the ordinary forward, and parameters updated by a second product that adds zero.
     """
 
-    def __init__(self, routes: Routes | None, tables: Mapping[str, Table]) -> None:
-        self.routes, self.tables = routes, tables
+    def __init__(self, routes: Routes | None, tables: Mapping[str, Table], copies: bool = False) -> None:
+        self.routes, self.tables, self.copies = routes, tables, copies
 
     def table(self, site: str, shorthand: str | None = None) -> Table | None:
         """The table of a site, or of the site it takes its table from when it has none."""
         found = self.tables.get(site)
         return self.tables.get(shorthand) if found is None and shorthand else found
 
-    def mask(self, table: Table, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-        """m for tokens of the given shape, `[*shape, F]`, from the formula of the masks."""
+    def mask(self, table: Table, dtype: torch.dtype, tokens: torch.Size) -> Tensor:
+        """m `[*tokens, F]`, from its formula."""
         assert self.routes is not None
-        weights = table.weights.to(device=self.routes.device, dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        weights = table.weights.to(device=self.routes.device, dtype=wide)
         m = weights[self.routes.ids.long()]
         if self.routes.strength is not None:
-            s = self.routes.strength.to(dtype).reshape(-1, 1)
+            s = self.routes.strength.to(wide).reshape(-1, 1)
             m = weights[0] + s * (m - weights[0])
-        return m.reshape(*shape, m.shape[-1])
+        return m.to(dtype).reshape(*tokens, m.shape[-1])
+
+    def detached(self, m: Any, x: Tensor) -> Tensor:
+        """x, its gradient times m."""
+        return m * x + (1 - m) * x.detach() if self.copies else x.detach() + _only_gradient(m * x)
 
     def gradient(self, site: str, x: Tensor) -> Tensor:
         """x, its gradient masked at `site`."""
         table = self.table(site)
-        return x if table is None else _detached(self.mask(table, x.dtype, x.shape[:-1]), x)
+        return x if table is None else self.detached(self.mask(table, x.dtype, x.shape[:-1]), x)
 
     def forward(self, site: str, x: Tensor) -> Tensor:
         """x masked at `site`, and so its gradient."""
@@ -502,7 +518,7 @@ class Marks:
         if table is None:
             return x
         m = self.mask(table, x.dtype, torch.Size((x.shape[0], x.shape[2]))).transpose(1, 2).unsqueeze(-1)
-        return m * x if forward else _detached(m, x)
+        return m * x if forward else self.detached(m, x)
 
     def edges(self, site: str, batch: int, dtype: torch.dtype) -> Tensor | None:
         """E[query's route, key's route] `[B, 1, S, S]`, or None."""
@@ -521,7 +537,7 @@ class Marks:
             for dimension, table in enumerate(tables)
             if table is not None
         ]
-        return _detached(math.prod(masks), parameter) if masks else parameter
+        return self.detached(math.prod(masks), parameter) if masks else parameter
 
     def linear(
         self,
@@ -533,17 +549,26 @@ class Marks:
         bias_rows: Table | None = None,
     ) -> Tensor:
         """A linear layer, some entries of whose weight and bias some tokens may not update."""
-        tokens = x.shape[:-1]
-        copies = self.parameter(weight, tokens, rows, cols)
-        copied_bias = None if bias is None else self.parameter(bias, tokens, bias_rows)
-        if copies is weight and copied_bias is bias:
+        if rows is None and cols is None and bias_rows is None:
             return F.linear(x, weight, bias)
-        y = F.linear(x, weight) if copies is weight else (copies @ x.unsqueeze(-1)).squeeze(-1)
-        return y if copied_bias is None else y + copied_bias
+        tokens = x.shape[:-1]
+        if self.copies:
+            y = (self.parameter(weight, tokens, rows, cols) @ x.unsqueeze(-1)).squeeze(-1)
+            return y if bias is None else y + self.parameter(bias, tokens, bias_rows)
+        seen = x.detach() if cols is None else self.mask(cols, x.dtype, tokens) * x.detach()
+        update = F.linear(seen, weight)
+        if rows is not None:
+            update = self.mask(rows, x.dtype, tokens) * update
+        y = F.linear(x, weight.detach(), None if bias is None else bias.detach()) + _only_gradient(update)
+        if bias is None:
+            return y
+        copied = bias if bias_rows is None else self.mask(bias_rows, x.dtype, tokens) * bias
+        return y + _only_gradient(copied)
 
 
-def _detached(m: Any, x: Tensor) -> Tensor:
-    return m * x + (1 - m) * x.detach()
+def _only_gradient(x: Tensor) -> Tensor:
+    """0, with the gradient of x."""
+    return x - x.detach()
 
 
 def _along(dimension: int, dimensions: int) -> tuple[int, ...]:
@@ -553,55 +578,49 @@ def _along(dimension: int, dimensions: int) -> tuple[int, ...]:
 # --------------------------------------------------------------------------------------------------------------------
 # The ops: inputs, site widths, and the ordinary formula with its sites marked.
 
-Inputs = tuple[dict[str, "Tensor | None"], dict[str, Any]]
-
 
 class Op(NamedTuple):
     """What `sample` knows about an op.
 
     Attributes:
-        inputs: (draw, token shape, sizes, bias, layout of activations, keywords) → the tensors, and the keywords of
-            the public function.
+        inputs: the public function's tensors by name.
         site_features: (sizes, num_routes, bias) → the width of every site that such a call can honour.
-        formula: the op on Marks, in eager PyTorch.
-        sites_class: the name of its dataclass in gradroute; None for route_grad.
+        formula: (marks, **tensors, **keywords) → the op in eager PyTorch, its sites marked.
+        sites_name: the dataclass of its sites in gradroute; None for route_grad.
         activations: the tensors that have tokens.
         variants: see `variants`.
+        keywords: (draw, keywords of `sample`) → keywords of the public function.
     """
 
-    inputs: Callable[[Draw, tuple[int, ...], Sizes, bool, str, dict[str, Any]], Inputs]
+    inputs: Callable[[Draw], dict[str, Tensor | None]]
     site_features: Callable[[Sizes, int, bool], dict[str, int]]
     formula: Callable[..., Tensor]
     sites_name: str | None
     activations: tuple[str, ...] = ("x",)
     variants: tuple[dict[str, Any], ...] = ({},)
+    keywords: Callable[[Draw, dict[str, Any]], dict[str, Any]] = lambda _, keywords: keywords
 
     def sites_class(self) -> Any:
         """The dataclass of its sites."""
         assert self.sites_name is not None
-        return getattr(gradroute, self.sites_name, None) or _NOT_YET_PUBLIC[self.sites_name]
+        return getattr(gradroute, self.sites_name)
 
 
-def _route_grad_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    return {"x": draw.normal(*tokens, sizes.d_model, layout=layout)}, keywords
+def _route_grad_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    return {"x": draw.activation(draw.sizes.d_model)}
+
+
+def _route_grad_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
+    return {"table": sizes.d_model}
 
 
 def _route_grad(marks: Marks, x: Tensor) -> Tensor:
     return marks.gradient("table", x)
 
 
-def _linear_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    inputs, outputs = sizes.d_model, sizes.d_ff
-    tensors = {
-        "x": draw.normal(*tokens, inputs, layout=layout),
-        "weight": draw.normal(outputs, inputs, scale=inputs**-0.5),
-        "bias": draw.normal(outputs) if bias else None,
-    }
-    return tensors, keywords
+def _linear_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    inputs, outputs = draw.sizes.d_model, draw.sizes.d_ff
+    return {"x": draw.activation(inputs), "weight": draw.weight(outputs, inputs), "bias": draw.bias(outputs)}
 
 
 def _linear_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
@@ -622,14 +641,12 @@ def _linear(marks: Marks, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return marks.gradient("output", y)
 
 
-def _activation_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    return {"a": draw.normal(*tokens, sizes.d_ff, layout=layout)}, {"activation": "gelu"} | keywords
+def _activation_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    return {"a": draw.activation(draw.sizes.d_ff)}
 
 
 def _activation_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
-    return {"pre": sizes.d_ff, "hidden": sizes.d_ff, "forward": sizes.d_ff}
+    return dict.fromkeys(("pre", "hidden", "forward"), sizes.d_ff)
 
 
 def _activation(marks: Marks, a: Tensor, activation: str) -> Tensor:
@@ -637,10 +654,12 @@ def _activation(marks: Marks, a: Tensor, activation: str) -> Tensor:
     return marks.forward("forward", marks.gradient("hidden", h))
 
 
-def _glu_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    return {name: draw.normal(*tokens, sizes.d_ff, layout=layout) for name in ("gate", "up")}, keywords
+def _activation_keywords(draw: Draw, keywords: dict[str, Any]) -> dict[str, Any]:
+    return {"activation": "gelu"} | keywords
+
+
+def _glu_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    return {"gate": draw.activation(draw.sizes.d_ff), "up": draw.activation(draw.sizes.d_ff)}
 
 
 def _glu(marks: Marks, gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
@@ -648,18 +667,15 @@ def _glu(marks: Marks, gate: Tensor, up: Tensor, activation: str = "silu") -> Te
     return marks.forward("forward", marks.gradient("hidden", h))
 
 
-def _mlp_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    d_model, d_ff = sizes.d_model, sizes.d_ff
-    tensors = {
-        "x": draw.normal(*tokens, d_model, layout=layout),
-        "w_in": draw.normal(d_ff, d_model, scale=d_model**-0.5),
-        "b_in": draw.normal(d_ff) if bias else None,
-        "w_out": draw.normal(d_model, d_ff, scale=d_ff**-0.5),
-        "b_out": draw.normal(d_model) if bias else None,
+def _mlp_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    d_model, d_ff = draw.sizes.d_model, draw.sizes.d_ff
+    return {
+        "x": draw.activation(d_model),
+        "w_in": draw.weight(d_ff, d_model),
+        "b_in": draw.bias(d_ff),
+        "w_out": draw.weight(d_model, d_ff),
+        "b_out": draw.bias(d_model),
     }
-    return tensors, keywords
 
 
 def _mlp_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
@@ -687,20 +703,17 @@ def _mlp_output(marks: Marks, z: Tensor, weight: Tensor, bias: Tensor | None) ->
     return marks.gradient("output", marks.linear(z, weight, bias, cols=update_out, bias_rows=update_bias))
 
 
-def _gated_mlp_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    d_model, d_ff = sizes.d_model, sizes.d_ff
-    tensors = {
-        "x": draw.normal(*tokens, d_model, layout=layout),
-        "w_gate": draw.normal(d_ff, d_model, scale=d_model**-0.5),
-        "w_up": draw.normal(d_ff, d_model, scale=d_model**-0.5),
-        "w_down": draw.normal(d_model, d_ff, scale=d_ff**-0.5),
-        "b_gate": draw.normal(d_ff) if bias else None,
-        "b_up": draw.normal(d_ff) if bias else None,
-        "b_down": draw.normal(d_model) if bias else None,
+def _gated_mlp_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    d_model, d_ff = draw.sizes.d_model, draw.sizes.d_ff
+    return {
+        "x": draw.activation(d_model),
+        "w_gate": draw.weight(d_ff, d_model),
+        "w_up": draw.weight(d_ff, d_model),
+        "w_down": draw.weight(d_model, d_ff),
+        "b_gate": draw.bias(d_ff),
+        "b_up": draw.bias(d_ff),
+        "b_down": draw.bias(d_model),
     }
-    return tensors, keywords
 
 
 def _gated_mlp(
@@ -720,11 +733,8 @@ def _gated_mlp(
     return _mlp_output(marks, _glu(marks, gate, up, activation), w_down, b_down)
 
 
-def _rms_norm_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    tensors = {"x": draw.normal(*tokens, sizes.d_model, layout=layout), "weight": draw.normal(sizes.d_model)}
-    return tensors, keywords
+def _rms_norm_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    return {"x": draw.activation(draw.sizes.d_model), "weight": draw.normal(draw.sizes.d_model)}
 
 
 def _update_site(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
@@ -740,27 +750,22 @@ def _rms_norm(
     casting_mode: str = "torch",
 ) -> Tensor:
     copies = marks.parameter(weight, x.shape[:-1], marks.table("update"))
-    wide = torch.promote_types(x.dtype, torch.float32)
     if casting_mode == "torch":
         if copies is weight:
             return F.rms_norm(x, x.shape[-1:], weight + offset if offset else weight, eps)
         return F.rms_norm(x, x.shape[-1:], eps=eps) * (copies + offset)
-    # transformers: LlamaRMSNorm and GemmaRMSNorm.
+    # LlamaRMSNorm and GemmaRMSNorm of transformers.
+    assert eps is not None
+    wide = torch.promote_types(x.dtype, torch.float32)
     normalised = x.to(wide) * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)
     if casting_mode == "llama":
         return (copies + offset if offset else copies) * normalised.to(x.dtype)
     return (normalised * (offset + copies.to(wide))).to(x.dtype)
 
 
-def _layer_norm_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    tensors = {
-        "x": draw.normal(*tokens, sizes.d_model, layout=layout),
-        "weight": draw.normal(sizes.d_model),
-        "bias": draw.normal(sizes.d_model) if bias else None,
-    }
-    return tensors, keywords
+def _layer_norm_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    d_model = draw.sizes.d_model
+    return {"x": draw.activation(d_model), "weight": draw.normal(d_model), "bias": draw.bias(d_model)}
 
 
 def _layer_norm(marks: Marks, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -771,38 +776,34 @@ def _layer_norm(marks: Marks, x: Tensor, weight: Tensor, bias: Tensor | None, ep
     return y if bias is None else y + marks.parameter(bias, tokens, update)
 
 
-def _embedding_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    tensors = {
-        "tokens": draw.integers(sizes.vocabulary, *tokens),
-        "weight": draw.normal(sizes.vocabulary, sizes.d_model),
-    }
-    return tensors, keywords
+def _embedding_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    sizes = draw.sizes
+    tokens = draw.integers(sizes.vocabulary, *draw.tokens)
+    return {"tokens": tokens, "weight": draw.normal(sizes.vocabulary, sizes.d_model)}
 
 
 def _embedding(marks: Marks, tokens: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
     return marks.gradient("update", F.embedding(tokens, weight, padding_idx))
 
 
-def _attention_inputs(
-    draw: Draw, tokens: tuple[int, ...], sizes: Sizes, bias: bool, layout: str, keywords: dict[str, Any]
-) -> Inputs:
-    batch, length = tokens
-    keywords = dict(keywords)
-    documents, padding = keywords.pop("documents", None), keywords.pop("padding", None)
-    queries = keywords.pop("queries", length)
-    tensors = {
-        "q": draw.normal(batch, sizes.heads, queries, sizes.head_dim, layout=layout),
-        "k": draw.normal(batch, sizes.kv_heads, length, sizes.head_dim, layout=layout),
-        "v": draw.normal(batch, sizes.kv_heads, length, sizes.head_dim, layout=layout),
+def _attention_inputs(draw: Draw) -> dict[str, Tensor | None]:
+    (batch, length), sizes = draw.tokens, draw.sizes
+    heads = {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
+    return {
+        name: draw.normal(batch, number, length, sizes.head_dim, layout=draw.layout)
+        for name, number in heads.items()
     }
+
+
+def _attention_keywords(draw: Draw, keywords: dict[str, Any]) -> dict[str, Any]:
+    (batch, length), keywords = draw.tokens, dict(keywords)
+    documents, padding = keywords.pop("documents", None), keywords.pop("padding", None)
     if documents is not None:
         bounds = [document * length // documents for document in range(documents + 1)]
         keywords["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=draw.device)
     if padding is not None:
         keywords["key_mask"] = (torch.arange(length, device=draw.device) < length - padding).expand(batch, -1)
-    return tensors, keywords
+    return keywords
 
 
 def _attention_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int]:
@@ -857,29 +858,15 @@ def _attention(
     scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     score_edges = marks.edges("score_edges", q.shape[0], q.dtype)
     if score_edges is not None:
-        scores = _detached(score_edges, scores)
-    p = torch.softmax(scores.masked_fill(~seen, -math.inf), -1).nan_to_num(0.0)
+        scores = marks.detached(score_edges, scores)
+    p = torch.softmax(scores.masked_fill(~seen, torch.finfo(q.dtype).min), -1) * seen.any(-1, keepdim=True)
     value_edges = marks.edges("value_edges", q.shape[0], q.dtype)
     if value_edges is None:
         o = p @ v
     else:  # every query has its own copy of every value
-        o = (p.unsqueeze(-1) * _detached(value_edges.unsqueeze(-1), v.unsqueeze(2))).sum(-2)
+        o = (p.unsqueeze(-1) * marks.detached(value_edges.unsqueeze(-1), v.unsqueeze(2))).sum(-2)
     return marks.by_head("forward_heads", marks.by_head("heads", o), forward=True)
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class _AttentionSites(Sites):
-    query: TableLike | None = None
-    key: TableLike | None = None
-    value: TableLike | None = None
-    heads: TableLike | None = None
-    forward_heads: TableLike | None = None
-    score_edges: TableLike | None = None
-    value_edges: TableLike | None = None
-
-
-# Sites of ops that have a meaning (backend "reference") and no public function yet.
-_NOT_YET_PUBLIC = {"AttentionSites": _AttentionSites}
 
 PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -893,13 +880,24 @@ _ACTIVATION_VARIANTS = tuple({"activation": name} for name in ACTIVATIONS)
 
 #: What `sample` knows about every op of `gradroute.backends.OPS`.
 OPS = {
-    "route_grad": Op(_route_grad_inputs, lambda sizes, _, __: {"table": sizes.d_model}, _route_grad, None),
+    "route_grad": Op(_route_grad_inputs, _route_grad_sites, _route_grad, None),
     "routed_linear": Op(_linear_inputs, _linear_sites, _linear, "LinearSites"),
     "routed_activation": Op(
-        _activation_inputs, _activation_sites, _activation, "ActivationSites", ("a",), _ACTIVATION_VARIANTS
+        _activation_inputs,
+        _activation_sites,
+        _activation,
+        "ActivationSites",
+        activations=("a",),
+        variants=_ACTIVATION_VARIANTS,
+        keywords=_activation_keywords,
     ),
     "routed_glu": Op(
-        _glu_inputs, _activation_sites, _glu, "ActivationSites", ("gate", "up"), _ACTIVATION_VARIANTS
+        _glu_inputs,
+        _activation_sites,
+        _glu,
+        "ActivationSites",
+        activations=("gate", "up"),
+        variants=_ACTIVATION_VARIANTS,
     ),
     "routed_mlp": Op(_mlp_inputs, _mlp_sites, _mlp, "MLPSites", variants=_ACTIVATION_VARIANTS),
     "routed_gated_mlp": Op(
@@ -926,7 +924,7 @@ OPS = {
         _update_site,
         _embedding,
         "EmbeddingSites",
-        ("tokens",),
+        activations=("tokens",),
         variants=({}, {"padding_idx": 3}),
     ),
     "routed_attention": Op(
@@ -934,7 +932,7 @@ OPS = {
         _attention_sites,
         _attention,
         "AttentionSites",
-        ("q", "k", "v"),
+        activations=("q", "k", "v"),
         variants=(
             {},
             {"causal": False},
@@ -943,5 +941,6 @@ OPS = {
             {"documents": 3},
             {"padding": 4},
         ),
+        keywords=_attention_keywords,
     ),
 }

@@ -12,6 +12,10 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "bias_grad_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 128, "num_warps": 4}},
     "activation_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
     "glu_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
+    # Tiles of whole rows: BLOCK_F is D rounded up, BLOCK_T and num_warps follow from these (kernels/norm.py).
+    "norm_bwd_kernel": {80: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 512}},
+    "norm_bwd_chunked_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8}},
+    "embedding_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 512, "num_warps": 4}},
     "weight_grad_kernel": {
         80: {"BLOCK_O": 64, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 4, "num_stages": 3},
         90: {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3},

@@ -1,0 +1,124 @@
+"""The weight gradient of an embedding: tokens sorted by id, a program sums the masked gradients of one row's tokens."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..routes import Routes
+from ..tables import Table
+from .launch import (
+    config_of,
+    kernel_op,
+    launch,
+    route_arguments,
+    strides,
+    table_arguments,
+    tokens_of,
+    weights_on,
+)
+from .tiles import masked, rounded
+
+
+@triton.jit
+def embedding_bwd_kernel(
+    dy,  # [T, D]
+    out,  # [V, D], zeros
+    tokens,  # [T], sorted
+    order,  # [T], the row of dy of each sorted token
+    ends,  # [T], the position after the last token equal to this one
+    ids,  # [T]
+    strength,
+    strength_stride,
+    update,
+    update_cols,
+    num_features,
+    padding_idx,  # -1: none
+    dy_stride_t,
+    dy_stride_f,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """out[token] = Σ m ⊙ dy over the run of equal tokens that begins at this program's position, if one does."""
+    first = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + first).to(tl.int64)
+    earlier = tl.load(tokens + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    if (token != earlier) & (token != padding_idx):
+        features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+        total = tl.zeros([BLOCK_F], dtype=tl.float32)
+        end = tl.load(ends + first)
+        for start in range(first, end, BLOCK_T):
+            positions = start + tl.arange(0, BLOCK_T)
+            present = positions < end
+            rows = tl.load(order + positions, mask=present, other=0)
+            valid = present[:, None] & (features < num_features)[None, :]
+            routes = tl.load(ids + rows, mask=present, other=0)
+            g = tl.load(
+                dy + rows[:, None] * dy_stride_t + features[None, :] * dy_stride_f, mask=valid, other=0.0
+            )
+            g = masked(
+                g.to(tl.float32),
+                update,
+                update_cols,
+                strength,
+                strength_stride,
+                routes,
+                rows,
+                features,
+                valid,
+            )
+            total += tl.sum(g, axis=0)
+        tl.store(
+            out + token * num_features + features,
+            rounded(total, out.dtype.element_ty),
+            mask=features < num_features,
+        )
+
+
+def embedding_backward(
+    dy: Tensor,
+    tokens: Tensor,
+    routes: Routes,
+    update: Table | None,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> Tensor:
+    """See `gradroute.composed.embedding_backward`."""
+    return embedding_backward_op(
+        dy, tokens, *tokens_of(routes), *weights_on(dy.device, update), num_embeddings, padding_idx
+    )
+
+
+@kernel_op(
+    "embedding_backward(Tensor dy, Tensor tokens, Tensor ids, Tensor? strength, Tensor? update, "
+    "SymInt num_embeddings, int? padding_idx) -> Tensor"
+)
+def embedding_backward_op(
+    dy: Tensor,
+    tokens: Tensor,
+    ids: Tensor,
+    strength: Tensor | None,
+    update: Tensor | None,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> Tensor:
+    features = dy.shape[1]
+    config = config_of(embedding_bwd_kernel, dy.device)
+    out = dy.new_zeros(num_embeddings, features)
+    ordered, order = torch.sort(tokens, stable=True)
+    launch(
+        embedding_bwd_kernel,
+        (tokens.shape[0], triton.cdiv(features, config["BLOCK_F"])),
+        config,
+        dy=dy,
+        out=out,
+        tokens=ordered,
+        order=order,
+        ends=torch.searchsorted(ordered, ordered, right=True),
+        **route_arguments(ids, strength),
+        **table_arguments(update=update),
+        num_features=features,
+        padding_idx=-1 if padding_idx is None else padding_idx,
+        **strides("dy", dy, "tf"),
+    )
+    return out

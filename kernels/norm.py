@@ -1,0 +1,326 @@
+"""The backward of RMS norm and layer norm, the update mask folded in: dx and the partial sums of dW, db in one launch.
+
+A program walks over tiles of whole rows and keeps its own sums, so nothing is atomic and the result depends on the
+device's number of multiprocessors alone.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..routes import Routes
+from ..tables import Table
+from .launch import (
+    config_of,
+    kernel_op,
+    launch,
+    route_arguments,
+    strides,
+    table_arguments,
+    tokens_of,
+    weights_on,
+)
+from .tiles import masked, rounded
+
+# Rows up to this long stay in registers: x, dy and the sums of dW and db are 64 fp32 values a thread at 512 threads,
+# and a thread has 128 registers there. Longer rows are read again from the cache, chunk by chunk.
+MAX_ROW_IN_REGISTERS = 8192
+
+
+@triton.jit
+def _load(pointer, stride_t, stride_f, rows, features, valid):  # [BLOCK_T, BLOCK_F] fp32
+    tile = tl.load(pointer + rows[:, None] * stride_t + features[None, :] * stride_f, mask=valid, other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _load_scale(weight, offset, features, num_features):  # [1, BLOCK_F] fp32
+    scale = tl.load(weight + features, mask=features < num_features, other=0.0).to(tl.float32) + offset
+    return scale[None, :]
+
+
+@triton.jit
+def norm_bwd_kernel(
+    dy,  # [T, D]
+    x,  # [T, D]
+    weight,  # [D], or None where dx is not wanted
+    dx,  # [T, D] or None
+    weight_partial,  # [programs, D] fp32 or None
+    bias_partial,  # [programs, D] fp32 or None
+    ids,  # [T]
+    strength,
+    strength_stride,
+    update,
+    update_cols,
+    num_tokens,
+    num_features,
+    eps,
+    offset,
+    dy_stride_t,
+    dy_stride_f,
+    x_stride_t,
+    x_stride_f,
+    CENTERED: tl.constexpr,
+    ROUND_X_HAT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """dx of x̂ ⊙ (w + offset), x̂ = (x - mean, where CENTERED) / rms; partial sums of m ⊙ dy ⊙ x̂ and m ⊙ dy."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    features = tl.arange(0, BLOCK_F).to(tl.int64)
+    weight_total = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
+    bias_total = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
+    for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
+        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        x_hat = _load(x, x_stride_t, x_stride_f, rows, features, valid)
+        if CENTERED:
+            x_hat = tl.where(valid, x_hat - tl.sum(x_hat, axis=1)[:, None] / num_features, 0.0)
+        rstd = tl.rsqrt(tl.sum(x_hat * x_hat, axis=1)[:, None] / num_features + eps)
+        x_hat = tl.where(valid, x_hat * rstd, 0.0)
+        g = _load(dy, dy_stride_t, dy_stride_f, rows, features, valid)
+        if weight_partial is not None:
+            x_seen = x_hat
+            if ROUND_X_HAT:
+                x_seen = rounded(x_hat, x.dtype.element_ty).to(tl.float32)
+            weight_total += masked(
+                g * x_seen, update, update_cols, strength, strength_stride, routes, rows, features, valid
+            )
+        if bias_partial is not None:
+            bias_total += masked(
+                g, update, update_cols, strength, strength_stride, routes, rows, features, valid
+            )
+        if dx is not None:
+            dx_hat = g * _load_scale(weight, offset, features, num_features)
+            if CENTERED:
+                dx_hat -= tl.sum(dx_hat, axis=1)[:, None] / num_features
+            projection = tl.sum(dx_hat * x_hat, axis=1)[:, None] / num_features
+            dx_tile = rounded(rstd * (dx_hat - x_hat * projection), dx.dtype.element_ty)
+            tl.store(dx + rows[:, None] * num_features + features[None, :], dx_tile, mask=valid)
+    partial = tl.program_id(0).to(tl.int64) * num_features + features
+    if weight_partial is not None:
+        tl.store(weight_partial + partial, tl.sum(weight_total, axis=0), mask=features < num_features)
+    if bias_partial is not None:
+        tl.store(bias_partial + partial, tl.sum(bias_total, axis=0), mask=features < num_features)
+
+
+@triton.jit
+def norm_bwd_chunked_kernel(
+    dy,  # [T, D]
+    x,  # [T, D]
+    weight,  # [D], or None where dx is not wanted
+    dx,  # [T, D] or None
+    weight_partial,  # [programs, D] fp32 or None
+    bias_partial,  # [programs, D] fp32 or None
+    ids,  # [T]
+    strength,
+    strength_stride,
+    update,
+    update_cols,
+    num_tokens,
+    num_features,
+    eps,
+    offset,
+    dy_stride_t,
+    dy_stride_f,
+    x_stride_t,
+    x_stride_f,
+    CENTERED: tl.constexpr,
+    ROUND_X_HAT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """As norm_bwd_kernel, for rows of any length: read in chunks, twice (CENTERED: thrice); sums kept in memory."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        present = (rows < num_tokens)[:, None]
+        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        mean = tl.zeros([BLOCK_T, 1], dtype=tl.float32)
+        if CENTERED:
+            for chunk in range(0, num_features, BLOCK_F):
+                features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
+                valid = present & (features < num_features)[None, :]
+                mean += tl.sum(_load(x, x_stride_t, x_stride_f, rows, features, valid), axis=1)[:, None]
+            mean = mean / num_features
+        squares = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ (x - mean)²
+        total = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ dx̂
+        projection = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ dx̂ (x - mean)
+        for chunk in range(0, num_features, BLOCK_F):
+            features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
+            valid = present & (features < num_features)[None, :]
+            centered = _load(x, x_stride_t, x_stride_f, rows, features, valid) - mean
+            centered = tl.where(valid, centered, 0.0)
+            squares += tl.sum(centered * centered, axis=1)[:, None]
+            if dx is not None:
+                dx_hat = _load(dy, dy_stride_t, dy_stride_f, rows, features, valid)
+                dx_hat *= _load_scale(weight, offset, features, num_features)
+                total += tl.sum(dx_hat, axis=1)[:, None]
+                projection += tl.sum(dx_hat * centered, axis=1)[:, None]
+        rstd = tl.rsqrt(squares / num_features + eps)
+        total = total / num_features
+        projection = projection * rstd / num_features
+        for chunk in range(0, num_features, BLOCK_F):
+            features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
+            valid = present & (features < num_features)[None, :]
+            centered = _load(x, x_stride_t, x_stride_f, rows, features, valid) - mean
+            x_hat = tl.where(valid, centered * rstd, 0.0)
+            g = _load(dy, dy_stride_t, dy_stride_f, rows, features, valid)
+            partial = tl.program_id(0).to(tl.int64) * num_features + features
+            summed = (features < num_features) & (start > first)  # by the earlier tiles of this program
+            if weight_partial is not None:
+                x_seen = x_hat
+                if ROUND_X_HAT:
+                    x_seen = rounded(x_hat, x.dtype.element_ty).to(tl.float32)
+                product = masked(
+                    g * x_seen, update, update_cols, strength, strength_stride, routes, rows, features, valid
+                )
+                earlier = tl.load(weight_partial + partial, mask=summed, other=0.0)
+                tl.store(
+                    weight_partial + partial, earlier + tl.sum(product, axis=0), mask=features < num_features
+                )
+            if bias_partial is not None:
+                product = masked(
+                    g, update, update_cols, strength, strength_stride, routes, rows, features, valid
+                )
+                earlier = tl.load(bias_partial + partial, mask=summed, other=0.0)
+                tl.store(
+                    bias_partial + partial, earlier + tl.sum(product, axis=0), mask=features < num_features
+                )
+            if dx is not None:
+                dx_hat = g * _load_scale(weight, offset, features, num_features)
+                if CENTERED:
+                    dx_hat -= total
+                dx_tile = rounded(rstd * (dx_hat - x_hat * projection), dx.dtype.element_ty)
+                tl.store(dx + rows[:, None] * num_features + features[None, :], dx_tile, mask=valid)
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    routes: Routes,
+    update: Table | None,
+    eps: float,
+    offset: float,
+    casting_mode: str,
+    *,
+    want_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """See `gradroute.composed.rms_norm_backward`."""
+    dx, dweight, _ = norm_backward_op(
+        dy,
+        x,
+        weight,
+        *tokens_of(routes),
+        *weights_on(x.device, update),
+        eps,
+        offset,
+        centered=False,
+        round_x_hat=casting_mode == "llama",
+        want_weight=want_weight,
+        want_bias=False,
+    )
+    return None if weight is None else dx, dweight if want_weight else None
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    routes: Routes,
+    update: Table | None,
+    eps: float,
+    *,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.composed.layer_norm_backward`."""
+    dx, dweight, dbias = norm_backward_op(
+        dy,
+        x,
+        weight,
+        *tokens_of(routes),
+        *weights_on(x.device, update),
+        eps,
+        0.0,
+        centered=True,
+        round_x_hat=False,
+        want_weight=want_weight,
+        want_bias=want_bias,
+    )
+    return None if weight is None else dx, dweight if want_weight else None, dbias if want_bias else None
+
+
+@kernel_op(
+    "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor ids, Tensor? strength, Tensor? update, float eps, "
+    "float offset, bool centered, bool round_x_hat, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)"
+)
+def norm_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    ids: Tensor,
+    strength: Tensor | None,
+    update: Tensor | None,
+    eps: float,
+    offset: float,
+    centered: bool,
+    round_x_hat: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs that are not wanted have no elements."""
+    tokens, features = x.shape
+    kernel, config, programs = _plan(features, x.device)
+    programs = torch.sym_min(programs, triton.cdiv(tokens, config["BLOCK_T"]))
+    want_dx = weight is not None
+    dx = x.new_empty(tokens if want_dx else 0, features)
+    weight_partial = x.new_empty(programs if want_weight else 0, features, dtype=torch.float32)
+    bias_partial = x.new_empty(programs if want_bias else 0, features, dtype=torch.float32)
+    launch(
+        kernel,
+        (programs,),
+        config,
+        dy=dy,
+        x=x,
+        weight=weight.contiguous() if want_dx else None,
+        dx=dx if want_dx else None,
+        weight_partial=weight_partial if want_weight else None,
+        bias_partial=bias_partial if want_bias else None,
+        **route_arguments(ids, strength),
+        **table_arguments(update=update),
+        num_tokens=tokens,
+        num_features=features,
+        eps=eps,
+        offset=offset,
+        **strides("dy", dy, "tf"),
+        **strides("x", x, "tf"),
+        CENTERED=centered,
+        ROUND_X_HAT=round_x_hat,
+    )
+    dweight = weight_partial.sum(0) if want_weight else weight_partial
+    dbias = bias_partial.sum(0) if want_bias else bias_partial
+    return dx, dweight, dbias
+
+
+def _plan(features: int, device: torch.device) -> tuple[triton.JITFunction, dict[str, int], int]:
+    """The kernel for rows of this length, its configuration, and the most programs to launch."""
+    if features > MAX_ROW_IN_REGISTERS:
+        config = config_of(norm_bwd_chunked_kernel, device)
+        return norm_bwd_chunked_kernel, config, _multiprocessors(device) * 16 // config["num_warps"]
+    shipped = config_of(norm_bwd_kernel, device)
+    block_f = max(16, triton.next_power_of_2(features))
+    block_t = max(1, shipped["ELEMENTS"] // block_f)
+    num_warps = block_t * block_f // shipped["ELEMENTS_PER_WARP"]
+    config = {"BLOCK_T": block_t, "BLOCK_F": block_f, "num_warps": num_warps}
+    return norm_bwd_kernel, config, _multiprocessors(device) * 16 // num_warps
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,76 @@
+"""The cases of the tests that iterate the table of ops: every op × backend, and covering samples of the other axes."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from gradroute import backends, testing
+
+#: Every op on every backend that implements it.
+OP_BACKENDS = [(op, backend) for op, row in backends.OPS.items() for backend in row]
+
+#: Those of them that are autograd.Functions of their own: all but the reference.
+FUNCTION_BACKENDS = [(op, backend) for op, backend in OP_BACKENDS if backend != "reference"]
+
+TOKENS = (0, 1, 37, 130, (2, 19))
+
+every_op_backend = pytest.mark.parametrize(
+    ("op", "backend"), OP_BACKENDS, ids=["-".join(pair) for pair in OP_BACKENDS]
+)
+every_function_backend = pytest.mark.parametrize(
+    ("op", "backend"), FUNCTION_BACKENDS, ids=["-".join(pair) for pair in FUNCTION_BACKENDS]
+)
+
+
+def dtypes(backend):
+    """The dtypes that a backend takes, see design: fp64 on the reference, torch and cpu only."""
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return (*narrow, torch.float64) if backend in ("reference", "torch", "cpu") else narrow
+
+
+def require(backend, device):
+    """Skips what a machine with a GPU cannot do: there, Triton's interpreter is off."""
+    if device.type != "cpu" or backend not in ("triton", "cuda"):
+        return
+    if backend not in backends.available_backends(device=device):
+        pytest.skip(f"{backend} runs on the GPU of this machine, not on its CPU")
+
+
+def make(op, **options):
+    """`testing.sample`; attention takes a batch of one sequence where a number of tokens is asked for."""
+    tokens = options.pop("tokens", 37)
+    if op == "routed_attention" and isinstance(tokens, int):
+        tokens = (1, tokens)
+    return testing.sample(op, tokens=tokens, **options)
+
+
+def covering(axes, strength=2, seed=0):
+    """Few cases, dicts of one value per axis, in which every `strength` values of different axes meet."""
+    names, generator = list(axes), random.Random(seed)
+    missing = {
+        pair
+        for chosen in itertools.combinations(names, strength)
+        for pair in itertools.product(*([(name, index) for index in range(len(axes[name]))] for name in chosen))
+    }
+    while missing:
+        yield {name: axes[name][index] for name, index in _row(axes, names, strength, missing, generator)}
+
+
+def _row(axes, names, strength, missing, generator):
+    """The next case: it starts from a missing combination and grows by the value that completes most others."""
+    row = list(min(missing))
+    for name in generator.sample(names, len(names)):
+        if any(name == taken for taken, _ in row):
+            continue
+        options = [(name, index) for index in range(len(axes[name]))]
+        generator.shuffle(options)
+        row.append(max(options, key=lambda option: len(_combinations([*row, option], names, strength) & missing)))
+    missing -= _combinations(row, names, strength)
+    return row
+
+
+def _combinations(row, names, strength):
+    ordered = sorted(row, key=lambda value: names.index(value[0]))
+    return set(itertools.combinations(ordered, strength))

@@ -1,0 +1,43 @@
+"""One thread, one seed, poisoned memory; Triton's interpreter without a GPU; tests marked gpu only with one."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of pytest-xdist already fill the cores
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before gradroute is
+
+import gradroute
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _process():
+    torch.set_num_threads(1)
+    # Uninitialised memory is then NaN (the largest value for integers): test_uninitialised_memory_is_poisoned.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def _automatic_backend_and_seed():
+    torch.manual_seed(0)
+    with gradroute.use_backend(None):
+        yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The device of a test that also proves something on a GPU: `pytest -m gpu` runs those cases."""
+    return torch.device(request.param)
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    kept = [item for item in items if "gpu" not in item.keywords]
+    config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
+    items[:] = kept
