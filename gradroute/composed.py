@@ -108,6 +108,12 @@ def _mask_middle(da: Tensor, routes: Routes, sites: Any) -> None:
         masked_product_(da, routes, table)
 
 
+def _mask_output(z: Tensor, routes: Routes, sites: Any) -> None:
+    """m_update_out ⊙ m_forward ⊙ z in place."""
+    for table in (sites.forward, sites.update_out):
+        masked_product_(z, routes, table)
+
+
 def activation_backward(
     dz: Tensor | None,
     a: Tensor,
@@ -135,7 +141,8 @@ def activation_backward(
     act = ACTIVATIONS[activation]
     z = db = None
     if want_z:
-        z = masked_product(masked_product(act.value(a), routes, sites.forward), routes, sites.update_out)
+        z = act.value(a)
+        _mask_output(z, routes, sites)
     if dz is None:
         return None, z, None
     da = act.backward(dz, a)
@@ -168,7 +175,8 @@ def glu_backward(
     value = act.value(gate)
     z = db_gate = db_up = None
     if want_z:
-        z = masked_product(masked_product(value * up, routes, sites.forward), routes, sites.update_out)
+        z = value * up
+        _mask_output(z, routes, sites)
     if dz is None:
         return None, None, z, None, None
     dgate, dup = act.backward(dz * up, gate), dz * value

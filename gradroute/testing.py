@@ -33,8 +33,13 @@ STRENGTHS = (None, "token", "scalar")
 #: What `sample(gradient=...)` takes: the strides of the upstream gradient.
 LAYOUTS = ("contiguous", "sliced", "transposed", "zero_stride")
 
-# Masked products on the longest path to a gradient (output, forward, hidden, pre, update), and its own rounding.
+# Roundings to the dtype: five masked products on the longest path to a gradient (output, forward, hidden, pre, update),
+# and the gradient's own.
 ROUNDINGS = 6
+
+# Roundings to fp32 inside a kernel: the derivative of tanh-GELU (twenty operations), the interpolation of five masks
+# (three each).
+INNER_ROUNDINGS = 35
 
 
 class Sizes(NamedTuple):
@@ -184,12 +189,13 @@ def excess(actual: Tensor, exact: Tensor, plain: Tensor) -> str | None:
     Twice: a fused backward rounds as often as eager PyTorch, at other places. Errors are measured by their maximum and
     by their root mean square (RMS); both must hold.
 
-    The floor is a share of the exact values' own maximum, or RMS. Where plain PyTorch happens to be exact, or exact
-    sums come out in its order, masking still rounds: once a masked product, by at most eps / 2 of its value. At most
-    five lie on the path to one gradient (output, forward, hidden, pre, update), and the gradient is rounded itself:
-    ROUNDINGS = 6, so 3 eps. For fp64 nothing wider is at hand: `exact` has errors of the same size, and cancelling sums
-    make them many eps of the result. There the floor is 2⁻⁴⁰, 4096 eps: far above rounding, far below any wrong mask.
-    Where every exact value is 0, every actual value must be 0.
+    The floor is a share of the exact values' own maximum, or RMS, for where plain PyTorch happens to be exact: few
+    tokens, few elements that a mask leaves, exact sums. A routed gradient is still rounded, each time by at most half
+    an eps of its value: ROUNDINGS times to the dtype and INNER_ROUNDINGS times to fp32. Where every exact value is 0,
+    every actual value must be 0.
+
+    For fp64 nothing wider is at hand: `exact` has errors of the same size, and cancelling sums make them many eps of
+    the result. There the floor is 2⁻⁴⁰, 4096 eps: far above rounding, far below any wrong mask.
 
     Args:
         actual: what is tested, at dtype.
@@ -202,7 +208,7 @@ def excess(actual: Tensor, exact: Tensor, plain: Tensor) -> str | None:
         return f"got {actual.dtype}, expected {plain.dtype}"
     if actual.numel() == 0:
         return None
-    floor = 2.0**-40 if actual.dtype == torch.float64 else ROUNDINGS / 2 * torch.finfo(actual.dtype).eps
+    floor = _floor(actual.dtype)
     for name, size in {"maximum": _maximum, "RMS": _rms}.items():
         error, plain_error, scale = size(actual.double() - exact), size(plain.double() - exact), size(exact)
         if not error <= 2 * plain_error + floor * scale:  # a NaN fails too
@@ -211,6 +217,12 @@ def excess(actual: Tensor, exact: Tensor, plain: Tensor) -> str | None:
                 f"{scale:.3e} scale, in {actual.dtype}"
             )
     return None
+
+
+def _floor(dtype: torch.dtype) -> float:
+    if dtype == torch.float64:
+        return 2.0**-40
+    return (ROUNDINGS * torch.finfo(dtype).eps + INNER_ROUNDINGS * torch.finfo(torch.float32).eps) / 2
 
 
 def _maximum(x: Tensor) -> float:
@@ -533,7 +545,7 @@ class Marks:
     def parameter(self, parameter: Tensor, tokens: torch.Size, *tables: Table | None) -> Tensor:
         """`parameter`, or each token's copy `[*tokens, *parameter.shape]`; one table (or None) per dimension of it."""
         masks = [
-            self.mask(table, parameter.dtype, tokens).reshape(*tokens, *_along(dimension, parameter.dim()))
+            _along(dimension, parameter.dim(), self.mask(table, parameter.dtype, tokens))
             for dimension, table in enumerate(tables)
             if table is not None
         ]
@@ -571,8 +583,10 @@ def _only_gradient(x: Tensor) -> Tensor:
     return x - x.detach()
 
 
-def _along(dimension: int, dimensions: int) -> tuple[int, ...]:
-    return (*(1,) * dimension, -1, *(1,) * (dimensions - dimension - 1))
+def _along(dimension: int, dimensions: int, m: Tensor) -> Tensor:
+    """m `[*tokens, F]` with F moved to one of the dimensions of a parameter, the others 1."""
+    ones = (1,) * dimensions
+    return m.reshape(*m.shape[:-1], *ones[:dimension], m.shape[-1], *ones[dimension + 1 :])
 
 
 # --------------------------------------------------------------------------------------------------------------------

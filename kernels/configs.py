@@ -1,5 +1,7 @@
 """Shipped launch configurations: kernel → architecture (compute capability times ten) → configuration.
 
+A kernel that needs another one for a dtype has an entry `kernel.dtype` too.
+
 An architecture without an entry uses that of the nearest older one, so an entry under 80 serves every chip. There is
 no autotuning at run time: first calls are as fast as later ones, and results do not depend on a race.
 All of them compile for sm_80, sm_90 and sm_100 without spills (tests/test_compile.py).
@@ -8,20 +10,28 @@ All of them compile for sm_80, sm_90 and sm_100 without spills (tests/test_compi
 ARCHITECTURES = (80, 90, 100)
 
 CONFIGS: dict[str, dict[int, dict[str, int]]] = {
-    "masked_product_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 256, "num_warps": 4}},
+    "masked_product_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
     "bias_grad_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 128, "num_warps": 4}},
-    "activation_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
-    "glu_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
-    # Tiles of whole rows: BLOCK_F is D rounded up, BLOCK_T and num_warps follow from these (kernels/norm.py).
-    "norm_bwd_kernel": {80: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 512}},
-    "norm_bwd_chunked_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8}},
-    "embedding_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 512, "num_warps": 4}},
+    "activation_bwd_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8}},
+    "glu_bwd_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8}},
+    # Tiles of whole rows: BLOCK_F is D rounded up, the rest follows from these (kernels/norm.py). Where maxnreg does
+    # not say how many registers there are, the assembler spills 8 to 16 bytes here and there to fit another program.
+    "norm_bwd_kernel": {80: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 256}},
+    "norm_bwd_chunked_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8, "maxnreg": 255}},
+    "embedding_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
+    # fp32 products are sums of FMAs in registers, which leave room for smaller tiles only.
     "weight_grad_kernel": {
-        80: {"BLOCK_O": 64, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 4, "num_stages": 3},
+        80: {"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32, "num_warps": 4, "num_stages": 3},
         90: {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3},
+    },
+    "weight_grad_kernel.float32": {
+        80: {"BLOCK_O": 64, "BLOCK_I": 32, "BLOCK_T": 16, "num_warps": 4, "num_stages": 2},
     },
     "input_grad_kernel": {
         80: {"BLOCK_T": 64, "BLOCK_I": 128, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3},
         90: {"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 3},
+    },
+    "input_grad_kernel.float32": {
+        80: {"BLOCK_T": 64, "BLOCK_I": 32, "BLOCK_O": 16, "num_warps": 4, "num_stages": 2},
     },
 }

@@ -17,7 +17,7 @@ from .launch import (
     tokens_of,
     weights_on,
 )
-from .tiles import masked, rounded
+from .tiles import load_strength, masked, rounded
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def embedding_bwd_kernel(
     strength,
     strength_stride,
     update,
-    update_cols,
+    update_cols: tl.constexpr,
     num_features,
     padding_idx,  # -1: none
     dy_stride_t,
@@ -45,33 +45,25 @@ def embedding_bwd_kernel(
     earlier = tl.load(tokens + first - 1, mask=first > 0, other=-1).to(tl.int64)
     if (token != earlier) & (token != padding_idx):
         features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+        inside = features < num_features
         total = tl.zeros([BLOCK_F], dtype=tl.float32)
         end = tl.load(ends + first)
         for start in range(first, end, BLOCK_T):
             positions = start + tl.arange(0, BLOCK_T)
             present = positions < end
             rows = tl.load(order + positions, mask=present, other=0)
-            valid = present[:, None] & (features < num_features)[None, :]
+            valid = present[:, None] & inside[None, :]
             routes = tl.load(ids + rows, mask=present, other=0)
+            s = load_strength(strength, strength_stride, rows, present)
             g = tl.load(
                 dy + rows[:, None] * dy_stride_t + features[None, :] * dy_stride_f, mask=valid, other=0.0
             )
-            g = masked(
-                g.to(tl.float32),
-                update,
-                update_cols,
-                strength,
-                strength_stride,
-                routes,
-                rows,
-                features,
-                valid,
-            )
+            g = masked(g.to(tl.float32), update, update_cols, strength, s, routes, present, features, inside)
             total += tl.sum(g, axis=0)
         tl.store(
             out + token * num_features + features,
             rounded(total, out.dtype.element_ty),
-            mask=features < num_features,
+            mask=inside,
         )
 
 

@@ -20,7 +20,7 @@ from .launch import (
     weights_on,
 )
 from .mlp import TOKENS_PER_PARTIAL
-from .tiles import masked, rounded
+from .tiles import load_strength, masked, rounded
 
 
 @triton.jit
@@ -37,15 +37,15 @@ def glu_bwd_kernel(
     strength,
     strength_stride,
     pre,
-    pre_cols,
+    pre_cols: tl.constexpr,
     hidden,
-    hidden_cols,
+    hidden_cols: tl.constexpr,
     forward,
-    forward_cols,
+    forward_cols: tl.constexpr,
     update_out,
-    update_out_cols,
+    update_out_cols: tl.constexpr,
     update_in,
-    update_in_cols,
+    update_in_cols: tl.constexpr,
     num_tokens,
     num_features,
     dz_stride_t,
@@ -65,13 +65,16 @@ def glu_bwd_kernel(
     m_update_in ⊙ dup over runs of TOKENS tokens.
     """
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = features < num_features
     first = tl.program_id(0).to(tl.int64) * TOKENS
     gate_total = tl.zeros([BLOCK_F], dtype=tl.float32)
     up_total = tl.zeros([BLOCK_F], dtype=tl.float32)
     for start in range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T):
         rows = first + start + tl.arange(0, BLOCK_T)
-        valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
-        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        present = rows < num_tokens
+        valid = present[:, None] & inside[None, :]
+        routes = tl.load(ids + rows, mask=present, other=0)
+        s = load_strength(strength, strength_stride, rows, present)
         out = rows[:, None] * num_features + features[None, :]
         gate_tile = tl.load(
             gate + rows[:, None] * gate_stride_t + features[None, :] * gate_stride_f, mask=valid, other=0.0
@@ -82,71 +85,37 @@ def glu_bwd_kernel(
         value, derivative = value_and_derivative(gate_tile.to(tl.float32), ACTIVATION)
         if z is not None:
             z_tile = masked(
-                value * up_tile,
-                forward,
-                forward_cols,
-                strength,
-                strength_stride,
-                routes,
-                rows,
-                features,
-                valid,
+                value * up_tile, forward, forward_cols, strength, s, routes, present, features, inside
             )
             z_tile = masked(
-                z_tile, update_out, update_out_cols, strength, strength_stride, routes, rows, features, valid
+                z_tile, update_out, update_out_cols, strength, s, routes, present, features, inside
             )
             tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
         if dz is not None:
             dh = tl.load(
                 dz + rows[:, None] * dz_stride_t + features[None, :] * dz_stride_f, mask=valid, other=0.0
             ).to(tl.float32)
-            dh = masked(dh, forward, forward_cols, strength, strength_stride, routes, rows, features, valid)
-            dh = masked(dh, hidden, hidden_cols, strength, strength_stride, routes, rows, features, valid)
+            dh = masked(dh, forward, forward_cols, strength, s, routes, present, features, inside)
+            dh = masked(dh, hidden, hidden_cols, strength, s, routes, present, features, inside)
             dgate_tile = masked(
-                dh * up_tile * derivative,
-                pre,
-                pre_cols,
-                strength,
-                strength_stride,
-                routes,
-                rows,
-                features,
-                valid,
+                dh * up_tile * derivative, pre, pre_cols, strength, s, routes, present, features, inside
             )
-            dup_tile = masked(
-                dh * value, pre, pre_cols, strength, strength_stride, routes, rows, features, valid
-            )
+            dup_tile = masked(dh * value, pre, pre_cols, strength, s, routes, present, features, inside)
             tl.store(dgate + out, rounded(dgate_tile, dgate.dtype.element_ty), mask=valid)
             tl.store(dup + out, rounded(dup_tile, dup.dtype.element_ty), mask=valid)
             if gate_partial is not None:
                 dgate_tile = masked(
-                    dgate_tile,
-                    update_in,
-                    update_in_cols,
-                    strength,
-                    strength_stride,
-                    routes,
-                    rows,
-                    features,
-                    valid,
+                    dgate_tile, update_in, update_in_cols, strength, s, routes, present, features, inside
                 )
                 dup_tile = masked(
-                    dup_tile,
-                    update_in,
-                    update_in_cols,
-                    strength,
-                    strength_stride,
-                    routes,
-                    rows,
-                    features,
-                    valid,
+                    dup_tile, update_in, update_in_cols, strength, s, routes, present, features, inside
                 )
                 gate_total += tl.sum(dgate_tile, axis=0)
                 up_total += tl.sum(dup_tile, axis=0)
     if gate_partial is not None:
         partial = tl.program_id(0).to(tl.int64) * num_features + features
-        tl.store(gate_partial + partial, gate_total, mask=features < num_features)
-        tl.store(up_partial + partial, up_total, mask=features < num_features)
+        tl.store(gate_partial + partial, gate_total, mask=inside)
+        tl.store(up_partial + partial, up_total, mask=inside)
 
 
 def glu_backward(

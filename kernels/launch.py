@@ -70,9 +70,10 @@ def kernel_op(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def config_of(kernel: Any, device: torch.device) -> dict[str, int]:
+def config_of(kernel: Any, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, int]:
     """The shipped configuration of `kernel` for the device's architecture, or for the nearest older one."""
-    shipped = CONFIGS[kernel.fn.__name__]
+    name = kernel.fn.__name__
+    shipped = CONFIGS.get(f"{name}.{str(dtype).removeprefix('torch.')}", CONFIGS[name])
     architecture = _architecture(device)
     for known in reversed(ARCHITECTURES):
         if known <= architecture and known in shipped:

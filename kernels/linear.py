@@ -22,7 +22,7 @@ from .launch import (
     weights_on,
 )
 from .route_grad import masked_product_
-from .tiles import dot, load_weights, masked, rounded
+from .tiles import dot, load_strength, load_weights, masked, rounded
 
 # An irregular input table below this density is applied in the GEMM's epilogue, where zero tiles are skipped; above
 # it, the vendor's GEMM and a pass in place do less work. An estimate from tile counts, not yet measured.
@@ -39,7 +39,7 @@ def bias_grad_kernel(
     strength,
     strength_stride,
     weights,
-    weights_cols,
+    weights_cols: tl.constexpr,
     num_tokens,
     num_features,
     g_stride_t,
@@ -50,30 +50,24 @@ def bias_grad_kernel(
 ):
     """partial[p, f] = Σ m ⊙ g over the p-th run of TOKENS tokens."""
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = features < num_features
     total = tl.zeros([BLOCK_F], dtype=tl.float32)
     first = tl.program_id(0).to(tl.int64) * TOKENS
     for start in range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T):
         rows = first + start + tl.arange(0, BLOCK_T)
-        valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
-        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        present = rows < num_tokens
+        valid = present[:, None] & inside[None, :]
+        routes = tl.load(ids + rows, mask=present, other=0)
+        s = load_strength(strength, strength_stride, rows, present)
         g_tile = tl.load(
             g + rows[:, None] * g_stride_t + features[None, :] * g_stride_f, mask=valid, other=0.0
         )
         g_tile = masked(
-            g_tile.to(tl.float32),
-            weights,
-            weights_cols,
-            strength,
-            strength_stride,
-            routes,
-            rows,
-            features,
-            valid,
+            g_tile.to(tl.float32), weights, weights_cols, strength, s, routes, present, features, inside
         )
         total += tl.sum(g_tile, axis=0)
-    tl.store(
-        partial + tl.program_id(0).to(tl.int64) * num_features + features, total, mask=features < num_features
-    )
+    partial_row = tl.program_id(0).to(tl.int64) * num_features
+    tl.store(partial + partial_row + features, total, mask=inside)
 
 
 def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
@@ -114,9 +108,9 @@ def weight_grad_kernel(
     strength,
     strength_stride,
     row_weights,
-    row_weights_cols,
+    row_weights_cols: tl.constexpr,
     col_weights,
-    col_weights_cols,
+    col_weights_cols: tl.constexpr,
     num_tokens,
     num_outputs,
     num_inputs,
@@ -132,24 +126,26 @@ def weight_grad_kernel(
     """out = (m_rows ⊙ g)ᵀ (m_cols ⊙ x), masks in the prologue; token tiles with all-zero weights are skipped."""
     outputs = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     inputs = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    outputs_inside, inputs_inside = outputs < num_outputs, inputs < num_inputs
     total = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
     for start in range(0, num_tokens, BLOCK_T):
         positions = start + tl.arange(0, BLOCK_T)
         present = positions < num_tokens
         rows = tl.load(order + positions, mask=present, other=0).to(tl.int64)
         routes = tl.load(ids + rows, mask=present, other=0)
-        g_valid = present[:, None] & (outputs < num_outputs)[None, :]
-        x_valid = present[:, None] & (inputs < num_inputs)[None, :]
+        s = load_strength(strength, strength_stride, rows, present)
+        g_valid = present[:, None] & outputs_inside[None, :]
+        x_valid = present[:, None] & inputs_inside[None, :]
         live = True
         if row_weights is not None:
             m_rows = load_weights(
-                row_weights, row_weights_cols, strength, strength_stride, routes, rows, outputs, g_valid
+                row_weights, row_weights_cols, strength, s, routes, present, outputs, outputs_inside
             )
             g_valid = g_valid & (m_rows != 0.0)
             live = tl.max(g_valid.to(tl.int32)) > 0
         if col_weights is not None:
             m_cols = load_weights(
-                col_weights, col_weights_cols, strength, strength_stride, routes, rows, inputs, x_valid
+                col_weights, col_weights_cols, strength, s, routes, present, inputs, inputs_inside
             )
             x_valid = x_valid & (m_cols != 0.0)
             live = live & (tl.max(x_valid.to(tl.int32)) > 0)
@@ -168,7 +164,7 @@ def weight_grad_kernel(
     tl.store(
         out + outputs[:, None] * num_inputs + inputs[None, :],
         rounded(total, out.dtype.element_ty),
-        mask=(outputs < num_outputs)[:, None] & (inputs < num_inputs)[None, :],
+        mask=outputs_inside[:, None] & inputs_inside[None, :],
     )
 
 
@@ -195,7 +191,7 @@ def weight_grad_op(
 ) -> Tensor:
     outputs, inputs = g.shape[1], x.shape[1]
     out = g.new_empty(outputs, inputs)
-    config = config_of(weight_grad_kernel, g.device)
+    config = config_of(weight_grad_kernel, g.device, g.dtype)
     launch(
         weight_grad_kernel,
         (triton.cdiv(outputs, config["BLOCK_O"]), triton.cdiv(inputs, config["BLOCK_I"])),
@@ -226,7 +222,7 @@ def input_grad_kernel(
     strength,
     strength_stride,
     table,
-    table_cols,
+    table_cols: tl.constexpr,
     num_tokens,
     num_outputs,
     num_inputs,
@@ -242,11 +238,11 @@ def input_grad_kernel(
     """out = m ⊙ (g W), the mask in the epilogue; tiles whose weights are all zero are not computed."""
     positions = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inputs = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
-    present = positions < num_tokens
+    present, inside = positions < num_tokens, inputs < num_inputs
     rows = tl.load(order + positions, mask=present, other=0).to(tl.int64)
     routes = tl.load(ids + rows, mask=present, other=0)
-    valid = present[:, None] & (inputs < num_inputs)[None, :]
-    m = load_weights(table, table_cols, strength, strength_stride, routes, rows, inputs, valid)
+    s = load_strength(strength, strength_stride, rows, present)
+    m = load_weights(table, table_cols, strength, s, routes, present, inputs, inside)
     total = tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32)
     if tl.max((m != 0.0).to(tl.int32)) > 0:
         for start in range(0, num_outputs, BLOCK_O):
@@ -258,13 +254,15 @@ def input_grad_kernel(
             )
             weight_tile = tl.load(
                 weight + outputs[:, None] * weight_stride_o + inputs[None, :] * weight_stride_i,
-                mask=(outputs < num_outputs)[:, None] & (inputs < num_inputs)[None, :],
+                mask=(outputs < num_outputs)[:, None] & inside[None, :],
                 other=0.0,
             )
             total = dot(g_tile, weight_tile, total, PRECISION)
     total = tl.where(m == 0.0, 0.0, m * total)
     tl.store(
-        out + rows[:, None] * num_inputs + inputs[None, :], rounded(total, out.dtype.element_ty), mask=valid
+        out + rows[:, None] * num_inputs + inputs[None, :],
+        rounded(total, out.dtype.element_ty),
+        mask=present[:, None] & inside[None, :],
     )
 
 
@@ -285,7 +283,7 @@ def input_grad_op(
 ) -> Tensor:
     tokens, (outputs, inputs) = g.shape[0], weight.shape
     out = g.new_empty(tokens, inputs)
-    config = config_of(input_grad_kernel, g.device)
+    config = config_of(input_grad_kernel, g.device, g.dtype)
     launch(
         input_grad_kernel,
         (triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(inputs, config["BLOCK_I"])),

@@ -19,7 +19,7 @@ from .launch import (
     tokens_of,
     weights_on,
 )
-from .tiles import masked, rounded
+from .tiles import load_strength, masked, rounded
 
 TOKENS_PER_PARTIAL = 512  # of a bias gradient's first stage
 
@@ -35,15 +35,15 @@ def activation_bwd_kernel(
     strength,
     strength_stride,
     pre,
-    pre_cols,
+    pre_cols: tl.constexpr,
     hidden,
-    hidden_cols,
+    hidden_cols: tl.constexpr,
     forward,
-    forward_cols,
+    forward_cols: tl.constexpr,
     update_out,
-    update_out_cols,
+    update_out_cols: tl.constexpr,
     update_in,
-    update_in_cols,
+    update_in_cols: tl.constexpr,
     num_tokens,
     num_features,
     dz_stride_t,
@@ -60,23 +60,24 @@ def activation_bwd_kernel(
     On the way z = m_update_out ⊙ m_forward ⊙ act(a), and partial sums of m_update_in ⊙ da over runs of TOKENS tokens.
     """
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = features < num_features
     first = tl.program_id(0).to(tl.int64) * TOKENS
     total = tl.zeros([BLOCK_F], dtype=tl.float32)
     for start in range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T):
         rows = first + start + tl.arange(0, BLOCK_T)
-        valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
-        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        present = rows < num_tokens
+        valid = present[:, None] & inside[None, :]
+        routes = tl.load(ids + rows, mask=present, other=0)
+        s = load_strength(strength, strength_stride, rows, present)
         out = rows[:, None] * num_features + features[None, :]
         a_tile = tl.load(
             a + rows[:, None] * a_stride_t + features[None, :] * a_stride_f, mask=valid, other=0.0
         )
         value, derivative = value_and_derivative(a_tile.to(tl.float32), ACTIVATION)
         if z is not None:
+            z_tile = masked(value, forward, forward_cols, strength, s, routes, present, features, inside)
             z_tile = masked(
-                value, forward, forward_cols, strength, strength_stride, routes, rows, features, valid
-            )
-            z_tile = masked(
-                z_tile, update_out, update_out_cols, strength, strength_stride, routes, rows, features, valid
+                z_tile, update_out, update_out_cols, strength, s, routes, present, features, inside
             )
             tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
         if dz is not None:
@@ -84,22 +85,18 @@ def activation_bwd_kernel(
                 dz + rows[:, None] * dz_stride_t + features[None, :] * dz_stride_f, mask=valid, other=0.0
             )
             g = g.to(tl.float32)
-            g = masked(g, forward, forward_cols, strength, strength_stride, routes, rows, features, valid)
-            g = masked(g, hidden, hidden_cols, strength, strength_stride, routes, rows, features, valid)
-            g = masked(
-                g * derivative, pre, pre_cols, strength, strength_stride, routes, rows, features, valid
-            )
+            g = masked(g, forward, forward_cols, strength, s, routes, present, features, inside)
+            g = masked(g, hidden, hidden_cols, strength, s, routes, present, features, inside)
+            g = masked(g * derivative, pre, pre_cols, strength, s, routes, present, features, inside)
             tl.store(da + out, rounded(g, da.dtype.element_ty), mask=valid)
             if partial is not None:
-                g = masked(
-                    g, update_in, update_in_cols, strength, strength_stride, routes, rows, features, valid
-                )
+                g = masked(g, update_in, update_in_cols, strength, s, routes, present, features, inside)
                 total += tl.sum(g, axis=0)
     if partial is not None:
         tl.store(
             partial + tl.program_id(0).to(tl.int64) * num_features + features,
             total,
-            mask=features < num_features,
+            mask=inside,
         )
 
 

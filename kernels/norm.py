@@ -23,11 +23,17 @@ from .launch import (
     tokens_of,
     weights_on,
 )
-from .tiles import masked, rounded
+from .tiles import load_strength, masked, rounded
 
-# Rows up to this long stay in registers: x, dy and the sums of dW and db are 64 fp32 values a thread at 512 threads,
-# and a thread has 128 registers there. Longer rows are read again from the cache, chunk by chunk.
+# Rows up to this long stay in registers: 16 warps have 128 registers a thread, and compiled for sm_80, sm_90 and sm_100
+# twice as long rows spill on one chip or another. Half of it where x or dy is fp32, where a bias is summed too, and where
+# rows are not aligned, so that every element has its address. Longer rows are read again from the cache, by chunks.
 MAX_ROW_IN_REGISTERS = 8192
+MAX_WARPS = 16
+REGISTERS = 65536  # of a multiprocessor
+
+# Each program costs a row of partial sums, so there are only as many as a chip keeps busy.
+WARPS_PER_MULTIPROCESSOR = 32
 
 
 @triton.jit
@@ -54,7 +60,7 @@ def norm_bwd_kernel(
     strength,
     strength_stride,
     update,
-    update_cols,
+    update_cols: tl.constexpr,
     num_tokens,
     num_features,
     eps,
@@ -71,12 +77,15 @@ def norm_bwd_kernel(
     """dx of x̂ ⊙ (w + offset), x̂ = (x - mean, where CENTERED) / rms; partial sums of m ⊙ dy ⊙ x̂ and m ⊙ dy."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     features = tl.arange(0, BLOCK_F).to(tl.int64)
+    inside = features < num_features
     weight_total = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
     bias_total = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
     for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
-        valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
-        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        present = rows < num_tokens
+        valid = present[:, None] & inside[None, :]
+        routes = tl.load(ids + rows, mask=present, other=0)
+        s = load_strength(strength, strength_stride, rows, present)
         x_hat = _load(x, x_stride_t, x_stride_f, rows, features, valid)
         if CENTERED:
             x_hat = tl.where(valid, x_hat - tl.sum(x_hat, axis=1)[:, None] / num_features, 0.0)
@@ -88,12 +97,10 @@ def norm_bwd_kernel(
             if ROUND_X_HAT:
                 x_seen = rounded(x_hat, x.dtype.element_ty).to(tl.float32)
             weight_total += masked(
-                g * x_seen, update, update_cols, strength, strength_stride, routes, rows, features, valid
+                g * x_seen, update, update_cols, strength, s, routes, present, features, inside
             )
         if bias_partial is not None:
-            bias_total += masked(
-                g, update, update_cols, strength, strength_stride, routes, rows, features, valid
-            )
+            bias_total += masked(g, update, update_cols, strength, s, routes, present, features, inside)
         if dx is not None:
             dx_hat = g * _load_scale(weight, offset, features, num_features)
             if CENTERED:
@@ -103,9 +110,9 @@ def norm_bwd_kernel(
             tl.store(dx + rows[:, None] * num_features + features[None, :], dx_tile, mask=valid)
     partial = tl.program_id(0).to(tl.int64) * num_features + features
     if weight_partial is not None:
-        tl.store(weight_partial + partial, tl.sum(weight_total, axis=0), mask=features < num_features)
+        tl.store(weight_partial + partial, tl.sum(weight_total, axis=0), mask=inside)
     if bias_partial is not None:
-        tl.store(bias_partial + partial, tl.sum(bias_total, axis=0), mask=features < num_features)
+        tl.store(bias_partial + partial, tl.sum(bias_total, axis=0), mask=inside)
 
 
 @triton.jit
@@ -120,7 +127,7 @@ def norm_bwd_chunked_kernel(
     strength,
     strength_stride,
     update,
-    update_cols,
+    update_cols: tl.constexpr,
     num_tokens,
     num_features,
     eps,
@@ -138,13 +145,14 @@ def norm_bwd_chunked_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
-        present = (rows < num_tokens)[:, None]
-        routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
+        present = rows < num_tokens
+        routes = tl.load(ids + rows, mask=present, other=0)
+        s = load_strength(strength, strength_stride, rows, present)
         mean = tl.zeros([BLOCK_T, 1], dtype=tl.float32)
         if CENTERED:
             for chunk in range(0, num_features, BLOCK_F):
                 features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
-                valid = present & (features < num_features)[None, :]
+                valid = present[:, None] & (features < num_features)[None, :]
                 mean += tl.sum(_load(x, x_stride_t, x_stride_f, rows, features, valid), axis=1)[:, None]
             mean = mean / num_features
         squares = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ (x - mean)²
@@ -152,7 +160,8 @@ def norm_bwd_chunked_kernel(
         projection = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ dx̂ (x - mean)
         for chunk in range(0, num_features, BLOCK_F):
             features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
-            valid = present & (features < num_features)[None, :]
+            inside = features < num_features
+            valid = present[:, None] & inside[None, :]
             centered = _load(x, x_stride_t, x_stride_f, rows, features, valid) - mean
             centered = tl.where(valid, centered, 0.0)
             squares += tl.sum(centered * centered, axis=1)[:, None]
@@ -166,31 +175,26 @@ def norm_bwd_chunked_kernel(
         projection = projection * rstd / num_features
         for chunk in range(0, num_features, BLOCK_F):
             features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
-            valid = present & (features < num_features)[None, :]
+            inside = features < num_features
+            valid = present[:, None] & inside[None, :]
             centered = _load(x, x_stride_t, x_stride_f, rows, features, valid) - mean
             x_hat = tl.where(valid, centered * rstd, 0.0)
             g = _load(dy, dy_stride_t, dy_stride_f, rows, features, valid)
             partial = tl.program_id(0).to(tl.int64) * num_features + features
-            summed = (features < num_features) & (start > first)  # by the earlier tiles of this program
+            summed = inside & (start > first)  # by the earlier tiles of this program
             if weight_partial is not None:
                 x_seen = x_hat
                 if ROUND_X_HAT:
                     x_seen = rounded(x_hat, x.dtype.element_ty).to(tl.float32)
                 product = masked(
-                    g * x_seen, update, update_cols, strength, strength_stride, routes, rows, features, valid
+                    g * x_seen, update, update_cols, strength, s, routes, present, features, inside
                 )
                 earlier = tl.load(weight_partial + partial, mask=summed, other=0.0)
-                tl.store(
-                    weight_partial + partial, earlier + tl.sum(product, axis=0), mask=features < num_features
-                )
+                tl.store(weight_partial + partial, earlier + tl.sum(product, axis=0), mask=inside)
             if bias_partial is not None:
-                product = masked(
-                    g, update, update_cols, strength, strength_stride, routes, rows, features, valid
-                )
+                product = masked(g, update, update_cols, strength, s, routes, present, features, inside)
                 earlier = tl.load(bias_partial + partial, mask=summed, other=0.0)
-                tl.store(
-                    bias_partial + partial, earlier + tl.sum(product, axis=0), mask=features < num_features
-                )
+                tl.store(bias_partial + partial, earlier + tl.sum(product, axis=0), mask=inside)
             if dx is not None:
                 dx_hat = g * _load_scale(weight, offset, features, num_features)
                 if CENTERED:
@@ -276,7 +280,10 @@ def norm_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
     tokens, features = x.shape
-    kernel, config, programs = _plan(features, x.device)
+    is_light = max(x.element_size(), dy.element_size()) <= 2 and not want_bias and features % 16 == 0
+    fits = features <= (MAX_ROW_IN_REGISTERS if is_light else MAX_ROW_IN_REGISTERS // 2)
+    kernel, config = _whole_rows(features, x.device) if fits else _chunks(x.device)
+    programs = _multiprocessors(x.device) * WARPS_PER_MULTIPROCESSOR // config["num_warps"]
     programs = torch.sym_min(programs, triton.cdiv(tokens, config["BLOCK_T"]))
     want_dx = weight is not None
     dx = x.new_empty(tokens if want_dx else 0, features)
@@ -308,17 +315,22 @@ def norm_backward_op(
     return dx, dweight, dbias
 
 
-def _plan(features: int, device: torch.device) -> tuple[triton.JITFunction, dict[str, int], int]:
-    """The kernel for rows of this length, its configuration, and the most programs to launch."""
-    if features > MAX_ROW_IN_REGISTERS:
-        config = config_of(norm_bwd_chunked_kernel, device)
-        return norm_bwd_chunked_kernel, config, _multiprocessors(device) * 16 // config["num_warps"]
+def _whole_rows(features: int, device: torch.device) -> tuple[triton.JITFunction, dict[str, int]]:
     shipped = config_of(norm_bwd_kernel, device)
     block_f = max(16, triton.next_power_of_2(features))
     block_t = max(1, shipped["ELEMENTS"] // block_f)
-    num_warps = block_t * block_f // shipped["ELEMENTS_PER_WARP"]
-    config = {"BLOCK_T": block_t, "BLOCK_F": block_f, "num_warps": num_warps}
-    return norm_bwd_kernel, config, _multiprocessors(device) * 16 // num_warps
+    num_warps = min(MAX_WARPS, block_t * block_f // shipped["ELEMENTS_PER_WARP"])
+    maxnreg = min(255, REGISTERS // (32 * num_warps))
+    return norm_bwd_kernel, {
+        "BLOCK_T": block_t,
+        "BLOCK_F": block_f,
+        "num_warps": num_warps,
+        "maxnreg": maxnreg,
+    }
+
+
+def _chunks(device: torch.device) -> tuple[triton.JITFunction, dict[str, int]]:
+    return norm_bwd_chunked_kernel, config_of(norm_bwd_chunked_kernel, device)
 
 
 @cache

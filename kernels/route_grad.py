@@ -7,7 +7,7 @@ from torch import Tensor
 from ..routes import Routes
 from ..tables import Table
 from .launch import config_of, kernel_op, launch, route_arguments, strides, table_arguments, tokens_of
-from .tiles import load_weights, rounded
+from .tiles import load_strength, load_weights, rounded
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def masked_product_kernel(
     strength,
     strength_stride,
     weights,
-    weights_cols,
+    weights_cols: tl.constexpr,
     num_tokens,
     num_features,
     g_stride_t,
@@ -32,12 +32,13 @@ def masked_product_kernel(
     """out = m ⊙ g. Elements with m = 0 are not read; in place, those with m = 1 are neither read nor written."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    valid = (rows < num_tokens)[:, None] & (features < num_features)[None, :]
-    routes = tl.load(ids + rows, mask=rows < num_tokens, other=0)
-    m = load_weights(weights, weights_cols, strength, strength_stride, routes, rows, features, valid)
-    changed = valid
+    present, inside = rows < num_tokens, features < num_features
+    routes = tl.load(ids + rows, mask=present, other=0)
+    s = load_strength(strength, strength_stride, rows, present)
+    m = load_weights(weights, weights_cols, strength, s, routes, present, features, inside)
+    changed = present[:, None] & inside[None, :]
     if IN_PLACE:
-        changed = valid & (m != 1.0)
+        changed = changed & (m != 1.0)
     g_tile = tl.load(
         g + rows[:, None] * g_stride_t + features[None, :] * g_stride_f, mask=changed & (m != 0.0), other=0.0
     )

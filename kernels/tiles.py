@@ -7,23 +7,39 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def load_weights(
-    weights,  # [R, cols] fp32, cols is 1 (broadcast) or the number of features
-    cols,
+def load_strength(
     strength,  # [T], or one value with stride 0, or None
     strength_stride,
-    routes,  # [BLOCK_T]
     rows,  # [BLOCK_T] int64, the tokens
+    present,  # [BLOCK_T], which of them exist
+):
+    """s of a tile of tokens, [BLOCK_T, 1] fp32; anything where there is no strength: `load_weights` ignores it."""
+    s = present.to(tl.float32)
+    if strength is not None:
+        s = tl.load(strength + rows * strength_stride, mask=present, other=0.0).to(tl.float32)
+    return s[:, None]
+
+
+@triton.jit
+def load_weights(
+    weights,  # [R, cols] fp32
+    cols: tl.constexpr,  # 1 (broadcast) or the number of features
+    strength,  # None or not
+    s,  # from load_strength
+    routes,  # [BLOCK_T]
+    present,  # [BLOCK_T]
     features,  # [BLOCK_F] int64
-    valid,  # [BLOCK_T, BLOCK_F]
+    inside,  # [BLOCK_F], which of them exist
 ):
     """m of a tile, [BLOCK_T, BLOCK_F] fp32: weights[route, feature], interpolated from row 0 by the strength."""
-    columns = features * (cols > 1)
-    m = tl.load(weights + routes.to(tl.int64)[:, None] * cols + columns[None, :], mask=valid, other=0.0)
+    columns = features if cols > 1 else features * 0
+    m = tl.load(
+        weights + routes.to(tl.int64)[:, None] * cols + columns[None, :],
+        mask=present[:, None] & inside[None, :],
+        other=0.0,
+    )
     if strength is not None:
-        base = tl.load(weights + columns[None, :] + 0 * rows[:, None], mask=valid, other=0.0)
-        token_valid = tl.max(valid.to(tl.int32), axis=1) > 0
-        s = tl.load(strength + rows * strength_stride, mask=token_valid, other=0.0).to(tl.float32)[:, None]
+        base = tl.load(weights + columns, mask=inside, other=0.0)[None, :]
         # As torch.lerp does, so that a strength of one is exactly no strength.
         m = tl.where(tl.abs(s) < 0.5, base + s * (m - base), m - (m - base) * (1.0 - s))
     return m
@@ -33,17 +49,17 @@ def load_weights(
 def masked(
     g,  # [BLOCK_T, BLOCK_F] fp32
     weights,
-    cols,
+    cols: tl.constexpr,
     strength,
-    strength_stride,
+    s,
     routes,
-    rows,
+    present,
     features,
-    valid,
+    inside,
 ):
     """m ⊙ g, exactly 0 where m is 0 whatever g is; g itself where there is no table (weights is None)."""
     if weights is not None:
-        m = load_weights(weights, cols, strength, strength_stride, routes, rows, features, valid)
+        m = load_weights(weights, cols, strength, s, routes, present, features, inside)
         g = tl.where(m == 0.0, 0.0, m * g)
     return g
 

@@ -52,7 +52,9 @@ def covering(axes, strength=2, seed=0):
     missing = {
         pair
         for chosen in itertools.combinations(names, strength)
-        for pair in itertools.product(*([(name, index) for index in range(len(axes[name]))] for name in chosen))
+        for pair in itertools.product(
+            *([(name, index) for index in range(len(axes[name]))] for name in chosen)
+        )
     }
     while missing:
         yield {name: axes[name][index] for name, index in _row(axes, names, strength, missing, generator)}
@@ -66,7 +68,9 @@ def _row(axes, names, strength, missing, generator):
             continue
         options = [(name, index) for index in range(len(axes[name]))]
         generator.shuffle(options)
-        row.append(max(options, key=lambda option: len(_combinations([*row, option], names, strength) & missing)))
+        row.append(
+            max(options, key=lambda option: len(_combinations([*row, option], names, strength) & missing))
+        )
     missing -= _combinations(row, names, strength)
     return row
 

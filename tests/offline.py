@@ -1,0 +1,157 @@
+"""Compiles, without a GPU, every Triton launch that the ops' samples make, as the runtime would compile it.
+
+`python tests/offline.py ARCHITECTURE` prints one JSON line a kernel: its name, dtype and configuration, registers,
+spills (bytes), shared memory (bytes), and whether Triton's runtime would have specialised it the same way. It must run
+without TRITON_INTERPRET, whose functions cannot be compiled.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import cases
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from gradroute import backends, kernels, testing
+
+# Widths at which pointers and strides are divisible by 16, as in real models, and odd ones: two kernels come out.
+SIZES = (testing.Sizes(d_model=256, d_ff=512, vocabulary=64), testing.Sizes(d_model=131, d_ff=261))
+TOKENS = 64
+
+# Rows that a norm keeps in registers at several numbers of warps, and longer ones.
+NORM_WIDTHS = (1024, 4096, 8192, 16384)
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+def samples(op):
+    """Calls of `op` in which every two values of the axes that change its kernels meet."""
+    axes = {
+        "dtype": (torch.bfloat16, torch.float32),
+        "strength": testing.STRENGTHS,
+        "tables": ("dense", "sparse", "broadcast"),
+        "sizes": SIZES,
+        "bias": (True, False),
+        "variant": testing.variants(op),
+    }
+    for case in cases.covering(axes):
+        variant = case.pop("variant")
+        yield testing.sample(op, tokens=TOKENS, **case, **variant)
+    if op.endswith("_norm"):
+        for width, dtype in itertools.product(NORM_WIDTHS, (torch.bfloat16, torch.float32)):
+            sizes = testing.Sizes(d_model=width)
+            yield testing.sample(op, dtype=dtype, tokens=TOKENS, sizes=sizes, strength="token")
+
+
+def recorded(architecture):
+    """The launches of every op's samples on backend triton, forward and backward; nothing runs."""
+    with kernels.record(architecture) as launches:
+        for op, row in backends.OPS.items():
+            for call in samples(op) if "triton" in row else ():
+                call.run("triton")
+    return launches
+
+
+def compile_arguments(launch):
+    """The signature, constants and attributes with which the runtime would specialise this launch."""
+    signature, constants, attributes = {}, {}, {}
+    values = launch.arguments | {k: v for k, v in launch.config.items() if k not in OPTIONS}
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = type_of(value)
+        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(address, int) and address % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def type_of(value):
+    """The type of an argument in a signature."""
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def runtime_arguments(launch, architecture):
+    """The same from Triton's own binder, which `kernel[grid](...)` goes through: internals, so only compared with."""
+    target, kernel = make_backend(GPUTarget("cuda", architecture, 32)), launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, target)
+    bound, specialization, options = bind(**launch.arguments, **launch.config)
+    _, signature, constants, attributes = kernel._pack_args(
+        target, launch.config, bound, specialization, options
+    )
+    constants = {kernel.arg_names[index]: value for (index,), value in constants.items()}
+    return signature, constants, {index: attribute for index, attribute in attributes.items() if attribute}
+
+
+def resources(binary, architecture):
+    """Registers and spilled bytes per thread: what the assembler that Triton brings along says of the kernel's PTX."""
+    target = re.search(r"\.target (\w+)", binary.asm["ptx"])[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(binary.asm["ptx"])
+        command = [
+            get_ptxas(architecture).path,
+            "-v",
+            f"--gpu-name={target}",
+            source,
+            "-o",
+            Path(folder) / "kernel.cubin",
+        ]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = (int(re.search(rf"(\d+) bytes spill {kind}", said)[1]) for kind in ("stores", "loads"))
+    return int(re.search(r"Used (\d+) registers", said)[1]), stores + loads
+
+
+def compiled(architecture):
+    """One report per distinct kernel."""
+    done = set()
+    for launch in recorded(architecture):
+        signature, constants, attributes = compile_arguments(launch)
+        options = {name: launch.config[name] for name in OPTIONS if name in launch.config}
+        key = repr((launch.kernel.__name__, signature, constants, attributes, options))
+        if key in done:
+            continue
+        done.add(key)
+        binary = triton.compile(
+            ASTSource(launch.kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", architecture, 32),
+            options=options | {"enable_fp_fusion": True},
+        )
+        registers, spilled = resources(binary, architecture)
+        yield {
+            "kernel": launch.kernel.__name__,
+            "constants": {name: value for name, value in constants.items() if name.isupper()},
+            "dtype": next(kind for kind in signature.values() if kind.startswith("*")),
+            "options": options,
+            "registers": registers,
+            "spilled": spilled,
+            "shared": binary.metadata.shared,
+            "as_the_runtime": (signature, constants, attributes) == runtime_arguments(launch, architecture),
+        }
+
+
+if __name__ == "__main__":
+    for report in compiled(int(sys.argv[1])):
+        print(json.dumps(report), flush=True)
