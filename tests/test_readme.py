@@ -1,6 +1,8 @@
 """The README's Python works when pasted."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,8 @@ def test_snippet_runs(snippet):
 
 def test_there_are_snippets():
     assert len(SNIPPETS) >= 2
+
+
+def test_results_are_those_of_the_files():
+    done = subprocess.run([sys.executable, "-m", "bench.report", "--check"], cwd=README.parent)
+    assert done.returncode == 0, "run `python -m bench.report`"

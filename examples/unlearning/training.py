@@ -1,0 +1,97 @@
+"""Training with and without routes, held-out losses, and the stages that the demo compares."""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from gradroute import Routes
+
+from .corpus import ROUTE_NAMES, Batch
+from .model import NUM_ROUTES, Decoder, Shape
+from .report import ROUTES_UNKNOWN
+
+ROWS = 4
+WARMUP_STEPS = 20
+LEARNING_RATE = 2e-3
+FINE_TUNE_STEPS = 40
+FINE_TUNE_LEARNING_RATE = 2e-4
+
+# Held-out losses in nats per token, by the name of the set.
+Losses = dict[str, float]
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def run_stages(
+    name: str,
+    shape: Shape,
+    train: Batch,
+    retain: Batch,
+    held_out: list[Batch],
+    seed: int,
+    device: torch.device,
+) -> dict[str, Losses]:
+    """Trains, ablates the forget block and fine-tunes on retain text.
+
+    Models of different names ("routed", "control") start from the same weights and see the same batches.
+    """
+    routed = name == "routed"
+    torch.manual_seed(seed)
+    model = Decoder(shape).to(device)
+    fit(model, train, LEARNING_RATE, routed, f"{name}: training")
+    stages = {"before ablation": evaluate(model, held_out, routed)}
+    if routed:
+        stages[ROUTES_UNKNOWN] = evaluate(model, held_out, routed=False)
+    model.ablate()
+    stages["after ablation"] = evaluate(model, held_out, routed=False)
+    fit(model, retain, FINE_TUNE_LEARNING_RATE, False, f"{name}: fine-tuning on retain text")
+    stages["after fine-tuning"] = evaluate(model, held_out, routed=False)
+    return stages
+
+
+def fit(model: Decoder, data: Batch, learning_rate: float, routed: bool, description: str) -> None:
+    """One pass over data [N, S], ROWS rows a step."""
+    steps = len(data.tokens) // ROWS
+    # AdamW's decay would move masked-off weights too, and cannot be switched off for some rows of a weight: none at
+    # all, then. Its momentum moves them in every step, but only by what routed gradients have put into it.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
+    progress = tqdm(range(steps), desc=f"{description:<36}", unit="step", mininterval=0.5)
+    for step in progress:
+        loss = loss_of(model, data.rows(step * ROWS, ROWS), routed)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % 20 == 0 or step == steps - 1:
+            progress.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return warmup * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def loss_of(model: Decoder, batch: Batch, routed: bool) -> torch.Tensor:
+    """Mean over all tokens of the batch; without routes it is the ordinary model's."""
+    device = next(model.parameters()).device
+    # Made where the ids come from, Routes keep their counts on the host and checking them does not wait for a GPU.
+    routes = Routes.of(batch.route_ids, NUM_ROUTES).to(device) if routed else None
+    return model.loss(batch.to(device), routes)
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, held_out: list[Batch], routed: bool) -> Losses:
+    """Held-out loss of each set. Routed, retain tokens do not see the forget block, just as in training."""
+    losses = {}
+    for name, data in zip(ROUTE_NAMES, held_out, strict=True):
+        parts = [data.rows(row, ROWS) for row in range(0, len(data.tokens), ROWS)]
+        total = sum(loss_of(model, part, routed).item() * len(part.tokens) for part in parts)
+        losses[name] = total / len(data.tokens)
+    return losses
