@@ -26,8 +26,9 @@ from .launch import (
 from .tiles import load_strength, masked, rounded
 
 # Rows up to this long stay in registers: 16 warps have 128 registers a thread, and compiled for sm_80, sm_90 and sm_100
-# twice as long rows spill on one chip or another. Half of it where x or dy is fp32, where a bias is summed too, and where
-# rows are not aligned, so that every element has its address. Longer rows are read again from the cache, by chunks.
+# twice as long rows spill on one chip or another. Half of it where x or dy is fp32, where a bias is summed too, and
+# where rows are not aligned, so that every element has its address. Longer rows are read again from the cache, by
+# chunks.
 MAX_ROW_IN_REGISTERS = 8192
 MAX_WARPS = 16
 REGISTERS = 65536  # of a multiprocessor
@@ -201,6 +202,7 @@ def norm_bwd_chunked_kernel(
                     dx_hat -= total
                 dx_tile = rounded(rstd * (dx_hat - x_hat * projection), dx.dtype.element_ty)
                 tl.store(dx + rows[:, None] * num_features + features[None, :], dx_tile, mask=valid)
+        tl.debug_barrier()  # the next tile's sums read what other threads may have written
 
 
 def rms_norm_backward(
