@@ -281,12 +281,15 @@ def norm_backward_op(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
-    tokens, features = x.shape
+    tokens = x.shape[0]
+    features = int(x.shape[1])  # under tracing the width is made a constant, as it is below
     is_light = max(x.element_size(), dy.element_size()) <= 2 and not want_bias and features % 16 == 0
     fits = features <= (MAX_ROW_IN_REGISTERS if is_light else MAX_ROW_IN_REGISTERS // 2)
     kernel, config = _whole_rows(features, x.device) if fits else _chunks(x.device)
     programs = _multiprocessors(x.device) * WARPS_PER_MULTIPROCESSOR // config["num_warps"]
-    programs = torch.sym_min(programs, triton.cdiv(tokens, config["BLOCK_T"]))
+    # While shapes are symbolic nothing runs and the partial sums' number does not show: no minimum to reason about.
+    if isinstance(tokens, int):
+        programs = min(programs, triton.cdiv(tokens, config["BLOCK_T"]))
     want_dx = weight is not None
     dx = x.new_empty(tokens if want_dx else 0, features)
     weight_partial = x.new_empty(programs if want_weight else 0, features, dtype=torch.float32)
