@@ -30,7 +30,8 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int) -> None:
         want in (-1, got) for got, want in zip(tensor.shape, expected, strict=True)
     )
     if not fits:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(expected)}")
+        wanted = ", ".join("any" if extent == -1 else str(extent) for extent in expected)
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{wanted}]")
 
 
 def check_features(name: str, x: Tensor, features: int, origin: str) -> None:

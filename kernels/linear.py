@@ -258,7 +258,7 @@ def input_grad_kernel(
                 other=0.0,
             )
             total = dot(g_tile, weight_tile, total, PRECISION)
-    total = tl.where(m == 0.0, 0.0, m * total)
+    total = m * tl.where(m == 0.0, 0.0, total)
     tl.store(
         out + rows[:, None] * num_inputs + inputs[None, :],
         rounded(total, out.dtype.element_ty),

@@ -60,7 +60,7 @@ def masked(
     """m ⊙ g, exactly 0 where m is 0 whatever g is; g itself where there is no table (weights is None)."""
     if weights is not None:
         m = load_weights(weights, cols, strength, s, routes, present, features, inside)
-        g = tl.where(m == 0.0, 0.0, m * g)
+        g = m * tl.where(m == 0.0, 0.0, g)
     return g
 
 

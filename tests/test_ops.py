@@ -75,6 +75,15 @@ def test_budget_over_several_tiles(op, backend, dtype, device):
     )
 
 
+@pytest.mark.parametrize("strength", testing.STRENGTHS)
+@every_function_backend
+def test_budget_over_several_runs_of_tokens(op, backend, strength, device):
+    """More tokens than backend torch masks at a time (1024), or a program sums into one partial (512)."""
+    cases.require(backend, device)
+    sizes = testing.Sizes(d_model=5, d_ff=7)
+    sample(op, tokens=1100, strength=strength, sizes=sizes, device=device).assert_within_budget(backend)
+
+
 @pytest.mark.parametrize("casting_mode", ["llama", "torch"])
 @pytest.mark.parametrize("backend", backends.OPS["routed_rms_norm"])
 def test_rms_norm_of_long_rows(backend, casting_mode, device):
