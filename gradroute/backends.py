@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composed
+from . import composed, native
 
 #: Every backend there is, by name.
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 
 # op → the backends that implement it, in the order in which the automatic choice tries them.
 OPS: dict[str, tuple[str, ...]] = {
-    "route_grad": ("triton", "torch", "reference"),
-    "routed_linear": ("triton", "torch", "reference"),
-    "routed_activation": ("triton", "torch", "reference"),
-    "routed_glu": ("triton", "torch", "reference"),
-    "routed_mlp": ("triton", "torch", "reference"),
-    "routed_gated_mlp": ("triton", "torch", "reference"),
-    "routed_rms_norm": ("triton", "torch", "reference"),
-    "routed_layer_norm": ("triton", "torch", "reference"),
-    "routed_embedding": ("triton", "torch", "reference"),
+    "route_grad": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_linear": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_activation": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_glu": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_mlp": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_gated_mlp": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_rms_norm": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_layer_norm": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_embedding": ("triton", "cuda", "cpu", "torch", "reference"),
     "routed_attention": ("reference",),
 }
 
@@ -38,7 +38,7 @@ triton_kernels: Any = None
 if importlib.util.find_spec("triton") is not None:
     triton_kernels = importlib.import_module("gradroute.kernels")
 
-_KERNELS: dict[str, Any] = {"torch": composed, "triton": triton_kernels}
+_KERNELS: dict[str, Any] = {"torch": composed, "cpu": native, "triton": triton_kernels, "cuda": native}
 
 _process_wide: str | None = os.environ.get("GRADROUTE_BACKEND") or None
 
@@ -143,6 +143,8 @@ def _why_not(
         return f"dtype {dtype} is not supported, only float32, bfloat16, float16 and float64"
     if name == "triton":
         return _why_not_triton(device, dtype)
+    if name in ("cpu", "cuda"):
+        return _why_not_native(name, device, dtype)
     return None
 
 
@@ -150,7 +152,7 @@ def _why_not_triton(device: torch.device | None, dtype: torch.dtype | None) -> s
     if triton_kernels is None:
         return "the package triton is not installed"
     if dtype == torch.float64:
-        return "float64 runs on the backends reference and torch"
+        return "float64 runs on the backends reference, torch and cpu"
     if triton_kernels.INTERPRETED or triton_kernels.recording():
         return None
     if device is None:
@@ -161,6 +163,19 @@ def _why_not_triton(device: torch.device | None, dtype: torch.dtype | None) -> s
         )
     if device.type not in ("cuda", "meta"):
         return f"Triton runs on CUDA devices (elsewhere only under TRITON_INTERPRET=1); the tensors are on {device}"
+    return None
+
+
+def _why_not_native(name: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    reason = native.why_not(name)
+    if reason is not None:
+        return reason
+    if name == "cuda" and dtype == torch.float64:
+        return "float64 runs on the backends reference, torch and cpu"
+    if device is None:
+        return "no CUDA device is visible" if name == "cuda" and not torch.cuda.is_available() else None
+    if device.type not in (name, "meta"):
+        return f"its kernels take tensors on {name}; these are on {device}"
     return None
 
 

@@ -6,7 +6,7 @@ Any device, no build. Each function has the name and the signature of its counte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,15 +91,28 @@ def _multiply_rows_(part: Tensor, m: Tensor, is_binary: bool) -> None:
     part[rows] = changed.index_fill_(0, (m == 0).nonzero()[:, 0], 0)
 
 
-def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
-    """m ⊙ (g W): g `[T, O]`, weight `[O, I]` → `[T, I]`."""
+def input_grad(
+    g: Tensor,
+    weight: Tensor,
+    routes: Routes,
+    table: Table | None,
+    product_: Callable[..., None] = masked_product_,
+) -> Tensor:
+    """m ⊙ (g W): g `[T, O]`, weight `[O, I]` → `[T, I]`. `product_`: the masked product in place."""
     dx = g @ weight
-    masked_product_(dx, routes, table)
+    product_(dx, routes, table)
     return dx
 
 
-def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None) -> Tensor:
-    """(m_rows ⊙ g)ᵀ (m_cols ⊙ x): g `[T, O]`, x `[T, I]` → `[O, I]`.
+def weight_grad(
+    g: Tensor,
+    x: Tensor,
+    routes: Routes,
+    rows: Table | None,
+    cols: Table | None,
+    product: Callable[..., Tensor] = masked_product,
+) -> Tensor:
+    """(m_rows ⊙ g)ᵀ (m_cols ⊙ x): g `[T, O]`, x `[T, I]` → `[O, I]`. `product`: the masked product of some tokens.
 
     Masked copies are made of a share of the tokens at a time, never of a whole operand.
     """
@@ -109,8 +122,8 @@ def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: 
     chunk = max(MIN_CHUNK, -(-g.shape[0] // WORKSPACE_SHARE))
     for start in range(0, g.shape[0], chunk):
         tokens = slice(start, start + chunk)
-        masked_g = masked_product(g[tokens], routes, rows, tokens)
-        masked_x = masked_product(x[tokens], routes, cols, tokens)
+        masked_g = product(g[tokens], routes, rows, tokens)
+        masked_x = product(x[tokens], routes, cols, tokens)
         total += masked_g.T @ masked_x
     return total.to(g.dtype)
 

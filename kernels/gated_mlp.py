@@ -7,18 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..library import MIDDLE_SCHEMA, kernel_op, middle_arguments, wanted
 from ..routes import Routes
 from .activations import value_and_derivative
-from .launch import (
-    config_of,
-    kernel_op,
-    launch,
-    route_arguments,
-    strides,
-    table_arguments,
-    tokens_of,
-    weights_on,
-)
+from .launch import config_of, launch, route_arguments, strides, table_arguments
 from .mlp import TOKENS_PER_PARTIAL
 from .tiles import load_strength, masked, rounded
 
@@ -131,27 +123,14 @@ def glu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.glu_backward`."""
     dgate, dup, z, db_gate, db_up = glu_backward_op(
-        dz,
-        gate,
-        up,
-        *tokens_of(routes),
-        *weights_on(gate.device, sites.pre, sites.hidden, sites.forward),
-        *weights_on(
-            gate.device, sites.update_out if want_z else None, sites.update_in if want_bias else None
-        ),
-        activation,
-        want_z,
-        want_bias,
+        dz, gate, up, *middle_arguments(gate, routes, sites, activation, want_z, want_bias)
     )
-    if dz is None:
-        dgate = dup = None
-    return dgate, dup, z if want_z else None, db_gate if want_bias else None, db_up if want_bias else None
+    has_grad = dz is not None
+    return wanted((dgate, has_grad), (dup, has_grad), (z, want_z), (db_gate, want_bias), (db_up, want_bias))
 
 
 @kernel_op(
-    "glu_backward(Tensor? dz, Tensor gate, Tensor up, Tensor ids, Tensor? strength, Tensor? pre, Tensor? hidden, "
-    "Tensor? forward, Tensor? update_out, Tensor? update_in, str activation, bool want_z, bool want_bias) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"glu_backward(Tensor? dz, Tensor gate, Tensor up, {MIDDLE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def glu_backward_op(
     dz: Tensor | None,

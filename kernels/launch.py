@@ -1,8 +1,8 @@
-"""How a launcher reaches its kernel: registration with torch.library, configurations, launching, recording."""
+"""How a launcher reaches its kernel: configurations, launching, recording."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,15 +10,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ..routes import Routes
-from ..tables import Table
+from ..library import has_data
 from .configs import ARCHITECTURES, CONFIGS
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-_library = torch.library.Library("gradroute", "DEF")
 
 
 class Launch(NamedTuple):
@@ -53,23 +49,6 @@ def record(architecture: int) -> Iterator[list[Launch]]:
         _recorder = None
 
 
-def kernel_op(schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a launcher with torch.library under `schema`; it is its own fake kernel.
-
-    A launcher allocates its outputs and calls `launch`, which does nothing for tensors without data: so shapes and
-    dtypes are written once.
-    """
-
-    def register(launcher: Callable[..., Any]) -> Any:
-        name = schema.split("(")[0]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, launcher, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"gradroute::{name}", launcher, lib=_library)
-        return getattr(torch.ops.gradroute, name).default
-
-    return register
-
-
 def config_of(kernel: Any, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, int]:
     """The shipped configuration of `kernel` for the device's architecture, or for the nearest older one."""
     name = kernel.fn.__name__
@@ -84,7 +63,7 @@ def config_of(kernel: Any, device: torch.device, dtype: torch.dtype | None = Non
 def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
     """Runs `kernel` on its tensors' device; nothing for tensors without data or an empty grid."""
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
-    if isinstance(first, FakeTensor) or first.is_meta:
+    if not has_data(first):
         return
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, config, arguments))
@@ -111,16 +90,6 @@ def table_arguments(**tables: Tensor | None) -> dict[str, Any]:
         arguments[name] = weights
         arguments[f"{name}_cols"] = 0 if weights is None else weights.shape[1]
     return arguments
-
-
-def weights_on(device: torch.device, *tables: Table | None) -> tuple[Tensor | None, ...]:
-    """The tables' device copies."""
-    return tuple(None if table is None else table.on(device) for table in tables)
-
-
-def tokens_of(routes: Routes) -> tuple[Tensor, Tensor | None]:
-    """What a launcher passes of the routes: ids `[T]` and strength."""
-    return routes.ids, routes.strength
 
 
 @cache

@@ -9,18 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..library import kernel_op, tokens_of, weights_on
 from ..routes import Routes
 from ..tables import Table
-from .launch import (
-    config_of,
-    kernel_op,
-    launch,
-    route_arguments,
-    strides,
-    table_arguments,
-    tokens_of,
-    weights_on,
-)
+from .launch import config_of, launch, route_arguments, strides, table_arguments
 from .route_grad import masked_product_
 from .tiles import dot, load_strength, load_weights, masked, rounded
 

@@ -7,18 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..library import MIDDLE_SCHEMA, kernel_op, middle_arguments, wanted
 from ..routes import Routes
 from .activations import value_and_derivative
-from .launch import (
-    config_of,
-    kernel_op,
-    launch,
-    route_arguments,
-    strides,
-    table_arguments,
-    tokens_of,
-    weights_on,
-)
+from .launch import config_of, launch, route_arguments, strides, table_arguments
 from .tiles import load_strength, masked, rounded
 
 TOKENS_PER_PARTIAL = 512  # of a bias gradient's first stage
@@ -112,23 +104,12 @@ def activation_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.activation_backward`."""
     da, z, db = activation_backward_op(
-        dz,
-        a,
-        *tokens_of(routes),
-        *weights_on(a.device, sites.pre, sites.hidden, sites.forward),
-        *weights_on(a.device, sites.update_out if want_z else None, sites.update_in if want_bias else None),
-        activation,
-        want_z,
-        want_bias,
+        dz, a, *middle_arguments(a, routes, sites, activation, want_z, want_bias)
     )
-    return None if dz is None else da, z if want_z else None, db if want_bias else None
+    return wanted((da, dz is not None), (z, want_z), (db, want_bias))
 
 
-@kernel_op(
-    "activation_backward(Tensor? dz, Tensor a, Tensor ids, Tensor? strength, Tensor? pre, Tensor? hidden, "
-    "Tensor? forward, Tensor? update_out, Tensor? update_in, str activation, bool want_z, bool want_bias) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+@kernel_op(f"activation_backward(Tensor? dz, Tensor a, {MIDDLE_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 def activation_backward_op(
     dz: Tensor | None,
     a: Tensor,

@@ -11,18 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..library import kernel_op, tokens_of, wanted, weights_on
 from ..routes import Routes
 from ..tables import Table
-from .launch import (
-    config_of,
-    kernel_op,
-    launch,
-    route_arguments,
-    strides,
-    table_arguments,
-    tokens_of,
-    weights_on,
-)
+from .launch import config_of, launch, route_arguments, strides, table_arguments
 from .tiles import load_strength, masked, rounded
 
 # Rows up to this long stay in registers: 16 warps have 128 registers a thread, and compiled for sm_80, sm_90 and sm_100
@@ -231,7 +223,7 @@ def rms_norm_backward(
         want_weight=want_weight,
         want_bias=False,
     )
-    return None if weight is None else dx, dweight if want_weight else None
+    return wanted((dx, weight is not None), (dweight, want_weight))
 
 
 def layer_norm_backward(
@@ -259,7 +251,7 @@ def layer_norm_backward(
         want_weight=want_weight,
         want_bias=want_bias,
     )
-    return None if weight is None else dx, dweight if want_weight else None, dbias if want_bias else None
+    return wanted((dx, weight is not None), (dweight, want_weight), (dbias, want_bias))
 
 
 @kernel_op(

@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..library import kernel_op, tokens_of
 from ..routes import Routes
 from ..tables import Table
-from .launch import config_of, kernel_op, launch, route_arguments, strides, table_arguments, tokens_of
+from .launch import config_of, launch, route_arguments, strides, table_arguments
 from .tiles import load_strength, load_weights, rounded
 
 

@@ -1,0 +1,220 @@
+// What the CPU kernels share: a kernel walks over rows in blocks of features that fit into the first-level cache,
+// converted to fp32 (fp64 for fp64) on the way in and rounded once on the way out. The loops are written for the
+// compiler's vectoriser; the same sources are compiled once per instruction set.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "math.h"
+#include "ops.h"
+
+namespace gradroute {
+namespace {
+
+constexpr int64_t BLOCK = 256;
+
+// Work below this many elements is not worth waking other threads for.
+constexpr int64_t PARALLEL_FROM = 1 << 15;
+
+inline char* address(const Matrix& m, int64_t row, int64_t col, int64_t size) {
+  return static_cast<char*>(m.data) + (row * m.row_stride + col * m.col_stride) * size;
+}
+
+// The elements [row, first .. first + n) in C: in place where that is what memory holds, else converted into `scratch`.
+template <class C>
+inline const C* load(const Matrix& m, int64_t row, int64_t first, int64_t n, C* scratch) {
+  const int64_t stride = m.col_stride;
+  switch (m.dtype) {
+    case Dtype::float32: {
+      const float* from = reinterpret_cast<const float*>(address(m, row, first, 4));
+      if (sizeof(C) == sizeof(float) && stride == 1) return reinterpret_cast<const C*>(from);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) scratch[i] = C(from[i * stride]);
+      break;
+    }
+    case Dtype::float64: {
+      const double* from = reinterpret_cast<const double*>(address(m, row, first, 8));
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) scratch[i] = C(from[i * stride]);
+      break;
+    }
+    case Dtype::bfloat16: {
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(address(m, row, first, 2));
+      if (stride == 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) scratch[i] = C(from_bfloat16(from[i]));
+      } else {
+        for (int64_t i = 0; i < n; ++i) scratch[i] = C(from_bfloat16(from[i * stride]));
+      }
+      break;
+    }
+    case Dtype::float16: {
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(address(m, row, first, 2));
+      if (stride == 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) scratch[i] = C(from_float16(from[i]));
+      } else {
+        for (int64_t i = 0; i < n; ++i) scratch[i] = C(from_float16(from[i * stride]));
+      }
+      break;
+    }
+  }
+  return scratch;
+}
+
+// Stores n values at [row, first .. first + n), each rounded to m's dtype.
+template <class C>
+inline void store(const Matrix& m, int64_t row, int64_t first, int64_t n, const C* values) {
+  const int64_t stride = m.col_stride;
+  switch (m.dtype) {
+    case Dtype::float32: {
+      float* to = reinterpret_cast<float*>(address(m, row, first, 4));
+      if (stride == 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = float(values[i]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i * stride] = float(values[i]);
+      }
+      break;
+    }
+    case Dtype::float64: {
+      double* to = reinterpret_cast<double*>(address(m, row, first, 8));
+      for (int64_t i = 0; i < n; ++i) to[i * stride] = double(values[i]);
+      break;
+    }
+    case Dtype::bfloat16: {
+      uint16_t* to = reinterpret_cast<uint16_t*>(address(m, row, first, 2));
+      if (stride == 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(float(values[i]));
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i * stride] = to_bfloat16(float(values[i]));
+      }
+      break;
+    }
+    case Dtype::float16: {
+      uint16_t* to = reinterpret_cast<uint16_t*>(address(m, row, first, 2));
+      if (stride == 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = to_float16(float(values[i]));
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i * stride] = to_float16(float(values[i]));
+      }
+      break;
+    }
+  }
+}
+
+// values rounded to dtype and back.
+template <class C>
+inline void round_to(Dtype dtype, int64_t n, C* values) {
+  if (dtype == Dtype::bfloat16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) values[i] = C(from_bfloat16(to_bfloat16(float(values[i]))));
+  } else if (dtype == Dtype::float16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) values[i] = C(from_float16(to_float16(float(values[i]))));
+  }
+}
+
+// A token's route and strength.
+template <class C>
+struct Token {
+  int64_t route;
+  C strength;
+  bool has_strength;
+
+  Token(const Routing& routing, int64_t token)
+      : route(routing.ids[token]), strength(1), has_strength(routing.strength != nullptr) {
+    if (!has_strength) return;
+    const int64_t at = token * routing.strength_stride;
+    strength = routing.strength_is_double ? C(static_cast<const double*>(routing.strength)[at])
+                                          : C(static_cast<const float*>(routing.strength)[at]);
+  }
+
+  // m at one feature.
+  C weight(const Table& table, int64_t feature) const {
+    const int64_t column = table.cols == 1 ? 0 : feature;
+    const C own = C(table.weights[route * table.cols + column]);
+    return has_strength ? interpolated(C(table.weights[column]), own, strength) : own;
+  }
+};
+
+template <class C>
+inline void scale(C m, int64_t n, C* values) {
+  if (m == C(1)) return;
+  if (m == C(0)) {
+    std::fill(values, values + n, C(0));
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) values[i] *= m;
+}
+
+// values = m ⊙ values for the features [first, first + n) of a token; nothing without a table.
+template <class C>
+inline void apply_mask(const Table& table, const Token<C>& token, int64_t first, int64_t n, C* values) {
+  if (table.weights == nullptr) return;
+  if (table.cols == 1) {
+    scale(token.weight(table, 0), n, values);
+    return;
+  }
+  const float* own = table.weights + token.route * table.cols + first;
+  if (!token.has_strength) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) values[i] = masked(C(own[i]), values[i]);
+    return;
+  }
+  const float* base = table.weights + first;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) values[i] = masked(interpolated(C(base[i]), C(own[i]), token.strength), values[i]);
+}
+
+// Adds n values to a row of sums, which hold C.
+template <class C>
+inline void add_to(const Matrix& sums, int64_t row, int64_t first, int64_t n, const C* values) {
+  C* total = reinterpret_cast<C*>(address(sums, row, first, sizeof(C)));
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) total[i] += values[i];
+}
+
+template <class C>
+inline void clear(const Matrix& sums, int64_t row) {
+  if (sums.data == nullptr) return;
+  C* total = reinterpret_cast<C*>(address(sums, row, 0, sizeof(C)));
+  std::fill(total, total + sums.cols, C(0));
+}
+
+// Calls body(token, first, n) for every block of a [tokens, features] matrix; begin(run) before each run of
+// TOKENS_PER_SUM tokens. Runs are shared among threads, so sums over a run belong to one thread and are made in order.
+template <class Begin, class Body>
+inline void for_blocks(int64_t tokens, int64_t features, const Begin& begin, const Body& body) {
+  const int64_t runs = (tokens + TOKENS_PER_SUM - 1) / TOKENS_PER_SUM;
+#pragma omp parallel for schedule(static) if (tokens * features >= PARALLEL_FROM)
+  for (int64_t run = 0; run < runs; ++run) {
+    begin(run);
+    const int64_t last = std::min(tokens, (run + 1) * TOKENS_PER_SUM);
+    for (int64_t token = run * TOKENS_PER_SUM; token < last; ++token)
+      for (int64_t first = 0; first < features; first += BLOCK) body(token, first, std::min(BLOCK, features - first));
+  }
+}
+
+template <class Body>
+inline void for_blocks(int64_t tokens, int64_t features, const Body& body) {
+  for_blocks(tokens, features, [](int64_t) {}, body);
+}
+
+// Runs body with the type in which a gradient of this dtype is computed.
+#define GRADROUTE_SWITCH_COMPUTE(dtype, ...) \
+  if ((dtype) == Dtype::float64) {           \
+    using C = double;                        \
+    __VA_ARGS__;                             \
+  } else {                                   \
+    using C = float;                         \
+    __VA_ARGS__;                             \
+  }
+
+}  // namespace
+}  // namespace gradroute

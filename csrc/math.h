@@ -1,0 +1,188 @@
+// The arithmetic that CPU and CUDA kernels share: masks, activations, rounding. In an unnamed namespace, because files
+// compiled for different instruction sets must not share its instances.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+
+#if defined(__CUDACC__)
+#define GRADROUTE_INLINE __host__ __device__ __forceinline__
+#else
+#define GRADROUTE_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace gradroute {
+namespace {
+
+// As torch.lerp does, so that a strength of 1 is exactly no strength.
+template <class C>
+GRADROUTE_INLINE C interpolated(C base, C weight, C strength) {
+  const C difference = weight - base;
+  return (strength < C(0.5) && strength > C(-0.5)) ? base + strength * difference
+                                                   : weight - difference * (C(1) - strength);
+}
+
+// m ⊙ g: exactly 0 where m is 0, whatever g is.
+template <class C>
+GRADROUTE_INLINE C masked(C m, C g) {
+  return m == C(0) ? C(0) : m * g;
+}
+
+template <class To, class From>
+GRADROUTE_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same number of bits");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+GRADROUTE_INLINE float from_bfloat16(uint16_t bits) { return bits_as<float>(uint32_t(bits) << 16); }
+
+// To the nearest, ties to even; NaN stays NaN.
+GRADROUTE_INLINE uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+GRADROUTE_INLINE float from_float16(uint16_t half) {
+  const uint32_t magnitude = uint32_t(half & 0x7FFFu) << 13;
+  const uint32_t sign = uint32_t(half & 0x8000u) << 16;
+  // Scaling by 2^112 moves the exponent's bias and makes subnormals normal; infinity and NaN keep all exponent bits.
+  const float scaled = bits_as<float>(magnitude) * 0x1p112f;
+  const uint32_t finite = bits_as<uint32_t>(scaled);
+  return bits_as<float>(sign | (magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : finite));
+}
+
+// To the nearest, ties to even; what is too large becomes infinity, NaN stays NaN.
+GRADROUTE_INLINE uint16_t to_float16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 shifts a subnormal half's bits to the end of the significand, rounded by the addition.
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t large = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  return uint16_t(sign | (magnitude >= 0x477FF000u ? large : finite));
+}
+
+#if defined(__CUDA_ARCH__)
+GRADROUTE_INLINE float exponential(float x) { return expf(x); }
+#else
+// e^x to 2 units in the last place, by operations that a compiler can vectorise. Outside [-87.3, 88.3]: its ends'
+// values.
+GRADROUTE_INLINE float exponential(float x) {
+  x = x < -87.3f ? -87.3f : x;
+  x = x > 88.3f ? 88.3f : x;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // + 1.5 * 2^23 rounds to an integer
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440054690583e-4f;  // ln 2 in two parts
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float fraction = p * (r * r) + r + 1.0f;
+  return fraction * bits_as<float>((int32_t(n) + 127) << 23);
+}
+#endif
+GRADROUTE_INLINE double exponential(double x) { return exp(x); }
+
+template <class C>
+GRADROUTE_INLINE C sigmoid(C a) {
+  return C(1) / (C(1) + exponential(-a));
+}
+
+GRADROUTE_INLINE double standard_normal_cdf(double a) { return 0.5 * erfc(-a * 0.70710678118654752440); }
+
+// Φ(a) by erf, which is an odd polynomial near 0 and 1 - e^polynomial beyond; absolute error below 1e-7.
+GRADROUTE_INLINE float standard_normal_cdf(float a) {
+  const float x = a * 0.70710678118654752440f;
+  const float size = x < 0.0f ? -x : x;
+  const float square = size * size;
+  // Both polynomials: least squares at Chebyshev nodes, of erf(x) / x in x² and of log(erfc(x)) in x.
+  float near = 7.882497448e-05f;
+  near = near * square - 8.018855006e-04f;
+  near = near * square + 5.189312156e-03f;
+  near = near * square - 2.685432881e-02f;
+  near = near * square + 1.128359735e-01f;
+  near = near * square - 3.761262596e-01f;
+  near = near * square + 1.128379107e+00f;
+  const float t = size > 4.2f ? 4.2f : size;
+  float far = 1.540109906e-06f;
+  far = far * t - 4.416502270e-05f;
+  far = far * t + 5.810946459e-04f;
+  far = far * t - 4.687298089e-03f;
+  far = far * t + 2.621981315e-02f;
+  far = far * t - 1.097334251e-01f;
+  far = far * t - 6.321858764e-01f;
+  far = far * t - 1.130027890e+00f;
+  far = far * t + 2.706694067e-04f;
+  const float erf = size < 1.0f ? near * size : 1.0f - exponential(far);
+  return 0.5f + (x < 0.0f ? -0.5f : 0.5f) * erf;
+}
+
+// act(a) and act'(a). relu and relu2 have derivative 0 at 0 and keep NaN, as in PyTorch.
+template <Activation activation, class C>
+GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
+  if (activation == Activation::silu) {
+    const C s = sigmoid(a);
+    value = a * s;
+    derivative = s * (C(1) + a * (C(1) - s));
+  } else if (activation == Activation::gelu) {
+    const C cdf = standard_normal_cdf(a);
+    value = a * cdf;
+    derivative = cdf + a * C(0.39894228040143267794) * exponential(C(-0.5) * a * a);
+  } else if (activation == Activation::gelu_tanh) {
+    constexpr C slope = C(0.79788456080286535588);  // sqrt(2 / pi)
+    constexpr C cubic = C(0.044715);
+    const C s = sigmoid(C(2) * slope * (a + cubic * a * a * a));  // (1 + tanh(u)) / 2
+    value = a * s;
+    derivative = s + a * C(2) * s * (C(1) - s) * slope * (C(1) + C(3) * cubic * a * a);
+  } else if (activation == Activation::relu) {
+    value = a <= C(0) ? C(0) : a;
+    derivative = a <= C(0) ? C(0) : C(1);
+  } else {
+    const C positive = a <= C(0) ? C(0) : a;
+    value = positive * positive;
+    derivative = C(2) * positive;
+  }
+}
+
+// Calls body(std::integral_constant<Activation, ...>) for the activation that is only known when running.
+#define GRADROUTE_SWITCH_ACTIVATION(activation, ...)           \
+  switch (activation) {                                        \
+    case Activation::silu: {                                   \
+      constexpr Activation ACTIVATION = Activation::silu;      \
+      __VA_ARGS__;                                             \
+      break;                                                   \
+    }                                                          \
+    case Activation::gelu: {                                   \
+      constexpr Activation ACTIVATION = Activation::gelu;      \
+      __VA_ARGS__;                                             \
+      break;                                                   \
+    }                                                          \
+    case Activation::gelu_tanh: {                              \
+      constexpr Activation ACTIVATION = Activation::gelu_tanh; \
+      __VA_ARGS__;                                             \
+      break;                                                   \
+    }                                                          \
+    case Activation::relu: {                                   \
+      constexpr Activation ACTIVATION = Activation::relu;      \
+      __VA_ARGS__;                                             \
+      break;                                                   \
+    }                                                          \
+    case Activation::relu2: {                                  \
+      constexpr Activation ACTIVATION = Activation::relu2;     \
+      __VA_ARGS__;                                             \
+      break;                                                   \
+    }                                                          \
+  }
+
+}  // namespace
+}  // namespace gradroute

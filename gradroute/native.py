@@ -1,0 +1,446 @@
+"""Backends `cpu` and `cuda`: the leaf computations of the autograd.Functions, launched from the native module.
+
+Which of the two runs is the device of the tensors. The module takes addresses, shapes and strides; so what has no
+memory of its own, lies elsewhere or is not aligned is refused here. Sums over tokens come in runs, which are added in
+order: results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import composed
+from .library import MIDDLE_SCHEMA, has_data, kernel_op, middle_arguments, tokens_of, wanted, weights_on
+from .routes import Routes
+from .tables import Table
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def _load() -> tuple[Any, str | None]:
+    """The module, or None and the reason. torch is imported by now: they share its OpenMP runtime."""
+    try:
+        return importlib.import_module("gradroute._native"), None
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "gradroute._native"
+        return (
+            None,
+            "the native module was not built" if missing else f"the native module fails to load: {error}",
+        )
+
+
+module, load_error = _load()
+
+
+def _instruction_set() -> str | None:
+    """The best one that this machine runs, or the one that GRADROUTE_CPU_CAPABILITY names."""
+    if module is None:
+        return None
+    chosen = os.environ.get("GRADROUTE_CPU_CAPABILITY")
+    if chosen and chosen not in module.INSTRUCTION_SETS:
+        raise ValueError(
+            f"GRADROUTE_CPU_CAPABILITY: got {chosen!r}, expected one of {', '.join(module.INSTRUCTION_SETS)}"
+        )
+    return chosen or module.INSTRUCTION_SETS[0]
+
+
+#: The instruction set of the CPU's kernels: "avx512", "avx2" or "baseline".
+instruction_set = _instruction_set()
+
+
+def why_not(name: str) -> str | None:
+    """Why the native module has no kernels for backend `name`, "cpu" or "cuda"; None when it has."""
+    if module is None:
+        return f'{load_error}: see "Build wheels for a cluster" in the README'
+    if name == "cuda" and not hasattr(module, "cuda"):
+        return "the native module was built without CUDA"
+    return None
+
+
+def _kernel(name: str, device: torch.device) -> Any:
+    return getattr(module.cuda if device.type == "cuda" else getattr(module, f"cpu_{instruction_set}"), name)
+
+
+def launch(name: str, *arguments: Any) -> None:
+    """Calls a kernel: tensors `[rows, cols]`, None, or what the helpers below made, in the order of declarations.inc.
+
+    Raises:
+        TypeError: a tensor subclass, such as DTensor, which has no memory of its own.
+        ValueError: a tensor on another device than the first, without memory, or not aligned to its elements.
+    """
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    if not has_data(first) or first.numel() == 0:
+        return
+    device = first.device
+    taken = [_matrix(a, device) if isinstance(a, Tensor) else a for a in arguments]
+    _kernel(name, device)(*taken, _stream(device))
+
+
+def _address(tensor: Tensor, device: torch.device) -> int:
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        raise TypeError(
+            f"native kernels: got a {type(tensor).__name__}, expected a torch.Tensor with memory of its own; "
+            "pass a DTensor's local tensor (to_local)"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"native kernels: got a tensor on {tensor.device}, expected {device} as the first one"
+        )
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise ValueError(f"native kernels: got a tensor {list(tensor.shape)} without memory")
+    if address % tensor.element_size():
+        raise ValueError(
+            f"native kernels: got a {tensor.dtype} tensor at an address that is not a multiple of "
+            f"{tensor.element_size()}; clone it"
+        )
+    return address
+
+
+def _matrix(tensor: Tensor, device: torch.device) -> tuple[int, ...]:
+    """(address, rows, cols, row stride, column stride, dtype); a vector is one row."""
+    address = _address(tensor, device)
+    if tensor.dim() == 1:
+        return address, 1, tensor.shape[0], 0, tensor.stride(0), DTYPES[tensor.dtype]
+    return address, *tensor.shape, *tensor.stride(), DTYPES[tensor.dtype]
+
+
+def _routing(ids: Tensor, strength: Tensor | None) -> tuple[int, int, int, bool]:
+    """(address of ids, address of strength, its stride, whether it is double)."""
+    if not has_data(ids):
+        return 0, 0, 0, False
+    if strength is None:
+        return _address(ids, ids.device), 0, 0, False
+    return (
+        _address(ids, ids.device),
+        _address(strength, ids.device),
+        int(strength.dim() > 0),
+        strength.dtype == torch.float64,
+    )
+
+
+def _table(weights: Tensor | None) -> tuple[int, int] | None:
+    """(address, columns) of `[R, cols]`, or None."""
+    if weights is None or not has_data(weights):
+        return None
+    return _address(weights, weights.device), weights.shape[1]
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """(device, handle): the current stream."""
+    if device.type == "cpu":
+        return 0, 0
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _sums(g: Tensor, wanted: bool) -> Tensor:
+    """The sums of each run of tokens: `[runs, F]`, of none where they are not wanted."""
+    runs = -(-g.shape[0] // module.TOKENS_PER_SUM) if wanted else 0
+    return g.new_empty(runs, g.shape[1], dtype=composed.product_dtype(g.dtype))
+
+
+def masked_product(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> Tensor:
+    """m ⊙ g in a new tensor; `g` itself without a table."""
+    if table is None:
+        return g
+    ids, strength = _of_tokens(routes, tokens)
+    return masked_product_op(g, ids, strength, table.on(g.device), _bounds(table))
+
+
+def masked_product_(g: Tensor, routes: Routes, table: Table | None) -> None:
+    """m ⊙ g in place, on a gradient that the caller allocated."""
+    if table is not None:
+        masked_product_in_place_op(g, *tokens_of(routes), table.on(g.device), _bounds(table))
+
+
+def _of_tokens(routes: Routes, tokens: slice) -> tuple[Tensor, Tensor | None]:
+    strength = routes.strength
+    if strength is not None and strength.dim() > 0:
+        strength = strength[tokens]
+    return routes.ids[tokens], strength
+
+
+def _bounds(table: Table) -> list[int]:
+    """Start and stop of each constant segment; one that is broadcast has no bounds of its own."""
+    return [] if table.features == 1 else [bound for segment in table.segments for bound in segment]
+
+
+@kernel_op(
+    "native_masked_product(Tensor g, Tensor ids, Tensor? strength, Tensor weights, int[] segments) -> Tensor"
+)
+def masked_product_op(
+    g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor, segments: list[int]
+) -> Tensor:
+    out = g.new_empty(g.shape)
+    launch("masked_product", g, out, _routing(ids, strength), _table(weights), segments)
+    return out
+
+
+@kernel_op(
+    "native_masked_product_(Tensor(a!) g, Tensor ids, Tensor? strength, Tensor weights, int[] segments) -> ()"
+)
+def masked_product_in_place_op(
+    g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor, segments: list[int]
+) -> None:
+    launch("masked_product", g, g, _routing(ids, strength), _table(weights), segments)
+
+
+def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
+    """Σ_t m ⊙ g: g `[T, O]` → `[O]`."""
+    if table is None:
+        return g.sum(0)
+    return bias_grad_op(g, *tokens_of(routes), table.on(g.device))
+
+
+@kernel_op("native_bias_grad(Tensor g, Tensor ids, Tensor? strength, Tensor weights) -> Tensor")
+def bias_grad_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> Tensor:
+    sums = _sums(g, True)
+    launch("bias_grad", g, sums, _routing(ids, strength), _table(weights))
+    return sums.sum(0).to(g.dtype)
+
+
+def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
+    """See `gradroute.composed.input_grad`."""
+    return composed.input_grad(g, weight, routes, table, masked_product_)
+
+
+def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None) -> Tensor:
+    """See `gradroute.composed.weight_grad`."""
+    return composed.weight_grad(g, x, routes, rows, cols, masked_product)
+
+
+def activation_backward(
+    dz: Tensor | None,
+    a: Tensor,
+    routes: Routes,
+    sites: Any,
+    activation: str,
+    *,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.composed.activation_backward`."""
+    da, z, db = activation_backward_op(
+        dz, a, *middle_arguments(a, routes, sites, activation, want_z, want_bias)
+    )
+    return wanted((da, dz is not None), (z, want_z), (db, want_bias))
+
+
+@kernel_op(f"native_activation_backward(Tensor? dz, Tensor a, {MIDDLE_SCHEMA}) -> (Tensor, Tensor, Tensor)")
+def activation_backward_op(
+    dz: Tensor | None,
+    a: Tensor,
+    ids: Tensor,
+    strength: Tensor | None,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    forward: Tensor | None,
+    update_out: Tensor | None,
+    update_in: Tensor | None,
+    activation: str,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs that are not wanted have no elements."""
+    da, z = _like(a, dz is not None), _like(a, want_z)
+    sums = _sums(a, want_bias)
+    launch(
+        "activation_backward",
+        dz,
+        a,
+        *wanted((da, dz is not None), (z, want_z), (sums, want_bias)),
+        _routing(ids, strength),
+        *map(_table, (pre, hidden, forward, update_out, update_in)),
+        activation,
+    )
+    return da, z, sums.sum(0).to(a.dtype)
+
+
+def _like(a: Tensor, is_wanted: bool) -> Tensor:
+    """An output `[T, F]` in a's dtype, of no tokens where it is not wanted."""
+    return a.new_empty(a.shape[0] if is_wanted else 0, a.shape[1])
+
+
+def glu_backward(
+    dz: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    routes: Routes,
+    sites: Any,
+    activation: str,
+    *,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.composed.glu_backward`."""
+    dgate, dup, z, db_gate, db_up = glu_backward_op(
+        dz, gate, up, *middle_arguments(gate, routes, sites, activation, want_z, want_bias)
+    )
+    has_grad = dz is not None
+    return wanted((dgate, has_grad), (dup, has_grad), (z, want_z), (db_gate, want_bias), (db_up, want_bias))
+
+
+@kernel_op(
+    f"native_glu_backward(Tensor? dz, Tensor gate, Tensor up, {MIDDLE_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def glu_backward_op(
+    dz: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    ids: Tensor,
+    strength: Tensor | None,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    forward: Tensor | None,
+    update_out: Tensor | None,
+    update_in: Tensor | None,
+    activation: str,
+    want_z: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs that are not wanted have no elements."""
+    has_grad = dz is not None
+    dgate, dup, z = _like(gate, has_grad), _like(gate, has_grad), _like(gate, want_z)
+    gate_sums, up_sums = _sums(gate, want_bias), _sums(gate, want_bias)
+    launch(
+        "glu_backward",
+        dz,
+        gate,
+        up,
+        *wanted(
+            (dgate, has_grad), (dup, has_grad), (z, want_z), (gate_sums, want_bias), (up_sums, want_bias)
+        ),
+        _routing(ids, strength),
+        *map(_table, (pre, hidden, forward, update_out, update_in)),
+        activation,
+    )
+    return dgate, dup, z, gate_sums.sum(0).to(gate.dtype), up_sums.sum(0).to(gate.dtype)
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    routes: Routes,
+    update: Table | None,
+    eps: float,
+    offset: float,
+    casting_mode: str,
+    *,
+    want_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """See `gradroute.composed.rms_norm_backward`."""
+    masks = (*tokens_of(routes), *weights_on(x.device, update))
+    round_x_hat = casting_mode == "llama"
+    dx, dweight, _ = norm_backward_op(
+        dy, x, weight, *masks, eps, offset, False, round_x_hat, want_weight, False
+    )
+    return wanted((dx, weight is not None), (dweight, want_weight))
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    routes: Routes,
+    update: Table | None,
+    eps: float,
+    *,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.composed.layer_norm_backward`."""
+    masks = (*tokens_of(routes), *weights_on(x.device, update))
+    dx, dweight, dbias = norm_backward_op(
+        dy, x, weight, *masks, eps, 0.0, True, False, want_weight, want_bias
+    )
+    return wanted((dx, weight is not None), (dweight, want_weight), (dbias, want_bias))
+
+
+@kernel_op(
+    "native_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor ids, Tensor? strength, Tensor? update, "
+    "float eps, float offset, bool centered, bool round_x_hat, bool want_weight, bool want_bias) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def norm_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    ids: Tensor,
+    strength: Tensor | None,
+    update: Tensor | None,
+    eps: float,
+    offset: float,
+    centered: bool,
+    round_x_hat: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs that are not wanted have no elements."""
+    dx = _like(x, weight is not None)
+    weight_sums, bias_sums = _sums(x, want_weight), _sums(x, want_bias)
+    launch(
+        "norm_backward",
+        dy,
+        x,
+        weight,
+        *wanted((dx, weight is not None), (weight_sums, want_weight), (bias_sums, want_bias)),
+        _routing(ids, strength),
+        _table(update),
+        eps,
+        offset,
+        centered,
+        round_x_hat,
+    )
+    return dx, weight_sums.sum(0), bias_sums.sum(0)
+
+
+def embedding_backward(
+    dy: Tensor,
+    tokens: Tensor,
+    routes: Routes,
+    update: Table | None,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> Tensor:
+    """See `gradroute.composed.embedding_backward`."""
+    masks = (*tokens_of(routes), *weights_on(dy.device, update))
+    return embedding_backward_op(dy, tokens, *masks, num_embeddings, padding_idx)
+
+
+@kernel_op(
+    "native_embedding_backward(Tensor dy, Tensor tokens, Tensor ids, Tensor? strength, Tensor? update, "
+    "SymInt num_embeddings, int? padding_idx) -> Tensor"
+)
+def embedding_backward_op(
+    dy: Tensor,
+    tokens: Tensor,
+    ids: Tensor,
+    strength: Tensor | None,
+    update: Tensor | None,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> Tensor:
+    out = dy.new_zeros(num_embeddings, dy.shape[1])
+    ordered, order = torch.sort(tokens.to(torch.int64), stable=True)
+    launch(
+        "embedding_backward",
+        dy,
+        out,
+        _indices(ordered),
+        _indices(order),
+        -1 if padding_idx is None else padding_idx,
+        _routing(ids, strength),
+        _table(update),
+    )
+    return out
+
+
+def _indices(positions: Tensor) -> int:
+    return _address(positions, positions.device) if has_data(positions) else 0
