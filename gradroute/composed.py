@@ -21,6 +21,11 @@ WORKSPACE_SHARE = 8
 MIN_CHUNK = 1024
 
 
+def splits(device: torch.device) -> bool:
+    """Whether an MLP's products are made in parts, see `gradroute.rectangles`: on the CPU, unless traced."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which masked products are formed: fp32, and fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -20,6 +20,7 @@ from .border import (
     unrouted,
 )
 from .mlp import ActivationSites, MLPSites
+from .rectangles import Branch, mlp_backward
 from .routes import Routes
 
 
@@ -119,7 +120,9 @@ class GatedMLPFunction(torch.autograd.Function):
         kernels: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
-        z = ACTIVATIONS[activation].value(gate) * up
+        z = (
+            ACTIVATIONS[activation].value(gate).mul_(up)
+        )  # in place: a fresh matrix costs as much as the product
         z = masked_forward(z, routes, sites.forward, kernels)
         return F.linear(z, w_down, b_down), gate, up
 
@@ -148,39 +151,39 @@ class GatedMLPFunction(torch.autograd.Function):
         need_x, need_w_gate, need_w_up, need_w_down, need_b_gate, need_b_up, need_b_down = (
             ctx.needs_input_grad[:7]
         )
-        dx = dw_gate = dw_up = dw_down = db_gate = db_up = db_down = None
+        dx: Any = None
+        dw_gate = dw_up = dw_down = db_gate = db_up = db_down = None
         g = kernels.masked_product(flat(dy), routes, sites.output)
         if gate is not None:
-            dz = None if w_down is None else g @ w_down
-            dgate, dup, z, db_gate, db_up = kernels.glu_backward(
-                dz,
-                flat(gate),
-                flat(up),
+            branches = [
+                Branch(flat(gate), w_gate, need_w_gate, need_b_gate),
+                Branch(flat(up), w_up, need_w_up, need_b_up),
+            ]
+            dx, dw_down = mlp_backward(
+                g,
+                None if x is None else flat(x),
+                branches,
+                w_down,
                 routes,
                 sites,
                 ctx.activation,
-                want_z=need_w_down,
-                want_bias=need_b_gate or need_b_up,
+                kernels.glu_backward,
+                kernels,
+                need_x=need_x,
+                need_w_out=need_w_down,
             )
-        if need_w_down:
-            dw_down = g.T @ z
+            (dw_gate, db_gate), (dw_up, db_up) = (branch.results() for branch in branches)
+        if need_x:
+            dx = dx.view(*dy.shape[:-1], dx.shape[1])
         if need_b_down:
             db_down = kernels.bias_grad(g, routes, sites.update_output_bias)
-        if need_x:
-            dx = torch.addmm(dgate @ w_gate, dup, w_up).view(*dy.shape[:-1], w_gate.shape[1])
-        if need_w_gate:
-            kernels.masked_product_(dgate, routes, sites.update_in)  # dgate has served dx: it is ours to mask
-            dw_gate = dgate.T @ flat(x)
-        if need_w_up:
-            kernels.masked_product_(dup, routes, sites.update_in)
-            dw_up = dup.T @ flat(x)
         return (
             dx,
             dw_gate,
             dw_up,
             dw_down,
-            db_gate if need_b_gate else None,
-            db_up if need_b_up else None,
+            db_gate,
+            db_up,
             db_down,
             None,  # routes
             None,  # sites

@@ -20,6 +20,7 @@ from .border import (
     refuse_double_backward,
     unrouted,
 )
+from .rectangles import Branch, mlp_backward
 from .routes import Routes
 from .sites import Sites
 from .tables import TableLike
@@ -181,22 +182,29 @@ class MLPFunction(torch.autograd.Function):
         x, w_in, w_out, a = ctx.saved_tensors
         routes, sites, kernels = ctx.routes, ctx.sites, ctx.kernels
         need_x, need_w_in, need_b_in, need_w_out, need_b_out = ctx.needs_input_grad[:5]
-        dx = dw_in = db_in = dw_out = db_out = None
+        dx: Any = None
+        dw_in = db_in = dw_out = db_out = None
         g = kernels.masked_product(flat(dy), routes, sites.output)
         if a is not None:
-            dz = None if w_out is None else g @ w_out
-            da, z, db_in = kernels.activation_backward(
-                dz, flat(a), routes, sites, ctx.activation, want_z=need_w_out, want_bias=need_b_in
+            branch = Branch(flat(a), w_in, need_w_in, need_b_in)
+            dx, dw_out = mlp_backward(
+                g,
+                None if x is None else flat(x),
+                [branch],
+                w_out,
+                routes,
+                sites,
+                ctx.activation,
+                kernels.activation_backward,
+                kernels,
+                need_x=need_x,
+                need_w_out=need_w_out,
             )
-        if need_w_out:
-            dw_out = g.T @ z
+            dw_in, db_in = branch.results()
+        if need_x:
+            dx = dx.view(*dy.shape[:-1], dx.shape[1])
         if need_b_out:
             db_out = kernels.bias_grad(g, routes, sites.update_output_bias)
-        if need_x:
-            dx = (da @ w_in).view(*dy.shape[:-1], w_in.shape[1])
-        if need_w_in:
-            kernels.masked_product_(da, routes, sites.update_in)  # da has served dx: it is ours to mask
-            dw_in = da.T @ flat(x)
         return (
             dx,
             dw_in,

@@ -144,6 +144,11 @@ def _sums(g: Tensor, wanted: bool) -> Tensor:
     return g.new_empty(runs, g.shape[1], dtype=composed.product_dtype(g.dtype))
 
 
+def splits(device: torch.device) -> bool:
+    """See `gradroute.composed.splits`."""
+    return composed.splits(device)
+
+
 def masked_product(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> Tensor:
     """m ⊙ g in a new tensor; `g` itself without a table."""
     if table is None:

@@ -26,6 +26,7 @@ class Routes:
         order: `[T]` int32: the tokens sorted by route, stable.
         counts: `[R]` int32 on the device of `ids`: tokens per route.
         host_counts: the same as a tuple, where the ids came from the host; else None.
+        in_order: whether the tokens are known, on the host, to be sorted already.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Routes:
         # searchsorted, not bincount: bincount waits for the device to learn its output's size.
         bounds = torch.arange(num_routes + 1, dtype=torch.int32, device=ids.device)
         self.counts = torch.searchsorted(ordered, bounds, out_int32=True).diff()
-        if host_counts is None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        on_host = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if host_counts is None and on_host:
             host_counts = tuple(self.counts.tolist())
         self.host_counts = host_counts
+        self.in_order = on_host and torch.equal(ordered, ids)
 
     @staticmethod
     def of(
@@ -130,6 +133,14 @@ class Routes:
             if isinstance(value, Tensor)
         }
         return self._copy(**tensors)
+
+    def at(self, tokens: slice | Tensor) -> Routes:
+        """The ids and strength of some of the flattened tokens, for a kernel: nothing is derived again."""
+        strength = self.strength
+        if strength is not None and strength.dim() > 0:
+            strength = strength[tokens]
+        ids = self.ids[tokens]
+        return self._copy(ids=ids, strength=strength, shape=tuple(ids.shape))
 
     def check(self, x: Tensor, name: str) -> None:
         """Raises unless the activation `x [*tokens, F]` has these tokens, on this device."""

@@ -20,11 +20,13 @@ class Sites:
     Attributes:
         tables: the sites that have a table, by name.
         effective: the same sites as kernels want them: `defaults` filled in, and None where a table is all ones.
+        groups: what `gradroute.rectangles` derives of the effective sites, once per width.
     """
 
     defaults: ClassVar[dict[str, str]] = {}  # a site → the site whose table it takes when it has none
     tables: dict[str, Table]
     effective: Any
+    groups: dict[Any, Any]
 
     def __new__(cls: type[AnySites], *args: Any, **kwargs: Any) -> AnySites:
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
@@ -52,6 +54,7 @@ class Sites:
             tables = {name: getattr(sites, name) for name in given if getattr(sites, name) is not None}
             object.__setattr__(sites, "tables", tables)
             object.__setattr__(sites, "effective", effective)
+            object.__setattr__(sites, "groups", {})
 
     def check(self, routes: Routes | None, widths: Mapping[str, int | str]) -> None:
         """Raises unless every table fits a call or a layer.

@@ -2,7 +2,7 @@
 
 from .embedding import embedding_backward
 from .gated_mlp import glu_backward
-from .launch import INTERPRETED, record, recording
+from .launch import INTERPRETED, record, recording, splits
 from .linear import bias_grad, input_grad, weight_grad
 from .mlp import activation_backward
 from .norm import layer_norm_backward, rms_norm_backward
@@ -21,5 +21,6 @@ __all__ = [
     "record",
     "recording",
     "rms_norm_backward",
+    "splits",
     "weight_grad",
 ]

@@ -49,6 +49,11 @@ def record(architecture: int) -> Iterator[list[Launch]]:
         _recorder = None
 
 
+def splits(device: torch.device) -> bool:
+    """See `gradroute.composed.splits`: whole matrices keep a GPU busy."""
+    return False
+
+
 def config_of(kernel: Any, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, int]:
     """The shipped configuration of `kernel` for the device's architecture, or for the nearest older one."""
     name = kernel.fn.__name__

@@ -1,0 +1,185 @@
+"""What runs on this machine: `python -m gradroute [--json]`.
+
+Versions, devices, how the native module was built, and every op on every backend: either the reason why it cannot run
+here, or one masked backward on each device, checked against the fp64 reference within the tests' error budget. The exit
+code is 1 when one of them disagrees or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import backends, native, testing
+
+AGREES = "ok"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; 0 when every backend that can run agrees with the reference, otherwise 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gradroute", description="Reports what runs on this machine."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    as_json = parser.parse_args(arguments).json
+    found = report()
+    print(json.dumps(found, indent=2) if as_json else as_text(found))
+    return 0 if found["agrees"] else 1
+
+
+def report() -> dict[str, Any]:
+    """All of it, as `--json` prints it."""
+    ops = {op: {name: check(op, name) for name in backends.BACKENDS} for op in backends.OPS}
+    outcomes = [
+        outcome for row in ops.values() for cell in row.values() for outcome in cell["checks"].values()
+    ]
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": cpu(),
+        "cuda": cuda(),
+        "native": {"error": native.load_error} if native.module is None else json.loads(native.module.BUILD),
+        "ops": ops,
+        "agrees": all(outcome == AGREES for outcome in outcomes),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of gradroute and of what it runs on; None: not installed."""
+    packages = ("gradroute", "torch", "triton", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def version(package: str) -> str | None:
+    """The installed version, with its build, such as "2.13.0+cu130"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu() -> dict[str, Any]:
+    """The processor, torch's threads on it, and the instruction set that backend cpu uses."""
+    model = first_match("/proc/cpuinfo", r"model name\s*: (.+)") or platform.processor() or platform.machine()
+    return {
+        "model": model,
+        "threads": torch.get_num_threads(),
+        "instruction_set": native.instruction_set,
+    }
+
+
+def cuda() -> dict[str, Any]:
+    """The CUDA that torch was built with, the driver, and every device that torch sees."""
+    return {
+        "runtime": torch.version.cuda,
+        "driver": first_match("/proc/driver/nvidia/version", r"\s(\d+\.\d+(?:\.\d+)?)\s"),
+        "devices": [
+            {
+                "name": device.name,
+                "capability": f"{device.major}.{device.minor}",
+                "memory_gib": round(device.total_memory / 2**30, 1),
+            }
+            for device in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ],
+    }
+
+
+def first_match(file: str, pattern: str) -> str | None:
+    """The pattern's group where it first matches in a file; None where there is neither."""
+    try:
+        match = re.search(pattern, Path(file).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+def check(op: str, backend: str) -> dict[str, Any]:
+    """{"reason": why the backend cannot run the op here, or None; "checks": {device: AGREES or what is wrong}}."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    able = [device for device in devices if backend not in backends.unavailable_backends(op, device)]
+    reason = backends.unavailable_backends(op).get(backend)
+    return {"reason": reason, "checks": {device: masked_backward(op, backend, device) for device in able}}
+
+
+def masked_backward(op: str, backend: str, device: str) -> str:
+    """AGREES when a small fp32 call and its gradients keep the error budget, otherwise what is wrong."""
+    tokens = (2, 19) if op == "routed_attention" else 37
+    call = testing.sample(op, tokens=tokens, tables="blocks", strength="token", device=device)
+    try:
+        call.assert_within_budget(backend)
+    except Exception as error:  # a kernel may fail in any way, and the report is there to tell it
+        return f"{type(error).__name__}: {error}"
+    return AGREES
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report for people."""
+    names = {name: number or "not installed" for name, number in found["versions"].items()}
+    lines = [
+        ("versions", ", ".join(f"{name} {number}" for name, number in names.items())),
+        ("platform", found["platform"]),
+        ("cpu", cpu_text(found["cpu"])),
+        ("cuda", cuda_text(found["cuda"])),
+        ("native", native_text(found["native"])),
+    ]
+    head = "\n".join(f"{name:<9} {text}" for name, text in lines)
+    return f"{head}\n\n{table_text(found['ops'])}"
+
+
+def cpu_text(found: dict[str, Any]) -> str:
+    """One line."""
+    instruction_set = found["instruction_set"] or "no native kernels"
+    return f"{found['model']}, {found['threads']} threads, {instruction_set}"
+
+
+def cuda_text(found: dict[str, Any]) -> str:
+    """One line, and one more a device."""
+    line = f"torch's runtime {found['runtime'] or 'none'}, driver {found['driver'] or 'none'}"
+    for number, device in enumerate(found["devices"]):
+        line += f"\n{'':<9} cuda:{number} {device['name']}, sm_{device['capability'].replace('.', '')}, "
+        line += f"{device['memory_gib']} GiB"
+    return line if found["devices"] else f"{line}, no device"
+
+
+def native_text(found: dict[str, Any]) -> str:
+    """One line: how the native module was built, or why there is none."""
+    if "error" in found:
+        return found["error"]
+    openmp = f"OpenMP {found['openmp']}" if found["openmp"] else "no OpenMP"
+    cuda = f"CUDA {found['cuda']} ({found['cuda_architectures']})" if found["cuda"] else "no CUDA"
+    return f"{found['cxx']} ({found['instruction_sets']}), {openmp}, {cuda}, pybind11 {found['pybind11']}"
+
+
+def table_text(ops: dict[str, dict[str, Any]]) -> str:
+    """Op × backend: the devices where it agrees with the reference, and below the table whatever is not so."""
+    notes: dict[str, int] = {}
+
+    def note(text: str) -> str:
+        return f"[{notes.setdefault(text, len(notes) + 1)}]"
+
+    def cell(found: dict[str, Any]) -> str:
+        if found["reason"]:
+            return f"- {note(found['reason'])}"
+        outcomes = found["checks"].items()
+        return " ".join(d if outcome == AGREES else f"{d} WRONG {note(outcome)}" for d, outcome in outcomes)
+
+    rows = [["agrees on", *backends.BACKENDS]]
+    rows += [[op, *(cell(row[name]) for name in backends.BACKENDS)] for op, row in ops.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines + [f"[{number}] {text}" for text, number in notes.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
