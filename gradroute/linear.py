@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .border import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
+from .rectangles import linear_backward, split_linear
 from .routes import Routes
 from .sites import Sites
 from .tables import TableLike
@@ -115,12 +116,20 @@ class LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         routes, sites, kernels = ctx.routes, ctx.sites, ctx.kernels
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx = dweight = dbias = None
+        dx: Any = None
+        dweight = dbias = None
         g = kernels.masked_product(flat(dy), routes, sites.output)
+        inputs = (x if need_weight else weight).shape[-1] if need_x or need_weight else 0
+        parts = split_linear(routes, sites, g.shape[1], inputs, kernels.splits(g.device)) if inputs else []
+        if parts:
+            dx, dweight = linear_backward(g, None if x is None else flat(x), weight, parts, kernels)
+        else:
+            if need_x:
+                dx = kernels.input_grad(g, weight, routes, sites.input)
+            if need_weight:
+                dweight = kernels.weight_grad(g, flat(x), routes, sites.update_rows, sites.update_cols)
         if need_x:
-            dx = kernels.input_grad(g, weight, routes, sites.input).view(*dy.shape[:-1], weight.shape[1])
-        if need_weight:
-            dweight = kernels.weight_grad(g, flat(x), routes, sites.update_rows, sites.update_cols)
+            dx = dx.view(*dy.shape[:-1], inputs)
         if need_bias:
             dbias = kernels.bias_grad(g, routes, sites.update_bias)
         return dx, dweight, dbias, None, None, None  # ..., routes, sites, kernels

@@ -1,8 +1,8 @@
-"""Products of an MLP's backward as rectangles: the tokens of a route × the features that carry its gradient.
+"""Products of a backward as rectangles: the tokens of a route × the features that carry its gradient.
 
 A mask of zeros makes parts of dH vanish, and of the products that follow. With the tokens sorted by route what is left
-are rectangles, so the cost of the GEMMs falls with the tables' density. On the CPU tokens are taken in runs besides, so
-that what lies between two products never leaves the cache: a fresh matrix of T × d_ff costs more there in page faults
+are rectangles, so the cost of the GEMMs falls with the tables' density. On the CPU an MLP takes tokens in runs besides,
+so that what lies between two products never leaves the cache: a fresh matrix of T × d_ff costs more there in page faults
 than in arithmetic (10 ms for 33 MB, where the GEMM takes 36).
 """
 
@@ -49,12 +49,28 @@ class Span(NamedTuple):
     updates: tuple[tuple[slice, slice], ...]
 
 
+class Products(NamedTuple):
+    """What is left of a linear layer's products for some routes' tokens: runs of features, with the tables there.
+
+    Attributes:
+        outputs: of `[T, O]`, where gradient arrives.
+        inputs: of `[T, I]`, where it leaves.
+        rows: of `[T, O]`, the rows of the weight that are updated.
+        cols: of `[T, I]`, the columns.
+    """
+
+    outputs: tuple[slice, ...]
+    inputs: tuple[tuple[slice, Table | None], ...]
+    rows: tuple[tuple[slice, Table | None], ...]
+    cols: tuple[tuple[slice, Table | None], ...]
+
+
 class Group(NamedTuple):
-    """Neighbouring routes whose tokens have the same spans."""
+    """Neighbouring routes whose tokens have the same rectangles."""
 
     first: int
     last: int
-    spans: tuple[Span, ...]
+    spans: tuple[Any, ...]  # of Span (MLP) or Products (linear)
     cost: float  # of a token, where one with all features costs 1
 
 
@@ -69,7 +85,7 @@ class Part(NamedTuple):
 
     tokens: slice | Tensor | None
     routes: Routes
-    spans: tuple[Span, ...]
+    spans: tuple[Any, ...]
 
     def of(self, matrix: Any, features: slice = ALL) -> Any:
         """The part's rows of `matrix [T, F]`, and these features."""
@@ -147,20 +163,22 @@ def split(routes: Routes, sites: Any, d_ff: int, pays: bool) -> list[Part]:
     """
     if not pays or routes.host_counts is None or len(routes) == 0:
         return whole(routes, sites)
-    if routes.strength is None and routes.num_routes <= MAX_ROUTES:
-        key = (routes.num_routes, d_ff)
-        if key not in sites.groups:
-            sites.groups[key] = _groups(sites, *key)
-        parts = _rectangles(routes, sites.groups[key])
-        if parts:
-            return parts
     spans = whole(routes, sites)[0].spans
-    return [_part(routes, run, spans) for run in _runs(0, len(routes))]
+    runs = [_part(routes, run, spans) for run in _runs(0, len(routes))]
+    return _rectangles(routes, sites, _mlp_live, _mlp_group, d_ff) or runs
 
 
-def _rectangles(routes: Routes, groups: tuple[Group, ...]) -> list[Part]:
-    """The groups' runs of tokens; none where they save too little."""
-    assert routes.host_counts is not None
+def _rectangles(
+    routes: Routes, sites: Any, live_of: Callable[..., Any], group_of: Callable[..., Group], *widths: int
+) -> list[Part]:
+    """The parts, sorted by route; none where they save too little, or a strength blends the tables' rows."""
+    if routes.strength is not None or routes.num_routes > MAX_ROUTES or routes.host_counts is None:
+        return []
+    key = (routes.num_routes, *widths)
+    if key not in sites.groups:
+        lives = [live_of(sites, route, *widths) for route in range(routes.num_routes)]
+        sites.groups[key] = _groups(sites, lives, group_of, widths)
+    groups = sites.groups[key]
     counts = [sum(routes.host_counts[group.first : group.last + 1]) for group in groups]
     cost = sum(count * group.cost for count, group in zip(counts, groups, strict=True))
     number = sum(len(group.spans) for count, group in zip(counts, groups, strict=True) if count)
@@ -174,7 +192,7 @@ def _rectangles(routes: Routes, groups: tuple[Group, ...]) -> list[Part]:
     return parts
 
 
-def _part(routes: Routes, tokens: slice | Tensor, spans: tuple[Span, ...]) -> Part:
+def _part(routes: Routes, tokens: slice | Tensor, spans: tuple[Any, ...]) -> Part:
     return Part(tokens, routes.at(tokens), spans)
 
 
@@ -183,29 +201,14 @@ def _runs(first: int, last: int) -> Iterator[slice]:
         yield slice(start, min(start + RUN, last))
 
 
-class _Live(NamedTuple):
-    """The runs of features with gradient, for the output weight, and for the input weights."""
-
-    grad: tuple[slice, ...]
-    z: tuple[slice, ...]
-    update: tuple[slice, ...]
-
-
-def _groups(sites: Any, num_routes: int, d_ff: int) -> tuple[Group, ...]:
-    """The routes' groups, which depend on the tables alone."""
-    middle = (sites.pre, sites.hidden, sites.forward)
-    lives = [
-        _Live(
-            _live(middle, route, d_ff),
-            _live((sites.forward, sites.update_out), route, d_ff),
-            _live((*middle, sites.update_in), route, d_ff),
-        )
-        for route in range(num_routes)
-    ]
+def _groups(
+    sites: Any, lives: list[Any], group_of: Callable[..., Group], widths: tuple[int, ...]
+) -> tuple[Group, ...]:
+    """Neighbouring routes with the same live features, together."""
     groups, first = [], 0
-    for route in range(1, num_routes + 1):
-        if route == num_routes or lives[route] != lives[first]:
-            groups.append(_group(sites, first, route - 1, lives[first], d_ff))
+    for route in range(1, len(lives) + 1):
+        if route == len(lives) or lives[route] != lives[first]:
+            groups.append(group_of(sites, first, route - 1, lives[first], *widths))
             first = route
     return tuple(groups)
 
@@ -221,7 +224,24 @@ def _live(tables: tuple[Table | None, ...], route: int, width: int) -> tuple[sli
     return runs if len(runs) <= MAX_SPANS else (slice(edges[0], edges[-1]),)
 
 
-def _group(sites: Any, first: int, last: int, live: _Live, d_ff: int) -> Group:
+class _MLPLive(NamedTuple):
+    """The runs of features with gradient, for the output weight, and for the input weights."""
+
+    grad: tuple[slice, ...]
+    z: tuple[slice, ...]
+    update: tuple[slice, ...]
+
+
+def _mlp_live(sites: Any, route: int, d_ff: int) -> _MLPLive:
+    middle = (sites.pre, sites.hidden, sites.forward)
+    return _MLPLive(
+        _live(middle, route, d_ff),
+        _live((sites.forward, sites.update_out), route, d_ff),
+        _live((*middle, sites.update_in), route, d_ff),
+    )
+
+
+def _mlp_group(sites: Any, first: int, last: int, live: _MLPLive, d_ff: int) -> Group:
     spans = []
     for features in live.grad:
         kept = _restricted(sites, features, first, last)
@@ -250,14 +270,112 @@ def _width(runs: tuple[slice, ...]) -> int:
 
 def _restricted(sites: Any, features: slice, first: int, last: int) -> Any:
     """The sites of the middle on some features, without tables that are ones for these routes."""
-    tables = {}
-    for name in ("pre", "hidden", "forward", "update_in", "update_out"):
-        table = getattr(sites, name)
-        if table is not None:
-            weights = table.weights if table.features == 1 else table.weights[:, features]
-            if bool((weights[first : last + 1] != 1).any()):
-                tables[name] = Table(weights)
+    names = ("pre", "hidden", "forward", "update_in", "update_out")
+    tables = {name: _part_of(getattr(sites, name), features, first, last) for name in names}
     return type(sites)(**tables).effective
+
+
+def _part_of(table: Table | None, features: slice, first: int, last: int) -> Table | None:
+    """The table on some features; None where it is ones for these routes."""
+    if table is None:
+        return None
+    weights = table.weights if table.features == 1 else table.weights[:, features]
+    return Table(weights) if bool((weights[first : last + 1] != 1).any()) else None
+
+
+def split_linear(routes: Routes, sites: Any, outputs: int, inputs: int, pays: bool) -> list[Part]:
+    """The parts of a linear layer's products, none where they do not pay.
+
+    Args:
+        routes: the batch's routes.
+        sites: effective sites.
+        outputs: O.
+        inputs: I.
+        pays: whether products should be made in parts at all.
+    """
+    if not pays or len(routes) == 0:
+        return []
+    return _rectangles(routes, sites, _linear_live, _linear_group, outputs, inputs)
+
+
+class _LinearLive(NamedTuple):
+    """The runs of features of `Products`."""
+
+    outputs: tuple[slice, ...]
+    inputs: tuple[slice, ...]
+    rows: tuple[slice, ...]
+    cols: tuple[slice, ...]
+
+
+def _linear_live(sites: Any, route: int, outputs: int, inputs: int) -> _LinearLive:
+    return _LinearLive(
+        _live((sites.output,), route, outputs),
+        _live((sites.input,), route, inputs),
+        _live((sites.output, sites.update_rows), route, outputs),
+        _live((sites.update_cols,), route, inputs),
+    )
+
+
+def _linear_group(sites: Any, first: int, last: int, live: _LinearLive, outputs: int, inputs: int) -> Group:
+    def with_tables(runs: tuple[slice, ...], table: Table | None) -> tuple[tuple[slice, Table | None], ...]:
+        return tuple((run, _part_of(table, run, first, last)) for run in runs)
+
+    products = Products(
+        live.outputs,
+        with_tables(live.inputs, sites.input),
+        with_tables(live.rows, sites.update_rows),
+        with_tables(live.cols, sites.update_cols),
+    )
+    area = _width(live.outputs) * _width(live.inputs) + _width(live.rows) * _width(live.cols)
+    return Group(first, last, (products,), area / (2 * outputs * inputs))
+
+
+def linear_backward(
+    g: Tensor, x: Tensor | None, weight: Tensor | None, parts: list[Part], kernels: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a linear layer's products.
+
+    Args:
+        g: `[T, O]`, the incoming gradient, masked.
+        x: `[T, I]`, where the weight's gradient is needed.
+        weight: `[O, I]`, where x's gradient is needed.
+        parts: from `split_linear`.
+        kernels: the backend's leaf computations.
+
+    Returns:
+        dx `[T, I]` and dW `[O, I]`, None for what is not needed.
+    """
+    dx = None if weight is None else g.new_empty(g.shape[0], weight.shape[1])
+    dweight = None if x is None else Total(g, (g.shape[1], x.shape[1]), parts)
+    for part in parts:
+        (products,) = part.spans
+        part_g = part.of(g)
+        if weight is not None:
+            part.put(_input_grad(part_g, weight, products, part.routes, kernels), dx)
+        if dweight is not None:
+            part_x = part.of(x)
+            masked_x = [
+                (cols, kernels.masked_product(part_x[:, cols], part.routes, table))
+                for cols, table in products.cols
+            ]
+            for rows, table in products.rows:
+                masked_g = kernels.masked_product(part_g[:, rows], part.routes, table)
+                for cols, part_of_x in masked_x:
+                    dweight.add_product(masked_g.T, part_of_x, rows, cols)
+    return dx, None if dweight is None else dweight.result()
+
+
+def _input_grad(g: Tensor, weight: Tensor, products: Products, routes: Routes, kernels: Any) -> Tensor:
+    """m_input ⊙ (g W) of a part: `[tokens, I]`."""
+    dx = g.new_zeros(g.shape[0], weight.shape[1])
+    for inputs, table in products.inputs:
+        total = None
+        for outputs in products.outputs:
+            total = _plus_product(total, g[:, outputs], weight[outputs, inputs])
+        if total is not None:
+            kernels.masked_product_(total, routes, table)
+            dx[:, inputs] = total
+    return dx
 
 
 class Branch:

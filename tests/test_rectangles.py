@@ -1,0 +1,203 @@
+"""Products in parts: rectangles of tokens sorted by route, runs of tokens; the numbers, and the work that is left."""
+
+import dataclasses
+
+import cases
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradroute import LinearSites, MLPSites, Routes, Table, backends, rectangles, testing
+from gradroute.tables import localize
+
+OPS = ("routed_linear", "routed_mlp", "routed_gated_mlp")
+SIZES = testing.Sizes(d_model=6, d_ff=10)
+BACKENDS = [name for name in ("torch", "cpu") if name in backends.available_backends(device="cpu")]
+
+SITES = {
+    "routed_linear": (LinearSites, ("output", "input", "update_rows", "update_cols")),
+    "routed_mlp": (MLPSites, ("pre", "hidden", "forward", "update_in", "update_out", "output")),
+    "routed_gated_mlp": (MLPSites, ("pre", "hidden", "forward", "update", "update_in", "update_out")),
+}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Runs of a few tokens, and rectangles wherever they save anything."""
+    monkeypatch.setattr(rectangles, "RUN", 5)
+    monkeypatch.setattr(rectangles, "MIN_TOKENS", 0)
+    monkeypatch.setattr(rectangles, "MIN_SAVING", 0.0)
+
+
+@pytest.fixture
+def parts_taken(monkeypatch):
+    """The lists of parts that backwards take."""
+    taken = []
+    for name in ("split", "split_linear"):
+        original = getattr(rectangles, name)
+
+        def recorded(*args, original=original):
+            taken.append(original(*args))
+            return taken[-1]
+
+        monkeypatch.setattr(rectangles, name, recorded)
+    monkeypatch.setattr("gradroute.linear.split_linear", rectangles.split_linear)
+    return taken
+
+
+def blocks(features, num_routes):
+    """Tables of few constant runs of features, with zeros."""
+    cut = st.integers(0, features)
+    row = st.lists(st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, -0.75]), min_size=3, max_size=3)
+
+    def table(cuts, rows):
+        first, second = sorted(cuts)
+        weights = torch.tensor(rows)
+        widths = torch.tensor([first, second - first, features - second])
+        return Table(weights.repeat_interleave(widths, dim=1))
+
+    return st.builds(table, st.tuples(cut, cut), st.lists(row, min_size=num_routes, max_size=num_routes))
+
+
+@st.composite
+def calls(draw, op, dtype):
+    """A sample with tables of rectangles on some sites, and tokens in any order of routes."""
+    num_routes = draw(st.integers(1, 4))
+    tokens = draw(st.integers(1, 23))
+    call = cases.make(op, tokens=tokens, dtype=dtype, sizes=SIZES, seed=draw(st.integers(0, 3)))
+    ids = draw(st.lists(st.integers(0, num_routes - 1), min_size=tokens, max_size=tokens))
+    if draw(st.booleans()):
+        ids = sorted(ids)
+    sites_class, names = SITES[op]
+    widths = {name: table.features for name, table in call.tables.items()}
+    tables = {}
+    for name in draw(st.sets(st.sampled_from(names), min_size=1)):
+        tables[name] = draw(blocks(_width(call, name, widths), num_routes))
+    return call.with_routes(Routes.of(torch.tensor(ids), num_routes)).with_sites(sites_class(**tables))
+
+
+def _width(call, site, widths):
+    """The features of a site, from the shapes of the call's tensors."""
+    if call.op == "routed_linear":
+        outputs, inputs = call.tensors["weight"].shape
+        return inputs if site in ("input", "update_cols") else outputs
+    out = call.tensors["w_out" if call.op == "routed_mlp" else "w_down"]
+    return out.shape[0] if site == "output" else out.shape[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_any_rectangles_keep_the_budget(op, backend, dtype, small_parts):
+    @settings(max_examples=25)
+    @given(calls(op, dtype))
+    def check(call):
+        call.assert_within_budget(backend)
+
+    check()
+
+
+def quarters(tokens, in_order, d_model=8, d_ff=16):
+    """A gated MLP with four routes, equal shares of the tokens, disjoint quarters of the hidden units."""
+    ids = torch.arange(tokens) % 4
+    routes = Routes.of(ids.sort()[0] if in_order else ids, 4)
+    table = localize(4, d_ff, {route: slice(4 * route, 4 * route + 4) for route in range(4)})
+    call = cases.make("routed_gated_mlp", tokens=tokens, sizes=testing.Sizes(d_model=d_model, d_ff=d_ff))
+    return call.with_routes(routes).with_sites(MLPSites(hidden=table, update=table))
+
+
+class MultiplyAdds(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products, in place ones too, which torch's FlopCounterMode misses."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            *_, a, b = args
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def backward_work(call, backend):
+    leaves = call.leaves()
+    output = call.call(leaves, backend)
+    with MultiplyAdds() as counter:
+        torch.autograd.grad(output, [leaf for leaf in leaves.values() if leaf is not None], call.upstream)
+    return counter.count
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_disjoint_quarters_cost_a_quarter(backend, in_order):
+    call = quarters(tokens=1024, in_order=in_order)
+    call.assert_within_budget(backend)
+    every_product = backward_work(call.with_sites(MLPSites(hidden=torch.full((4, 1), 0.5))), backend)
+    assert backward_work(call, backend) == every_product / 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameter_routing_of_a_linear_layer_skips_what_may_not_update(backend):
+    call = cases.make("routed_linear", tokens=512, sizes=testing.Sizes(d_model=8))
+    ids = torch.arange(512) % 2
+    call = call.with_routes(Routes.of(ids, 2)).with_sites(LinearSites(update_rows=[[1.0], [0.0]]))
+    call.assert_within_budget(backend)
+    plain = backward_work(call.with_sites(LinearSites(output=[[1.0], [0.5]])), backend)
+    assert backward_work(call, backend) == plain * 3 / 4  # half of dW's
+
+
+def test_tokens_in_order_are_not_gathered(parts_taken):
+    quarters(tokens=1024, in_order=True).run("torch")
+    (parts,) = parts_taken
+    assert len(parts) == 4
+    assert all(isinstance(part.tokens, slice) for part in parts)
+
+
+def test_little_to_save_is_taken_as_it_comes(parts_taken):
+    call = quarters(tokens=2000, in_order=False)
+    ids = torch.zeros(2000, dtype=torch.long)
+    ids[:40] = 1
+    sites = MLPSites(hidden=localize(2, 16, {1: slice(8, 16)}))
+    call.with_routes(Routes.of(ids, 2)).with_sites(sites).run("torch")
+    (parts,) = parts_taken
+    assert [part.tokens for part in parts] == [slice(0, 1024), slice(1024, 2000)]
+
+
+def test_a_strength_blends_rows_so_nothing_is_skipped(parts_taken):
+    call = quarters(tokens=1024, in_order=True)
+    routes = Routes.of(call.routes.ids, 4, strength=torch.full((1024,), 0.5))
+    call.with_routes(routes).run("torch")
+    (parts,) = parts_taken
+    assert len(parts[0].spans) == 1
+    assert parts[0].spans[0].features == rectangles.ALL
+
+
+def test_groups_are_made_once_for_a_width():
+    call = quarters(tokens=1024, in_order=True)
+    call.run("torch")
+    sites = call.sites.effective
+    (groups,) = sites.groups.values()
+    call.run("torch")
+    assert sites.groups == {(4, 16): groups}
+    assert sites.groups[4, 16] is groups
+
+
+def test_tables_that_are_ones_for_a_rectangle_are_dropped():
+    (first, *_), *_ = (part.spans for part in rectangles.split(*_split_arguments(quarters(1024, True))))
+    assert dataclasses.asdict(first.sites) == dict.fromkeys(dataclasses.asdict(first.sites))
+    assert (first.features, first.updates) == (slice(0, 4), ((slice(0, 4), slice(0, 4)),))
+
+
+def _split_arguments(call):
+    return call.routes, call.sites.effective, 16, True
+
+
+def test_many_ragged_runs_of_features_are_taken_as_one():
+    weights = torch.tensor([[1.0, 0.0] * 8, [1.0] * 16])
+    call = quarters(1024, True)
+    routes = Routes.of(call.routes.ids.clamp(max=1), 2)
+    call = call.with_routes(routes).with_sites(MLPSites(hidden=weights, update=[[1.0], [0.0]]))
+    call.assert_within_budget("torch")
+    parts = rectangles.split(*_split_arguments(call))
+    assert parts[0].spans[0].features == slice(0, 15)
