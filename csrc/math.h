@@ -71,8 +71,11 @@ GRADROUTE_INLINE uint16_t to_float16(float x) {
 }
 
 #if defined(__CUDA_ARCH__)
-GRADROUTE_INLINE float exponential(float x) { return expf(x); }
+GRADROUTE_INLINE float exponential(float x) { return expf(x > 88.3f ? 88.3f : x); }
+// To 2 units in the last place, without the branches of an exact division; 0 from 2^126 on.
+GRADROUTE_INLINE float reciprocal(float x) { return __fdividef(1.0f, x); }
 #else
+GRADROUTE_INLINE float reciprocal(float x) { return 1.0f / x; }
 // e^x to 2 units in the last place, by operations that a compiler can vectorise. Outside [-87.3, 88.3]: its ends'
 // values.
 GRADROUTE_INLINE float exponential(float x) {
@@ -91,15 +94,22 @@ GRADROUTE_INLINE float exponential(float x) {
   return fraction * bits_as<float>((int32_t(n) + 127) << 23);
 }
 #endif
-GRADROUTE_INLINE double exponential(double x) { return exp(x); }
+GRADROUTE_INLINE double exponential(double x) { return exp(x > 700.0 ? 700.0 : x); }  // finite, as in fp32
+GRADROUTE_INLINE double reciprocal(double x) { return 1.0 / x; }
 
+// s = 1 / (1 + e^-a) and 1 - s, each to its own last place.
 template <class C>
-GRADROUTE_INLINE C sigmoid(C a) {
-  return C(1) / (C(1) + exponential(-a));
+GRADROUTE_INLINE void sigmoid(C a, C& s, C& complement) {
+  const C e = exponential(-a);
+  s = reciprocal(C(1) + e);
+  complement = e * s;
 }
 
 GRADROUTE_INLINE double standard_normal_cdf(double a) { return 0.5 * erfc(-a * 0.70710678118654752440); }
 
+#if defined(__CUDA_ARCH__)
+GRADROUTE_INLINE float standard_normal_cdf(float a) { return 0.5f + 0.5f * erff(a * 0.70710678118654752440f); }
+#else
 // Φ(a) by erf, which is an odd polynomial near 0 and 1 - e^polynomial beyond; absolute error below 1e-7.
 GRADROUTE_INLINE float standard_normal_cdf(float a) {
   const float x = a * 0.70710678118654752440f;
@@ -126,14 +136,16 @@ GRADROUTE_INLINE float standard_normal_cdf(float a) {
   const float erf = size < 1.0f ? near * size : 1.0f - exponential(far);
   return 0.5f + (x < 0.0f ? -0.5f : 0.5f) * erf;
 }
+#endif
 
 // act(a) and act'(a). relu and relu2 have derivative 0 at 0 and keep NaN, as in PyTorch.
 template <Activation activation, class C>
 GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
   if (activation == Activation::silu) {
-    const C s = sigmoid(a);
+    C s, complement;
+    sigmoid(a, s, complement);
     value = a * s;
-    derivative = s * (C(1) + a * (C(1) - s));
+    derivative = s * (C(1) + a * complement);
   } else if (activation == Activation::gelu) {
     const C cdf = standard_normal_cdf(a);
     value = a * cdf;
@@ -141,9 +153,10 @@ GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
   } else if (activation == Activation::gelu_tanh) {
     constexpr C slope = C(0.79788456080286535588);  // sqrt(2 / pi)
     constexpr C cubic = C(0.044715);
-    const C s = sigmoid(C(2) * slope * (a + cubic * a * a * a));  // (1 + tanh(u)) / 2
+    C s, complement;
+    sigmoid(C(2) * slope * (a + cubic * a * a * a), s, complement);  // (1 + tanh(u)) / 2 and (1 - tanh(u)) / 2
     value = a * s;
-    derivative = s + a * C(2) * s * (C(1) - s) * slope * (C(1) + C(3) * cubic * a * a);
+    derivative = s + a * C(2) * s * complement * slope * (C(1) + C(3) * cubic * a * a);
   } else if (activation == Activation::relu) {
     value = a <= C(0) ? C(0) : a;
     derivative = a <= C(0) ? C(0) : C(1);

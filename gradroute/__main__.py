@@ -21,6 +21,7 @@ import torch
 from . import backends, native, testing
 
 AGREES = "ok"
+DRIVER_VERSION = r"\s(\d+\.\d+(?:\.\d+)?)\s"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,12 +55,17 @@ def report() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of gradroute and of what it runs on; None: not installed."""
-    packages = ("gradroute", "torch", "triton", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {
+        "gradroute": version("gradroute"),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # its metadata may lack the build, such as "+cu130"
+        "triton": version("triton"),
+        "numpy": version("numpy"),
+    }
 
 
 def version(package: str) -> str | None:
-    """The installed version, with its build, such as "2.13.0+cu130"."""
+    """The installed version, if any."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -80,7 +86,7 @@ def cuda() -> dict[str, Any]:
     """The CUDA that torch was built with, the driver, and every device that torch sees."""
     return {
         "runtime": torch.version.cuda,
-        "driver": first_match("/proc/driver/nvidia/version", r"\s(\d+\.\d+(?:\.\d+)?)\s"),
+        "driver": first_match("/proc/driver/nvidia/version", DRIVER_VERSION),
         "devices": [
             {
                 "name": device.name,

@@ -67,7 +67,10 @@ def _kernel(name: str, device: torch.device) -> Any:
 
 
 def launch(name: str, *arguments: Any) -> None:
-    """Calls a kernel: tensors `[rows, cols]`, None, or what the helpers below made, in the order of declarations.inc.
+    """Calls a kernel with its arguments in the order of csrc/declarations.inc.
+
+    They are tensors `[rows, cols]` (of attention `[batch, heads, sequence, features]`), None, or what the helpers below
+    made of tensors that the caller keeps alive.
 
     Raises:
         TypeError: a tensor subclass, such as DTensor, which has no memory of its own.
@@ -77,7 +80,7 @@ def launch(name: str, *arguments: Any) -> None:
     if not has_data(first) or first.numel() == 0:
         return
     device = first.device
-    taken = [_matrix(a, device) if isinstance(a, Tensor) else a for a in arguments]
+    taken = [_view(a, device) if isinstance(a, Tensor) else a for a in arguments]
     _kernel(name, device)(*taken, _stream(device))
 
 
@@ -102,9 +105,13 @@ def _address(tensor: Tensor, device: torch.device) -> int:
     return address
 
 
-def _matrix(tensor: Tensor, device: torch.device) -> tuple[int, ...]:
-    """(address, rows, cols, row stride, column stride, dtype); a vector is one row."""
+def _view(tensor: Tensor, device: torch.device) -> tuple[Any, ...]:
+    """(address, rows, cols, row stride, column stride, dtype), a vector is one row; of attention (address, shape,
+    strides, dtype).
+    """
     address = _address(tensor, device)
+    if tensor.dim() == 4:
+        return address, tuple(tensor.shape), tensor.stride(), DTYPES[tensor.dtype]
     if tensor.dim() == 1:
         return address, 1, tensor.shape[0], 0, tensor.stride(0), DTYPES[tensor.dtype]
     return address, *tensor.shape, *tensor.stride(), DTYPES[tensor.dtype]

@@ -2,8 +2,8 @@
 
 A mask of zeros makes parts of dH vanish, and of the products that follow. With the tokens sorted by route what is left
 are rectangles, so the cost of the GEMMs falls with the tables' density. On the CPU an MLP takes tokens in runs besides,
-so that what lies between two products never leaves the cache: a fresh matrix of T × d_ff costs more there in page faults
-than in arithmetic (10 ms for 33 MB, where the GEMM takes 36).
+so that what lies between two products stays in the cache: a fresh matrix of T × d_ff costs page faults (10 ms for
+33 MB, where the GEMM that fills it takes 36).
 """
 
 from __future__ import annotations

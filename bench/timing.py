@@ -1,0 +1,82 @@
+"""Paired, interleaved timing: every round times each variant once, so what else the machine does slows all alike."""
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from tqdm import tqdm
+
+from gradroute import native
+
+WARMUP_ROUNDS = 2
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one variant: the median, and the 20th and 80th percentile of its rounds."""
+
+    p50: float
+    p20: float
+    p80: float
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int, name: str) -> dict[str, list[float]]:
+    """Milliseconds of each round after warming up, by variant."""
+    milliseconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    for round_ in tqdm(range(WARMUP_ROUNDS + rounds), desc=f"{name:<44}", unit="round", leave=False, disable=None):
+        for variant, step in variants.items():
+            start = time.perf_counter()
+            step()
+            elapsed = time.perf_counter() - start
+            if round_ >= WARMUP_ROUNDS:
+                milliseconds[variant].append(1e3 * elapsed)
+    return milliseconds
+
+
+def timing(milliseconds: list[float]) -> Timing:
+    p20, *_, p80 = statistics.quantiles(milliseconds, n=5)
+    return Timing(statistics.median(milliseconds), p20, p80)
+
+
+def ratio(milliseconds: list[float], base: list[float]) -> float:
+    """The median over the rounds of one variant's time divided by another's in the same round."""
+    return statistics.median(own / other for own, other in zip(milliseconds, base, strict=True))
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    return {
+        "machine": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "gradroute": importlib.metadata.version("gradroute"),
+        "instruction_set": native.instruction_set,
+        "commit": _git("rev-parse", "HEAD"),
+        "clean": _git("status", "--porcelain", "--untracked-files=no") == "",
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of this checkout; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
