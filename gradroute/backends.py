@@ -115,7 +115,7 @@ def choose(op: str, requested: str | None, x: Tensor) -> str:
     for name in OPS[op]:
         reason = _why_not_automatic(op, name, x)
         if reason is None:
-            if name == "reference" or (x.is_cuda and rejected):
+            if name == "reference" or (x.is_cuda and rejected) or (name == "torch" and native.module is None):
                 _warn_slow(op, name, rejected)
             return name
         rejected[name] = reason

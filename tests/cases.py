@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from gradroute import backends, testing
+from gradroute import backends, native, testing
 
 #: Every op on every backend that implements it.
 OP_BACKENDS = [(op, backend) for op, row in backends.OPS.items() for backend in row]
@@ -31,7 +31,9 @@ def dtypes(backend):
 
 
 def require(backend, device):
-    """Skips what a machine with a GPU cannot do: there, Triton's interpreter is off."""
+    """Skips what this machine cannot do: with a GPU Triton's interpreter is off; the native module may be missing."""
+    if backend == "cpu" and (native.module is None or device.type != "cpu"):
+        pytest.skip(native.load_error or "backend cpu takes tensors on the CPU")
     if device.type != "cpu" or backend not in ("triton", "cuda"):
         return
     if backend not in backends.available_backends(device=device):

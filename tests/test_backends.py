@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import gradroute
-from gradroute import BackendError, available_backends, backends, reference, unavailable_backends, use_backend
+from gradroute import (
+    BackendError,
+    available_backends,
+    backends,
+    native,
+    reference,
+    unavailable_backends,
+    use_backend,
+)
 from gradroute.backends import choose
 
 X = torch.zeros(2, 3)
@@ -29,7 +37,7 @@ def without_interpreter(monkeypatch):
 # Explicit
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton"])
 def test_an_explicit_choice_is_taken(backend):
     cases.require(backend, X.device)
     assert choose("routed_linear", backend, X) == backend
@@ -56,21 +64,35 @@ def test_every_backend_of_the_table_runs_its_op(op, backend, monkeypatch):
     assert asked == ([op] if backend == "reference" else [])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_a_backend_that_does_not_implement_the_op(backend):
     with expect(
         BackendError,
-        f"routed_linear: the requested backend {backend!r} cannot run it: there are no {backend} kernels for "
-        "routed_linear yet",
+        f"routed_attention: the requested backend {backend!r} cannot run it: there are no {backend} kernels for "
+        "routed_attention yet",
     ):
-        cases.make("routed_linear").run(backend)
+        cases.make("routed_attention", tokens=4).run(backend)
 
 
-def test_attention_has_no_kernels_yet():
-    with expect(
-        BackendError, "routed_attention: the requested backend 'triton' cannot run it: there are no triton"
+def test_tensors_on_another_device_are_refused(monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda name: None)
+    with expect(BackendError, "its kernels take tensors on cuda; these are on cpu"):
+        choose("route_grad", "cuda", X)
+
+
+def test_a_module_without_cuda_is_named(monkeypatch):
+    monkeypatch.setattr(native, "module", object())
+    with expect(BackendError, "the native module was built without CUDA"):
+        choose("route_grad", "cuda", X)
+
+
+def test_without_the_native_module_the_automatic_choice_warns(monkeypatch):
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "load_error", "the native module was not built")
+    with pytest.warns(
+        RuntimeWarning, match="on the slower backend 'torch': .*cpu: the native module was not built"
     ):
-        cases.make("routed_attention", tokens=4).run("triton")
+        assert choose("route_grad", None, X) == "torch"
 
 
 @pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "triton" in row])
@@ -78,7 +100,7 @@ def test_fp64_is_refused_by_triton(op):
     call = cases.make(op, dtype=torch.float64)
     with expect(
         BackendError,
-        f"{op}: the requested backend 'triton' cannot run it: float64 runs on the backends reference and torch",
+        f"{op}: the requested backend 'triton' cannot run it: float64 runs on the backends reference, torch and cpu",
     ):
         call.run("triton")
 
@@ -113,7 +135,7 @@ def test_a_backend_that_does_not_exist(backend):
         choose("route_grad", backend, X)
     with expect(ValueError, message):
         use_backend(backend)
-    assert choose("route_grad", None, X) == "torch"
+    assert choose("route_grad", None, X) == "cpu"
 
 
 # Process-wide
@@ -123,7 +145,7 @@ def test_use_backend_as_a_call():
     use_backend("reference")
     assert choose("route_grad", None, X) == "reference"
     use_backend(None)
-    assert choose("route_grad", None, X) == "torch"
+    assert choose("route_grad", None, X) == "cpu"
 
 
 def test_use_backend_restores_on_leaving():
@@ -134,7 +156,7 @@ def test_use_backend_restores_on_leaving():
         with pytest.raises(KeyError), use_backend("torch"):
             raise KeyError
         assert choose("route_grad", None, X) == "reference"
-    assert choose("route_grad", None, X) == "torch"
+    assert choose("route_grad", None, X) == "cpu"
 
 
 CHOOSE = """
@@ -144,7 +166,7 @@ print(choose("route_grad", None, torch.zeros(2)))
 """
 
 
-@pytest.mark.parametrize(("value", "chosen"), [("reference", "reference"), ("", "torch")])
+@pytest.mark.parametrize(("value", "chosen"), [("reference", "reference"), ("torch", "torch"), ("", "cpu")])
 def test_the_environment_chooses(value, chosen, monkeypatch):
     monkeypatch.setenv("GRADROUTE_BACKEND", value)
     run = subprocess.run([sys.executable, "-c", CHOOSE], capture_output=True, text=True, check=True)
@@ -161,9 +183,9 @@ def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch):
 # Automatic
 
 
-@pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "torch" in row])
-def test_on_the_cpu_it_is_torch_and_says_nothing(op):
-    assert choose(op, None, X) == "torch"
+@pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "cpu" in row])
+def test_on_the_cpu_it_is_cpu_and_says_nothing(op):
+    assert choose(op, None, X) == "cpu"
 
 
 def test_the_reference_is_chosen_with_a_warning():
@@ -201,19 +223,22 @@ def test_no_backend_at_all_lists_every_reason(monkeypatch):
 
 def test_available_backends():
     cases.require("triton", X.device)
-    assert available_backends("route_grad", "cpu") == ("triton", "torch", "reference")
+    assert available_backends("route_grad", "cpu") == ("triton", "cpu", "torch", "reference")
     assert available_backends("routed_attention") == ("reference",)
-    assert available_backends() == ("triton", "torch", "reference")
+    assert available_backends() == ("triton", "cpu", "torch", "reference")
 
 
-def test_unavailable_backends_give_reasons(without_interpreter):
+def test_unavailable_backends_give_reasons(without_interpreter, monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda name: None)
     assert unavailable_backends("route_grad") == {
-        "cpu": "there are no cpu kernels for route_grad yet",
         "triton": "no CUDA device is visible, and TRITON_INTERPRET=1 is not set",
-        "cuda": "there are no cuda kernels for route_grad yet",
+        "cuda": "no CUDA device is visible",
     }
-    assert available_backends("route_grad") == ("torch", "reference")
-    assert unavailable_backends(device="cpu")["cuda"] == "there are no cuda kernels for any op yet"
+    assert available_backends("route_grad") == ("cpu", "torch", "reference")
+    assert unavailable_backends(device="cpu")["cuda"] == "its kernels take tensors on cuda; these are on cpu"
+    assert (
+        unavailable_backends("routed_attention")["cpu"] == "there are no cpu kernels for routed_attention yet"
+    )
 
 
 def test_available_backends_of_an_unknown_op():
@@ -234,7 +259,7 @@ def test_importing_gradroute_does_not_need_triton(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert run.stdout.startswith("('torch', 'reference')")
+    assert run.stdout.startswith("('cpu', 'torch', 'reference')")
     assert "'triton': 'the package triton is not installed'" in run.stdout
 
 

@@ -1,6 +1,7 @@
 """torch.compile, torch.library, autocast and activation checkpointing: as with the ordinary ops."""
 
 import functools
+import itertools
 
 import cases
 import pytest
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradroute
-from gradroute import Routes, Table, backends, routed_linear, testing
+from gradroute import Routes, Table, backends, native, routed_linear, testing
 from gradroute.testing import Result, assert_result_within_budget, assert_same_bits
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -195,7 +196,7 @@ def run_forward_in_autocast(forward, call):
     return Result(output.detach(), dict(zip(wanted, gradients, strict=True)))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 def test_autocast_compiled(backend, device):
     cases.require(backend, device)
     call = cases.make("routed_gated_mlp", strength="token", device=device)
@@ -228,6 +229,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+KERNEL_BACKENDS = ("triton", "cpu", "cuda")
 REGISTERED = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gradroute::"))
 
 
@@ -236,12 +238,14 @@ def recorded_calls(device):
     """name → calls of the registered ops, one for each pattern of absent arguments, as all samples make them."""
     with Recorder() as recorder:
         for op, row in backends.OPS.items():
-            if "triton" not in row:
-                continue
-            for tables, strength in (("sparse", None), ("dense", "token"), ("blocks", "scalar")):
+            able = backends.available_backends(op, device)
+            kinds = (("sparse", None), ("dense", "token"), ("blocks", "scalar"))
+            for backend, (tables, strength) in itertools.product(KERNEL_BACKENDS, kinds):
+                if backend not in row or backend not in able:
+                    continue
                 call = cases.make(op, tokens=17, tables=tables, strength=strength, device=device)
-                call.run("triton")
-                call.run("triton", frozen=call.differentiable[:1])
+                call.run(backend)
+                call.run(backend, frozen=call.differentiable[:1])
     return {
         func.name().removesuffix(".default"): (func, list(calls.values()))
         for func, calls in recorder.calls.items()
@@ -251,7 +255,12 @@ def recorded_calls(device):
 @pytest.mark.parametrize("name", REGISTERED)
 def test_registered_ops_pass_opcheck(name, device):
     """Schemas (mutation and aliasing), fake kernels, autograd registration, tracing with dynamic shapes."""
-    cases.require("triton", device)
+    if "native" in name:
+        if native.module is None:
+            pytest.skip(native.load_error)
+        cases.require(device.type, device)
+    else:
+        cases.require("triton", device)
     recorded = recorded_calls(device)
     assert name in recorded, "no sample calls it"
     func, calls = recorded[name]
@@ -263,7 +272,7 @@ def test_registered_ops_pass_opcheck(name, device):
 def test_meta_tensors_need_no_kernel():
     """Shapes and dtypes without data, on every backend."""
     call = cases.make("routed_gated_mlp")
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "cpu", "cuda", "triton"):
         meta = {name: tensor.to("meta").requires_grad_() for name, tensor in call.tensors.items()}
         output = call.with_routes(call.routes.to("meta")).call(meta, backend)
         assert output.is_meta

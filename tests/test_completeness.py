@@ -12,7 +12,7 @@ import cases
 import pytest
 
 import gradroute
-from gradroute import backends, composed, kernels, reference, testing
+from gradroute import backends, composed, kernels, native, reference, testing
 from gradroute.kernels import configs
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +97,7 @@ def leaves_of(op):
 def missing_leaves(op):
     if getattr(gradroute, op, None) is None:
         return
-    modules = {"torch": composed, "triton": kernels}
+    modules = {"torch": composed, "triton": kernels, "cpu": native, "cuda": native}
     for leaf in leaves_of(op):
         for backend in backends.OPS[op]:
             if backend in modules and not callable(getattr(modules[backend], leaf, None)):
@@ -113,20 +113,24 @@ def leaf_functions():
     ]
 
 
-NOT_LEAVES = ("record", "recording")
+NOT_LEAVES = ("record", "recording")  # what launch.py offers beside
 
 
-def signature_difference(leaf):
-    """How a leaf's two implementations differ in what they take; composed ones may take more, with defaults."""
+def signature_difference(leaf, module):
+    """How a leaf differs from its composed one in what it takes; either may take more, with defaults."""
     if not hasattr(composed, leaf):
         return f"gradroute.composed has no {leaf}"
     own, composition = (
-        [(p.name, p.kind, p.default) for p in inspect.signature(getattr(module, leaf)).parameters.values()]
-        for module in (kernels, composed)
+        [(p.name, p.kind, p.default) for p in inspect.signature(getattr(of, leaf)).parameters.values()]
+        for of in (module, composed)
     )
-    extra = composition[len(own) :]
-    if composition[: len(own)] != own or any(default is inspect.Parameter.empty for _, _, default in extra):
-        return f"{leaf} takes {[name for name, *_ in own]} in kernels, {[name for name, *_ in composition]} in composed"
+    shared = min(len(own), len(composition))
+    extra = own[shared:] + composition[shared:]
+    if own[:shared] != composition[:shared] or any(
+        default is inspect.Parameter.empty for _, _, default in extra
+    ):
+        taken, composed_takes = ([name for name, *_ in parameters] for parameters in (own, composition))
+        return f"{leaf} takes {taken} in {module.__name__}, {composed_takes} in gradroute.composed"
     return None
 
 
@@ -164,9 +168,39 @@ def test_every_row_of_the_table_names_backends_and_ends_with_the_meaning():
         assert row[-1] == "reference", op
 
 
+@pytest.mark.parametrize("module", [kernels, native], ids=["triton", "native"])
 @pytest.mark.parametrize("leaf", leaf_functions())
-def test_every_leaf_has_one_signature(leaf):
-    assert signature_difference(leaf) is None
+def test_every_leaf_has_one_signature(leaf, module):
+    assert signature_difference(leaf, module) is None
+
+
+DECLARATIONS = (ROOT / "csrc/declarations.inc").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kernel", re.findall(r"^void (\w+)\(", DECLARATIONS, re.MULTILINE))
+def test_every_native_kernel_is_defined_and_bound(kernel):
+    """Once for the CPU and once for CUDA, in files of the same stem."""
+    bindings = (ROOT / "csrc/bindings.cpp").read_text(encoding="utf-8")
+    assert f"GRADROUTE_DEFINE({kernel})" in bindings
+    stems = {}
+    for kind in ("cpp", "cu"):
+        found = [
+            file.stem
+            for file in (ROOT / "csrc").glob(f"*.{kind}")
+            if re.search(rf"^void {kernel}\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+        ]
+        assert len(found) == 1, f"{kernel} is defined in {found} of csrc/*.{kind}"
+        stems[kind] = found
+    assert stems["cpp"] == stems["cu"]
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.load_error))
+def test_every_native_kernel_is_in_every_implementation():
+    declared = set(re.findall(r"^void (\w+)\(", DECLARATIONS, re.MULTILINE))
+    built = [name for name in dir(native.module) if name.startswith(("cpu_", "cuda"))]
+    assert {f"cpu_{name}" for name in native.module.INSTRUCTION_SETS} <= set(built)
+    for name in built:
+        assert declared <= set(dir(getattr(native.module, name))), name
 
 
 def test_every_leaf_of_the_ops_has_kernels():
@@ -239,9 +273,9 @@ def test_a_removed_file_is_named(monkeypatch):
 
 
 def test_a_row_for_a_backend_without_files_is_named(monkeypatch):
-    monkeypatch.setitem(backends.OPS, "routed_linear", ("cuda", "torch", "reference"))
-    assert "csrc/linear.cu is missing: routed_linear is in the table for cuda" in missing_pieces(
-        "routed_linear"
+    monkeypatch.setitem(backends.OPS, "routed_attention", ("triton", "reference"))
+    assert "kernels/attention.py is missing: routed_attention is in the table for triton" in missing_pieces(
+        "routed_attention"
     )
 
 
@@ -269,8 +303,8 @@ def test_an_op_without_any_piece_is_named(monkeypatch):
 
 def test_another_signature_is_named(monkeypatch):
     monkeypatch.setattr(composed, "bias_grad", lambda g, table, routes: None)
-    assert signature_difference("bias_grad") == (
-        "bias_grad takes ['g', 'routes', 'table'] in kernels, ['g', 'table', 'routes'] in composed"
+    assert signature_difference("bias_grad", kernels) == (
+        "bias_grad takes ['g', 'routes', 'table'] in gradroute.kernels, ['g', 'table', 'routes'] in gradroute.composed"
     )
 
 
