@@ -6,6 +6,7 @@ the README differs from the data.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -15,12 +16,18 @@ END = "<!-- /results -->\n"
 
 
 def table(results: Path) -> str:
-    """Markdown of all demo runs: losses by stage, and the cost of a step relative to the unrouted model."""
-    parts = [machine_table(file) for file in sorted(results.glob("*/demo.json"))]
+    """Markdown of every machine's runs, in the order of their folders."""
+    parts = [
+        make(file)
+        for folder in sorted(results.iterdir())
+        for name, make in FILES.items()
+        for file in folder.glob(name)
+    ]
     return "\n".join(parts)
 
 
-def machine_table(file: Path) -> str:
+def demo_table(file: Path) -> str:
+    """Losses by stage, and the cost of a step relative to the unrouted model."""
     run = json.loads(file.read_text(encoding="utf-8"))
     losses, cost = run["losses"], run["cost"]
     lines = [
@@ -38,6 +45,27 @@ def machine_table(file: Path) -> str:
         saved = measured["saved_bytes"] / cost["unrouted"]["saved_bytes"]
         lines.append(f"| {name} | {measured['times_unrouted']:.2f} × | {saved:.2f} × |")
     return "\n".join(lines) + "\n"
+
+
+def suite_table(file: Path) -> str:
+    """Times of a suite's cases relative to eager PyTorch without routing."""
+    run = json.loads(file.read_text(encoding="utf-8"))
+    where = f"{file.parent.name} ({run['environment']['threads']} threads, {run['environment']['instruction_set']})"
+    names = list(dict.fromkeys(name for case in run["cases"].values() for name in case["variants"]))
+    lines = [
+        f"`python -m bench {run['suite']}` on {where}, fp32, forward and backward, median time relative to `unmasked`:",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---" * (1 + len(names)) + "|",
+    ]
+    for title, case in run["cases"].items():
+        measured = [case["variants"].get(name) for name in names]
+        cells = ["–" if one is None else f"{one['ratios']['unmasked']:.2f}" for one in measured]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+FILES: dict[str, Callable[[Path], str]] = {"cpu.json": suite_table, "demo.json": demo_table}
 
 
 def with_table(readme: str, results: Path) -> str:

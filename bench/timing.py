@@ -29,7 +29,9 @@ class Timing(NamedTuple):
 def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int, name: str) -> dict[str, list[float]]:
     """Milliseconds of each round after warming up, by variant."""
     milliseconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for round_ in tqdm(range(WARMUP_ROUNDS + rounds), desc=f"{name:<44}", unit="round", leave=False, disable=None):
+    for round_ in tqdm(
+        range(WARMUP_ROUNDS + rounds), desc=f"{name:<44}", unit="round", leave=False, disable=None
+    ):
         for variant, step in variants.items():
             start = time.perf_counter()
             step()

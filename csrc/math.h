@@ -91,7 +91,7 @@ GRADROUTE_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float fraction = p * (r * r) + r + 1.0f;
-  return fraction * bits_as<float>((int32_t(n) + 127) << 23);
+  return fraction * bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);  // the low bits of shifted are n
 }
 #endif
 GRADROUTE_INLINE double exponential(double x) { return exp(x > 700.0 ? 700.0 : x); }  // finite, as in fp32

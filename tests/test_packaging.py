@@ -205,7 +205,9 @@ def test_check_wheel_notices_symbols_of_torch(tmp_path):
     source, library = tmp_path / "uses.cpp", tmp_path / "uses.so"
     source.write_text(USES_TORCH, encoding="utf-8")
     subprocess.run(["c++", "-shared", "-fPIC", source, "-o", library], check=True)
-    with pytest.raises(SystemExit, match=r"FAILED: \d+ symbols are undefined, none of torch: .*c10::warn"):
+    with pytest.raises(
+        SystemExit, match=r"FAILED: \d+ symbols are undefined, none of torch or CUDA: .*c10::warn"
+    ):
         check_wheel.check_links(library, library)
 
 
