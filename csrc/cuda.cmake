@@ -2,10 +2,56 @@
 # driver, and beside any torch.
 set(CUDA_VERSION_BUILT "")
 set(CUDA_ARCHITECTURES_BUILT "")
-if(NOT GRADROUTE_CUDA STREQUAL "OFF")
-  include(CheckLanguage)
-  check_language(CUDA)
-  if(NOT CMAKE_CUDA_COMPILER AND GRADROUTE_CUDA STREQUAL "ON")
+if(GRADROUTE_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+option(GRADROUTE_PTXAS_VERBOSE "Have the assembler print each kernel's registers, spills and shared memory" OFF)
+
+# CMake itself looks into CUDACXX and PATH only.
+if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
+  find_program(GRADROUTE_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_CMAKE_SYSTEM_PATH)
+  if(GRADROUTE_NVCC)
+    set(ENV{CUDACXX} "${GRADROUTE_NVCC}")
+  elseif(GRADROUTE_CUDA STREQUAL "ON")
     message(FATAL_ERROR "gradroute: GRADROUTE_CUDA=1, but no nvcc was found (set CUDACXX to its path, or CUDA_HOME)")
+  else()
+    return()
   endif()
 endif()
+
+# Before CMake would choose the oldest that nvcc knows. 100 without -real: PTX, which newer chips compile for themselves.
+set(ARCHITECTURES "$ENV{CMAKE_CUDA_ARCHITECTURES}")
+if(ARCHITECTURES STREQUAL "")
+  set(ARCHITECTURES 80-real 90a-real 100)
+endif()
+set(CMAKE_CUDA_ARCHITECTURES "${ARCHITECTURES}" CACHE STRING "What the CUDA kernels are compiled for")
+
+# An nvcc that fails is an error, even where none would do: CMake's own words for it say nothing.
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  message(FATAL_ERROR "gradroute: nvcc ($ENV{CUDACXX}) cannot compile: its toolkit is incomplete or the host compiler "
+    "unknown to it, see the logs in ${CMAKE_BINARY_DIR}/CMakeFiles. GRADROUTE_CUDA=0 leaves out the CUDA kernels.")
+endif()
+message(STATUS "gradroute: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES} by ${CMAKE_CUDA_COMPILER}")
+enable_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER_ID STREQUAL "NVIDIA" OR CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+  message(FATAL_ERROR "gradroute: the CUDA kernels need nvcc 12.0 or newer, and 12.8 for architecture 100, but "
+    "${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}. GRADROUTE_CUDA=0 leaves them out.")
+endif()
+
+target_sources(_native PRIVATE route_grad.cu linear.cu mlp.cu gated_mlp.cu norm.cu embedding.cu attention.cu)
+target_compile_definitions(_native PRIVATE GRADROUTE_CUDA)
+target_compile_options(_native PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>")
+if(GRADROUTE_PTXAS_VERBOSE)
+  target_compile_options(_native PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xptxas -v>")
+endif()
+set_target_properties(
+  _native PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
+                     CUDA_EXTENSIONS OFF CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
+# Or the loader would bind the runtime's functions to those of a libcudart that torch has loaded.
+target_link_options(_native PRIVATE "LINKER:--exclude-libs,ALL")
+
+set(CUDA_VERSION_BUILT "${CMAKE_CUDA_COMPILER_VERSION}")
+set(CUDA_ARCHITECTURES_BUILT "${CMAKE_CUDA_ARCHITECTURES}")
