@@ -1,26 +1,36 @@
 # Everything runs in .venv, made from constraints.txt; `make gpu` uses the interpreter's own packages instead.
+# Building reads GRADROUTE_CUDA, CMAKE_CUDA_ARCHITECTURES, MAX_JOBS and others, see setup.py.
 PYTHON ?= python3
 PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
 OUT ?= bench/results/local
 
 VENV := .venv
+BUILD_TOOLS := $(VENV)/.build-tools
 INSTALLED := $(VENV)/.installed
+NEWEST_WHEEL = $$(ls -t dist/*.whl | head -n 1)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu clean
+.PHONY: help demo test lint gpu wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
 	@echo "make test   lint, then every test this machine can run (PYTEST_WORKERS, PYTEST_ARGS)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make gpu    tests that need CUDA, then the demo; offline, with the packages of PYTHON (OUT)"
+	@echo "make wheel  one wheel in dist/, for PYTHON; no torch is needed"
+	@echo "make check-wheel  install that wheel into an empty environment, test it there, and see what it links"
 	@echo "make clean  remove what building and testing leave behind; .venv stays"
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(BUILD_TOOLS): constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -e ".[test,demo]" -c constraints.txt
+	$(VENV)/bin/python -m pip install setuptools pybind11 cmake ninja -c constraints.txt
+	touch $@
+
+# Without build isolation, which would bring other headers each time and so compile everything again.
+$(INSTALLED): $(BUILD_TOOLS) pyproject.toml setup.py $(wildcard csrc/*)
+	$(VENV)/bin/python -m pip install --no-build-isolation -e ".[test,demo]" -c constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
@@ -34,9 +44,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-ifneq ($(CPP_SOURCES),)
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
-endif
 
 # A failing test does not cost the demo's numbers; the target fails in the end all the same.
 gpu:
@@ -48,6 +56,16 @@ gpu:
 	$(PYTHON) examples/demo.py --out "$(OUT)" || status=$$?; \
 	exit $$status
 
+# build/lib may hold modules that are gone from the sources, and setuptools would pack them.
+wheel: $(BUILD_TOOLS)
+	rm -rf build/lib* build/bdist*
+	$(VENV)/bin/python -m pip wheel -v --config-settings=quiet=1 --no-build-isolation --no-deps -w dist .
+	@wheel=$(NEWEST_WHEEL); tag=$${wheel#*-*-}; echo "$$wheel: tag $${tag%.whl}, $$(du -k "$$wheel" | cut -f1) kB"
+
+check-wheel: $(BUILD_TOOLS)
+	@test -d dist || { echo "make check-wheel: no wheel in dist/, make wheel builds one" >&2; exit 1; }
+	$(VENV)/bin/python .ci/check_wheel.py $(NEWEST_WHEEL)
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf gradroute/_native* $(INSTALLED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

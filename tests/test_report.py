@@ -75,11 +75,9 @@ def test_a_kernel_that_fails_is_named(one_op, monkeypatch, capsys):
     assert report.main(["--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["agrees"] is False
-    assert found["ops"]["route_grad"] == {
-        **found["ops"]["route_grad"],
-        "torch": {"reason": None, "checks": {"cpu": "RuntimeError: no kernel image is available"}},
-        "reference": {"reason": None, "checks": {"cpu": "ok"}},
-    }
+    row = found["ops"]["route_grad"]
+    assert row["torch"]["checks"]["cpu"] == "RuntimeError: no kernel image is available"
+    assert row["reference"]["checks"]["cpu"] == "ok"
 
 
 def test_without_the_native_module_it_says_why(monkeypatch, capsys):
