@@ -131,6 +131,7 @@ class GatedMLPFunction(torch.autograd.Function):
         x, w_gate, w_up, w_down, _, _, _, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
         _, gate, up = output
         ctx.mark_non_differentiable(gate, up)
+        ctx.set_materialize_grads(False)  # of the pre-activations: zeros that nobody reads
         need_x, need_w_gate, need_w_up, need_w_down, need_b_gate, need_b_up, _ = ctx.needs_input_grad[:7]
         need_branches = need_x or need_w_gate or need_w_up or need_b_gate or need_b_up
         need_middle = need_branches or need_w_down

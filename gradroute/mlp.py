@@ -167,6 +167,7 @@ class MLPFunction(torch.autograd.Function):
         x, w_in, _, w_out, _, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
         _, a = output
         ctx.mark_non_differentiable(a)
+        ctx.set_materialize_grads(False)  # of the pre-activations: zeros that nobody reads
         need_x, need_w_in, need_b_in, need_w_out, _ = ctx.needs_input_grad[:5]
         need_a = need_x or need_w_in or need_b_in
         ctx.save_for_backward(
