@@ -12,13 +12,14 @@ NEWEST_WHEEL = $$(ls -t dist/*.whl | head -n 1)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu wheel check-wheel clean
+.PHONY: help demo test lint sanitize gpu wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
 	@echo "make test   lint, then every test this machine can run (PYTEST_WORKERS, PYTEST_ARGS)"
 	@echo "make lint   ruff, mypy, clang-format"
-	@echo "make gpu    tests that need CUDA, then the demo; offline, with the packages of PYTHON (OUT)"
+	@echo "make sanitize  the native module's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make gpu    tests that need CUDA, bandwidths, the demo; offline, with the packages of PYTHON (OUT)"
 	@echo "make wheel  one wheel in dist/, for PYTHON; no torch is needed"
 	@echo "make check-wheel  install that wheel into an empty environment, test it there, and see what it links"
 	@echo "make clean  remove what building and testing leave behind; .venv stays"
@@ -46,6 +47,16 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
 
+# The sanitizers' runtimes come before the interpreter's libraries. Leaks are not asked for: Python and torch have some.
+SANITIZED := build/sanitized
+sanitize: $(INSTALLED)
+	$(VENV)/bin/cmake -S csrc -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGRADROUTE_SANITIZE=ON \
+		-DGRADROUTE_CUDA=OFF -DPython_EXECUTABLE="$(abspath $(VENV)/bin/python)"
+	$(VENV)/bin/cmake --build $(SANITIZED)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	$(VENV)/bin/python tests/sanitized.py $(SANITIZED)/_native*.so -q -p no:cacheprovider tests/test_native.py
+
 # A failing test does not cost the demo's numbers; the target fails in the end all the same.
 gpu:
 	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: no CUDA device')"
@@ -53,6 +64,7 @@ gpu:
 	mkdir -p "$(OUT)"
 	status=0; \
 	$(PYTHON) -m pytest -m gpu -q --junitxml="$(OUT)/gpu-tests.xml" || status=$$?; \
+	$(PYTHON) -m bench cuda --out "$(OUT)" || status=$$?; \
 	$(PYTHON) examples/demo.py --out "$(OUT)" || status=$$?; \
 	exit $$status
 

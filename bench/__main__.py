@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from . import cpu
+from . import cpu, cuda
 
-SUITES = {"cpu": cpu}
+SUITES = {"cpu": cpu, "cuda": cuda}
 
 
 def main() -> None:
