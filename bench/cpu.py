@@ -1,6 +1,7 @@
 """The suite `cpu`: forward and backward of routed layers on the CPU, beside what one would use instead."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,12 +74,28 @@ def linear_case() -> Case:
     return Case("linear, one token in 16 may not update", sample, None, ())
 
 
+def op_case(op: str) -> Case:
+    """An op alone, on what the automatic choice between `cpu` and `torch` rests."""
+    sizes = testing.Sizes(d_model=1024, d_ff=1024, vocabulary=8192)
+    return Case(op, testing.sample(op, tokens=8192, sizes=sizes, num_routes=2, tables="blocks"), None, ())
+
+
+ALONE = (
+    "route_grad",
+    "routed_activation",
+    "routed_glu",
+    "routed_rms_norm",
+    "routed_layer_norm",
+    "routed_embedding",
+)
+
 CASES: tuple[Callable[[], Case], ...] = (
     lambda: block_case(0.037, (("unmasked", 0.95), ("detach", 0.78))),
     lambda: block_case(0.5, (("unmasked", 0.95), ("detach", 0.78))),
     lambda: quarters_case(False, (("unmasked", 0.55),)),
     lambda: quarters_case(True, (("unmasked", 0.55),)),
     linear_case,
+    *(partial(op_case, op) for op in ALONE),
 )
 
 

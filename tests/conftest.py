@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of pytest-xdist already fill the cores
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before gradroute is
 
 import gradroute
+
+# A busy machine is slow now and then: how long an example takes says nothing about it.
+hypothesis.settings.register_profile("gradroute", deadline=None)
+hypothesis.settings.load_profile("gradroute")
 
 
 @pytest.fixture(autouse=True, scope="session")
