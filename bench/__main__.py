@@ -16,6 +16,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="time the rivals under torch.compile too")
     parser.add_argument("--out", type=Path, help="folder for SUITE.json")
     arguments = parser.parse_args()
+    if arguments.compiled and arguments.suite != "cpu":
+        parser.error("--compiled: only the suite cpu has compiled rivals")
     suite = SUITES[arguments.suite]
     report = suite.run(arguments.rounds, ("compiled",) if arguments.compiled else ())
     print("\n".join(suite.lines(report)))

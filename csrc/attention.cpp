@@ -57,7 +57,7 @@ void delta_rows(const Heads& dz, const Heads& o, const Heads& d_o, const Matrix&
     const Token<C> token(routing, batch * dz.shape[2] + position);
     const C m_forward = weight_of(forward_heads, token, head), m_heads = weight_of(heads, token, head);
     const int64_t size = size_of(dz.dtype);
-    const Matrix g = head_of(dz, batch, head, size), value = head_of(o, batch, head, size);
+    const Matrix g = head_of(dz, batch, head, size), value = head_of(o, batch, head, size_of(o.dtype));
     alignas(64) C g_scratch[BLOCK], o_scratch[BLOCK], product[BLOCK];
     C total = 0;
     for (int64_t first = 0; first < g.cols; first += BLOCK) {
@@ -67,7 +67,7 @@ void delta_rows(const Heads& dz, const Heads& o, const Heads& d_o, const Matrix&
       std::copy(values, values + n, product);
       scale(m_forward, n, product);
       scale(m_heads, n, product);
-      if (d_o.data != nullptr) store(head_of(d_o, batch, head, size), position, first, n, product);
+      if (d_o.data != nullptr) store(head_of(d_o, batch, head, size_of(d_o.dtype)), position, first, n, product);
 #pragma omp simd reduction(+ : total)
       for (int64_t i = 0; i < n; ++i) total += product[i] * o_values[i];
     }

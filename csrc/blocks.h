@@ -3,8 +3,6 @@
 // compiler's vectoriser; the same sources are compiled once per instruction set.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "math.h"

@@ -24,6 +24,10 @@ endif()
 set(ARCHITECTURES "$ENV{CMAKE_CUDA_ARCHITECTURES}")
 if(ARCHITECTURES STREQUAL "")
   set(ARCHITECTURES 80-real 90a-real 100)
+  execute_process(COMMAND "$ENV{CUDACXX}" --version OUTPUT_VARIABLE NVCC_SAYS ERROR_QUIET)
+  if(NVCC_SAYS MATCHES "release ([0-9.]+)," AND CMAKE_MATCH_1 VERSION_LESS 12.8)  # which does not know 100
+    set(ARCHITECTURES 80-real 90a-real 90)
+  endif()
 endif()
 set(CMAKE_CUDA_ARCHITECTURES "${ARCHITECTURES}" CACHE STRING "What the CUDA kernels are compiled for")
 

@@ -167,7 +167,7 @@ GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
   }
 }
 
-// Calls body(std::integral_constant<Activation, ...>) for the activation that is only known when running.
+// Runs the statements with ACTIVATION a constant, for the activation that is only known when running.
 #define GRADROUTE_SWITCH_ACTIVATION(activation, ...)           \
   switch (activation) {                                        \
     case Activation::silu: {                                   \

@@ -58,7 +58,10 @@ namespace GRADROUTE_CPU {
 
 void masked_product(Matrix g, Matrix out, Routing routing, Table table, Segments segments, Stream) {
   GRADROUTE_SWITCH_COMPUTE(g.dtype, {
-    if (segments.count > 0)
+    const int64_t all_features[] = {0, g.cols};
+    if (table.cols == 1)  // one segment
+      by_segments<C>(g, out, routing, table, {all_features, 1});
+    else if (segments.count > 0)
       by_segments<C>(g, out, routing, table, segments);
     else
       by_features<C>(g, out, routing, table);

@@ -1,4 +1,5 @@
-// What Python hands over: addresses with shapes and strides, no tensors. Checked there, never again here.
+// What Python hands over: addresses with shapes and strides, no tensors. Devices, memory and alignment are checked
+// there (gradroute/native.py), shapes and dtypes by the public functions; never again here.
 #pragma once
 
 #include <cstdint>

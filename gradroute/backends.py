@@ -176,6 +176,8 @@ def _why_not_native(name: str, device: torch.device | None, dtype: torch.dtype |
         return "no CUDA device is visible" if name == "cuda" and not torch.cuda.is_available() else None
     if device.type not in (name, "meta"):
         return f"its kernels take tensors on {name}; these are on {device}"
+    if device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
+        return native.why_not_on(torch.cuda.get_device_capability(device))
     return None
 
 

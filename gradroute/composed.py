@@ -22,7 +22,7 @@ MIN_CHUNK = 1024
 
 
 def splits(device: torch.device) -> bool:
-    """Whether an MLP's products are made in parts, see `gradroute.rectangles`: on the CPU, unless traced."""
+    """Whether products are made in parts, see `gradroute.rectangles`: on the CPU, unless traced."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -123,12 +123,17 @@ def weight_grad(
     """
     if rows is None and cols is None:
         return g.T @ x
-    total = torch.zeros(g.shape[1], x.shape[1], dtype=product_dtype(g.dtype), device=g.device)
+    wide = product_dtype(g.dtype)
+    total = torch.zeros(g.shape[1], x.shape[1], dtype=wide, device=g.device)
     chunk = max(MIN_CHUNK, -(-g.shape[0] // WORKSPACE_SHARE))
     for start in range(0, g.shape[0], chunk):
         tokens = slice(start, start + chunk)
         masked_g = product(g[tokens], routes, rows, tokens)
         masked_x = product(x[tokens], routes, cols, tokens)
+        if (
+            g.device.type == "cpu"
+        ):  # rounded to half precision, a chunk's product could overflow before the sum
+            masked_g, masked_x = masked_g.to(wide), masked_x.to(wide)
         total += masked_g.T @ masked_x
     return total.to(g.dtype)
 

@@ -129,7 +129,8 @@ class GatedMLPFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, w_gate, w_up, w_down, _, _, _, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
-        _, gate, up = output
+        y, gate, up = output
+        ctx.output = (y.shape, y.dtype)
         ctx.mark_non_differentiable(gate, up)
         ctx.set_materialize_grads(False)  # of the pre-activations: zeros that nobody reads
         need_x, need_w_gate, need_w_up, need_w_down, need_b_gate, need_b_up, _ = ctx.needs_input_grad[:7]
@@ -145,7 +146,7 @@ class GatedMLPFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         refuse_double_backward("routed_gated_mlp")
         x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
         routes, sites, kernels = ctx.routes, ctx.sites, ctx.kernels
@@ -154,6 +155,9 @@ class GatedMLPFunction(torch.autograd.Function):
         )
         dx: Any = None
         dw_gate = dw_up = dw_down = db_gate = db_up = db_down = None
+        if dy is None:
+            shape, dtype = ctx.output
+            dy = torch.zeros(shape, dtype=dtype, device=routes.device)
         g = kernels.masked_product(flat(dy), routes, sites.output)
         if gate is not None:
             branches = [

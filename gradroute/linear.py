@@ -120,7 +120,11 @@ class LinearFunction(torch.autograd.Function):
         dweight = dbias = None
         g = kernels.masked_product(flat(dy), routes, sites.output)
         inputs = (x if need_weight else weight).shape[-1] if need_x or need_weight else 0
-        parts = split_linear(routes, sites, g.shape[1], inputs, kernels.splits(g.device)) if inputs else []
+        parts = (
+            split_linear(routes, sites, g.shape[1], inputs, g.dtype, kernels.splits(g.device))
+            if inputs
+            else []
+        )
         if parts:
             dx, dweight = linear_backward(g, None if x is None else flat(x), weight, parts, kernels)
         else:

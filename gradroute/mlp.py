@@ -165,7 +165,8 @@ class MLPFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, w_in, _, w_out, _, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
-        _, a = output
+        y, a = output
+        ctx.output = (y.shape, y.dtype)
         ctx.mark_non_differentiable(a)
         ctx.set_materialize_grads(False)  # of the pre-activations: zeros that nobody reads
         need_x, need_w_in, need_b_in, need_w_out, _ = ctx.needs_input_grad[:5]
@@ -178,13 +179,16 @@ class MLPFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         refuse_double_backward("routed_mlp")
         x, w_in, w_out, a = ctx.saved_tensors
         routes, sites, kernels = ctx.routes, ctx.sites, ctx.kernels
         need_x, need_w_in, need_b_in, need_w_out, need_b_out = ctx.needs_input_grad[:5]
         dx: Any = None
         dw_in = db_in = dw_out = db_out = None
+        if dy is None:
+            shape, dtype = ctx.output
+            dy = torch.zeros(shape, dtype=dtype, device=routes.device)
         g = kernels.masked_product(flat(dy), routes, sites.output)
         if a is not None:
             branch = Branch(flat(a), w_in, need_w_in, need_b_in)

@@ -8,8 +8,9 @@ order: results do not depend on the number of threads.
 from __future__ import annotations
 
 import importlib
+import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,26 @@ def _instruction_set() -> str | None:
     return chosen or module.INSTRUCTION_SETS[0]
 
 
+def why_not_on(capability: tuple[int, int]) -> str | None:
+    """Why the CUDA kernels do not run on a device of this compute capability; None when they do."""
+    built = json.loads(module.BUILD)["cuda_architectures"].split()
+    if any(_runs_on(architecture, capability) for architecture in built):
+        return None
+    major, minor = capability
+    return f"the native module was built for {' '.join(built)}, and the device is sm_{major}{minor}"
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """As nvcc's: 80-real runs on 8.0 to 8.9, 90a-real on 9.0, 100 (with PTX) on anything from 10.0."""
+    number, _, kind = architecture.partition("-")
+    major, minor = divmod(int(number.rstrip("af")), 10)
+    if number[-1] in "af":
+        return capability == (major, minor)
+    if kind == "real":
+        return capability[0] == major and capability[1] >= minor
+    return capability >= (major, minor)
+
+
 #: The instruction set of the CPU's kernels: "avx512", "avx2" or "baseline".
 instruction_set = _instruction_set()
 
@@ -62,30 +83,88 @@ def why_not(name: str) -> str | None:
     return None
 
 
-def _kernel(name: str, device: torch.device) -> Any:
-    return getattr(module.cuda if device.type == "cuda" else getattr(module, f"cpu_{instruction_set}"), name)
+class Routing(NamedTuple):
+    """The argument `routing` of a kernel: ids `[T]`, strength `[T]`, 0-dim or None."""
+
+    ids: Tensor
+    strength: Tensor | None
+
+    def taken(self, device: torch.device) -> tuple[int, int, int, bool]:
+        """(address of ids, address of strength, its stride, whether it is double)."""
+        if self.strength is None:
+            return _address(self.ids, device), 0, 0, False
+        per_token = self.strength.dim() > 0
+        double = self.strength.dtype == torch.float64
+        return _address(self.ids, device), _address(self.strength, device), int(per_token), double
+
+
+class Weights(NamedTuple):
+    """A table's weights `[R, F]` or `[R, 1]`, fp32; or None."""
+
+    weights: Tensor | None
+
+    def taken(self, device: torch.device) -> tuple[int, int] | None:
+        """(address, columns)."""
+        return None if self.weights is None else (_address(self.weights, device), self.weights.shape[1])
+
+
+class Positions(NamedTuple):
+    """Positions `[T]`, int64."""
+
+    positions: Tensor
+
+    def taken(self, device: torch.device) -> int:
+        """The address."""
+        return _address(self.positions, device)
+
+
+class View(NamedTuple):
+    """A matrix `[rows, cols]`, a vector (one row), or `[batch, heads, sequence, features]`."""
+
+    tensor: Tensor
+
+    def taken(self, device: torch.device) -> tuple[Any, ...]:
+        """(address, rows, cols, row stride, column stride, dtype), or (address, shape, strides, dtype)."""
+        tensor = self.tensor
+        address, dtype = _address(tensor, device), DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise ValueError(
+                f"native kernels: got a {tensor.dtype} tensor, expected {', '.join(map(str, DTYPES))}"
+            )
+        if tensor.dim() == 4:
+            return address, tuple(tensor.shape), tensor.stride(), dtype
+        if tensor.dim() == 1:
+            return address, 1, tensor.shape[0], 0, tensor.stride(0), dtype
+        return address, *tensor.shape, *tensor.stride(), dtype
 
 
 def launch(name: str, *arguments: Any) -> None:
-    """Calls a kernel with its arguments in the order of csrc/declarations.inc.
-
-    They are tensors `[rows, cols]` (of attention `[batch, heads, sequence, features]`), None, or what the helpers below
-    made of tensors that the caller keeps alive.
+    """Calls a kernel with its arguments in the order of csrc/declarations.inc, on the device of the first tensor.
 
     Raises:
-        TypeError: a tensor subclass, such as DTensor, which has no memory of its own.
-        ValueError: a tensor on another device than the first, without memory, or not aligned to its elements.
+        TypeError: a tensor subclass that wraps others, such as DTensor: it has no memory of its own.
+        ValueError: a tensor of a dtype that no kernel takes, on another device than the first, without memory, or not
+            aligned to its elements.
+        RuntimeError: CUDA refuses; the message names the kernel.
     """
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     if not has_data(first) or first.numel() == 0:
         return
     device = first.device
-    taken = [_view(a, device) if isinstance(a, Tensor) else a for a in arguments]
-    _kernel(name, device)(*taken, _stream(device))
+    taken = []
+    for argument in arguments:
+        given = View(argument) if isinstance(argument, Tensor) else argument
+        taken.append(given.taken(device) if hasattr(given, "taken") else given)
+    if device.type == "cpu":
+        getattr(getattr(module, f"cpu_{instruction_set}"), name)(*taken, (0, 0))
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(module.cuda, name)(*taken, (device.index, stream))
 
 
 def _address(tensor: Tensor, device: torch.device) -> int:
-    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"native kernels: got a {type(tensor).__name__}, expected a torch.Tensor with memory of its own; "
             "pass a DTensor's local tensor (to_local)"
@@ -103,46 +182,6 @@ def _address(tensor: Tensor, device: torch.device) -> int:
             f"{tensor.element_size()}; clone it"
         )
     return address
-
-
-def _view(tensor: Tensor, device: torch.device) -> tuple[Any, ...]:
-    """(address, rows, cols, row stride, column stride, dtype), a vector is one row; of attention (address, shape,
-    strides, dtype).
-    """
-    address = _address(tensor, device)
-    if tensor.dim() == 4:
-        return address, tuple(tensor.shape), tensor.stride(), DTYPES[tensor.dtype]
-    if tensor.dim() == 1:
-        return address, 1, tensor.shape[0], 0, tensor.stride(0), DTYPES[tensor.dtype]
-    return address, *tensor.shape, *tensor.stride(), DTYPES[tensor.dtype]
-
-
-def _routing(ids: Tensor, strength: Tensor | None) -> tuple[int, int, int, bool]:
-    """(address of ids, address of strength, its stride, whether it is double)."""
-    if not has_data(ids):
-        return 0, 0, 0, False
-    if strength is None:
-        return _address(ids, ids.device), 0, 0, False
-    return (
-        _address(ids, ids.device),
-        _address(strength, ids.device),
-        int(strength.dim() > 0),
-        strength.dtype == torch.float64,
-    )
-
-
-def _table(weights: Tensor | None) -> tuple[int, int] | None:
-    """(address, columns) of `[R, cols]`, or None."""
-    if weights is None or not has_data(weights):
-        return None
-    return _address(weights, weights.device), weights.shape[1]
-
-
-def _stream(device: torch.device) -> tuple[int, int]:
-    """(device, handle): the current stream."""
-    if device.type == "cpu":
-        return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def _sums(g: Tensor, wanted: bool) -> Tensor:
@@ -189,7 +228,7 @@ def masked_product_op(
     g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor, segments: list[int]
 ) -> Tensor:
     out = g.new_empty(g.shape)
-    launch("masked_product", g, out, _routing(ids, strength), _table(weights), segments)
+    launch("masked_product", g, out, Routing(ids, strength), Weights(weights), segments)
     return out
 
 
@@ -199,7 +238,7 @@ def masked_product_op(
 def masked_product_in_place_op(
     g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor, segments: list[int]
 ) -> None:
-    launch("masked_product", g, g, _routing(ids, strength), _table(weights), segments)
+    launch("masked_product", g, g, Routing(ids, strength), Weights(weights), segments)
 
 
 def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
@@ -212,7 +251,7 @@ def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
 @kernel_op("native_bias_grad(Tensor g, Tensor ids, Tensor? strength, Tensor weights) -> Tensor")
 def bias_grad_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> Tensor:
     sums = _sums(g, True)
-    launch("bias_grad", g, sums, _routing(ids, strength), _table(weights))
+    launch("bias_grad", g, sums, Routing(ids, strength), Weights(weights))
     return sums.sum(0).to(g.dtype)
 
 
@@ -237,6 +276,7 @@ def activation_backward(
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.activation_backward`."""
+    dz = None if dz is None else dz.to(a.dtype)
     da, z, db = activation_backward_op(
         dz, a, *middle_arguments(a, routes, sites, activation, want_z, want_bias)
     )
@@ -258,7 +298,7 @@ def activation_backward_op(
     want_z: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs that are not wanted have no elements."""
+    """Outputs that are not wanted have no elements, or are zeros."""
     da, z = _like(a, dz is not None), _like(a, want_z)
     sums = _sums(a, want_bias)
     launch(
@@ -266,8 +306,8 @@ def activation_backward_op(
         dz,
         a,
         *wanted((da, dz is not None), (z, want_z), (sums, want_bias)),
-        _routing(ids, strength),
-        *map(_table, (pre, hidden, forward, update_out, update_in)),
+        Routing(ids, strength),
+        *map(Weights, (pre, hidden, forward, update_out, update_in)),
         activation,
     )
     return da, z, sums.sum(0).to(a.dtype)
@@ -290,6 +330,7 @@ def glu_backward(
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.glu_backward`."""
+    dz = None if dz is None else dz.to(gate.dtype)
     dgate, dup, z, db_gate, db_up = glu_backward_op(
         dz, gate, up, *middle_arguments(gate, routes, sites, activation, want_z, want_bias)
     )
@@ -316,7 +357,7 @@ def glu_backward_op(
     want_z: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs that are not wanted have no elements."""
+    """Outputs that are not wanted have no elements, or are zeros."""
     has_grad = dz is not None
     dgate, dup, z = _like(gate, has_grad), _like(gate, has_grad), _like(gate, want_z)
     gate_sums, up_sums = _sums(gate, want_bias), _sums(gate, want_bias)
@@ -328,8 +369,8 @@ def glu_backward_op(
         *wanted(
             (dgate, has_grad), (dup, has_grad), (z, want_z), (gate_sums, want_bias), (up_sums, want_bias)
         ),
-        _routing(ids, strength),
-        *map(_table, (pre, hidden, forward, update_out, update_in)),
+        Routing(ids, strength),
+        *map(Weights, (pre, hidden, forward, update_out, update_in)),
         activation,
     )
     return dgate, dup, z, gate_sums.sum(0).to(gate.dtype), up_sums.sum(0).to(gate.dtype)
@@ -394,7 +435,7 @@ def norm_backward_op(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs that are not wanted have no elements."""
+    """Outputs that are not wanted have no elements, or are zeros."""
     dx = _like(x, weight is not None)
     weight_sums, bias_sums = _sums(x, want_weight), _sums(x, want_bias)
     launch(
@@ -403,8 +444,8 @@ def norm_backward_op(
         x,
         weight,
         *wanted((dx, weight is not None), (weight_sums, want_weight), (bias_sums, want_bias)),
-        _routing(ids, strength),
-        _table(update),
+        Routing(ids, strength),
+        Weights(update),
         eps,
         offset,
         centered,
@@ -445,14 +486,10 @@ def embedding_backward_op(
         "embedding_backward",
         dy,
         out,
-        _indices(ordered),
-        _indices(order),
+        Positions(ordered),
+        Positions(order),
         -1 if padding_idx is None else padding_idx,
-        _routing(ids, strength),
-        _table(update),
+        Routing(ids, strength),
+        Weights(update),
     )
     return out
-
-
-def _indices(positions: Tensor) -> int:
-    return _address(positions, positions.device) if has_data(positions) else 0

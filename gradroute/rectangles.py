@@ -19,7 +19,8 @@ from .tables import Table
 
 ALL = slice(None)
 
-# Tokens of a run.
+# Tokens of a run, in fp32 and fp64. In half precision the product of a run would be rounded, and could overflow, before
+# it is summed.
 RUN = 1024
 
 # Sorting pays from this share of skipped work on: rows must be gathered and put back.
@@ -127,14 +128,14 @@ class Total:
     def add_product(self, a: Tensor, b: Tensor, rows: slice = ALL, cols: slice = ALL) -> None:
         """Adds the product a b to these rows and columns."""
         if self.value is None and rows == cols == ALL:
-            self.value = self._wide(a @ b)
-        elif self._started().dtype == a.dtype:
-            self.value[rows, cols].addmm_(a, b)
+            self.value = self._wide(a) @ self._wide(b)
         else:
-            self.value[rows, cols] += a @ b
+            wide = self._started().dtype
+            self.value[rows, cols].addmm_(a.to(wide), b.to(wide))
 
-    def _wide(self, first: Tensor) -> Tensor:
-        return first.to(torch.promote_types(first.dtype, torch.float32)) if self.is_sum else first
+    def _wide(self, summand: Tensor) -> Tensor:
+        """In fp32 at least where there are several: rounded to half precision, one could overflow before the sum."""
+        return summand.to(torch.promote_types(summand.dtype, torch.float32)) if self.is_sum else summand
 
     def _started(self) -> Tensor:
         if self.value is None:
@@ -152,24 +153,37 @@ def whole(routes: Routes, sites: Any) -> list[Part]:
     return [Part(None, routes, (Span(ALL, sites, True, True, ((ALL, ALL),)),))]
 
 
-def split(routes: Routes, sites: Any, d_ff: int, pays: bool) -> list[Part]:
+def split(routes: Routes, sites: Any, d_ff: int, dtype: torch.dtype, pays: bool) -> list[Part]:
     """The parts of a batch.
 
     Args:
         routes: the batch's routes.
         sites: effective sites with pre, hidden, forward, update_in and update_out.
         d_ff: F.
+        dtype: of the products.
         pays: whether products should be made in parts at all.
     """
     if not pays or routes.host_counts is None or len(routes) == 0:
         return whole(routes, sites)
+    run = _run_of(dtype, routes)
+    parts = _rectangles(routes, sites, run, _mlp_live, _mlp_group, d_ff)
+    if parts or run >= len(routes):
+        return parts or whole(routes, sites)
     spans = whole(routes, sites)[0].spans
-    runs = [_part(routes, run, spans) for run in _runs(0, len(routes))]
-    return _rectangles(routes, sites, _mlp_live, _mlp_group, d_ff) or runs
+    return [_part(routes, tokens, spans) for tokens in _runs(0, len(routes), run)]
+
+
+def _run_of(dtype: torch.dtype, routes: Routes) -> int:
+    return RUN if dtype in (torch.float32, torch.float64) else len(routes)
 
 
 def _rectangles(
-    routes: Routes, sites: Any, live_of: Callable[..., Any], group_of: Callable[..., Group], *widths: int
+    routes: Routes,
+    sites: Any,
+    run: int,
+    live_of: Callable[..., Any],
+    group_of: Callable[..., Group],
+    *widths: int,
 ) -> list[Part]:
     """The parts, sorted by route; none where they save too little, or a strength blends the tables' rows."""
     if routes.strength is not None or routes.num_routes > MAX_ROUTES or routes.host_counts is None:
@@ -186,19 +200,20 @@ def _rectangles(
         return []
     parts, first = [], 0
     for count, group in zip(counts, groups, strict=True):
-        for run in _runs(first, first + count):
-            parts.append(_part(routes, run if routes.in_order else routes.order[run].long(), group.spans))
+        for tokens in _runs(first, first + count, run):
+            at = tokens if routes.in_order else routes.order[tokens].long()
+            parts.append(_part(routes, at, group.spans))
         first += count
     return parts
 
 
 def _part(routes: Routes, tokens: slice | Tensor, spans: tuple[Any, ...]) -> Part:
-    return Part(tokens, routes.at(tokens), spans)
+    return Part(tokens, routes._at(tokens), spans)
 
 
-def _runs(first: int, last: int) -> Iterator[slice]:
-    for start in range(first, last, RUN):
-        yield slice(start, min(start + RUN, last))
+def _runs(first: int, last: int, run: int) -> Iterator[slice]:
+    for start in range(first, last, run):
+        yield slice(start, min(start + run, last))
 
 
 def _groups(
@@ -251,7 +266,7 @@ def _mlp_group(sites: Any, first: int, last: int, live: _MLPLive, d_ff: int) -> 
             spans.append(Span(features, _restricted(sites, features, first, last), False, True, ()))
     # dH and dX cost as much as both weights' gradients (gated: three products to two and one).
     cost = 0.5 * _width(live.grad) + 0.33 * _width(live.update) + 0.17 * _width(live.z)
-    return Group(first, last, tuple(spans), cost / d_ff)
+    return Group(first, last, tuple(spans), cost / max(d_ff, 1))
 
 
 def _updates(features: slice, runs: tuple[slice, ...]) -> tuple[tuple[slice, slice], ...]:
@@ -283,7 +298,9 @@ def _part_of(table: Table | None, features: slice, first: int, last: int) -> Tab
     return Table(weights) if bool((weights[first : last + 1] != 1).any()) else None
 
 
-def split_linear(routes: Routes, sites: Any, outputs: int, inputs: int, pays: bool) -> list[Part]:
+def split_linear(
+    routes: Routes, sites: Any, outputs: int, inputs: int, dtype: torch.dtype, pays: bool
+) -> list[Part]:
     """The parts of a linear layer's products, none where they do not pay.
 
     Args:
@@ -291,11 +308,12 @@ def split_linear(routes: Routes, sites: Any, outputs: int, inputs: int, pays: bo
         sites: effective sites.
         outputs: O.
         inputs: I.
+        dtype: of the products.
         pays: whether products should be made in parts at all.
     """
     if not pays or len(routes) == 0:
         return []
-    return _rectangles(routes, sites, _linear_live, _linear_group, outputs, inputs)
+    return _rectangles(routes, sites, _run_of(dtype, routes), _linear_live, _linear_group, outputs, inputs)
 
 
 class _LinearLive(NamedTuple):
@@ -327,7 +345,7 @@ def _linear_group(sites: Any, first: int, last: int, live: _LinearLive, outputs:
         with_tables(live.cols, sites.update_cols),
     )
     area = _width(live.outputs) * _width(live.inputs) + _width(live.rows) * _width(live.cols)
-    return Group(first, last, (products,), area / (2 * outputs * inputs))
+    return Group(first, last, (products,), area / max(2 * outputs * inputs, 1))
 
 
 def linear_backward(
@@ -457,7 +475,7 @@ def mlp_backward(
         dx `[T, d_model]` and dW_out `[d_out, d_ff]`, None for what is not needed.
     """
     tokens, d_ff = branches[0].a.shape
-    parts = split(routes, sites, d_ff, kernels.splits(g.device))
+    parts = split(routes, sites, d_ff, g.dtype, kernels.splits(g.device))
     dx: Any = None
     if need_x and parts[0].tokens is not None:
         assert branches[0].weight is not None

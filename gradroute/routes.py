@@ -86,7 +86,9 @@ class Routes:
         strength = _checked_strength(strength, ids)
         if validate:
             _validate(ids, num_routes, strength)
-        flat = ids.reshape(-1).to(torch.int32).contiguous()
+        flat = (
+            ids.reshape(-1).to(torch.int32, copy=True).contiguous()
+        )  # what is derived must not outlive the ids
         if strength is not None and strength.dim() > 0:
             strength = strength.reshape(-1).contiguous()
         return Routes(flat, num_routes, tuple(ids.shape), strength)
@@ -134,13 +136,14 @@ class Routes:
         }
         return self._copy(**tensors)
 
-    def at(self, tokens: slice | Tensor) -> Routes:
-        """The ids and strength of some of the flattened tokens, for a kernel: nothing is derived again."""
+    def _at(self, tokens: slice | Tensor) -> Routes:
+        """The ids and strength of some of the flattened tokens, for kernels: nothing else is derived again."""
         strength = self.strength
         if strength is not None and strength.dim() > 0:
             strength = strength[tokens]
         ids = self.ids[tokens]
-        return self._copy(ids=ids, strength=strength, shape=tuple(ids.shape))
+        derived = {"order": None, "counts": None, "host_counts": None, "in_order": False}
+        return self._copy(ids=ids, strength=strength, shape=tuple(ids.shape), **derived)
 
     def check(self, x: Tensor, name: str) -> None:
         """Raises unless the activation `x [*tokens, F]` has these tokens, on this device."""

@@ -56,6 +56,10 @@ class Sites:
             object.__setattr__(sites, "effective", effective)
             object.__setattr__(sites, "groups", {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is derived again when it is needed."""
+        return vars(self) | {"groups": {}}
+
     def check(self, routes: Routes | None, widths: Mapping[str, int | str]) -> None:
         """Raises unless every table fits a call or a layer.
 

@@ -93,13 +93,3 @@ def report_of(match):
         spilled=int(match["stores"]) + int(match["loads"]),
         shared=int(shared[1]) if shared else 0,
     )
-
-
-def definitions(suffix):
-    """Function → the stems of the sources with this suffix that define it, of those in declarations.inc."""
-    declared = re.findall(r"^void (\w+)\(", (CSRC / "declarations.inc").read_text(), re.MULTILINE)
-    texts = {source.stem: source.read_text() for source in CSRC.glob(f"*{suffix}")}
-    return {
-        name: [stem for stem, text in texts.items() if re.search(rf"^void {name}\(", text, re.MULTILINE)]
-        for name in declared
-    }

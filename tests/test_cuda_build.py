@@ -21,13 +21,6 @@ def build(tmp_path_factory):
     return folder, cuda_build.commands(folder)
 
 
-def test_every_function_is_defined_once_where_its_cpu_twin_is():
-    on_cuda, on_cpu = cuda_build.definitions(".cu"), cuda_build.definitions(".cpp")
-    assert len(on_cuda) == 8
-    assert on_cuda == on_cpu
-    assert all(len(stems) == 1 for stems in on_cuda.values())
-
-
 def test_no_launcher_asks_for_more_shared_memory():
     for source in [*cuda_build.CSRC.glob("*.cu"), *cuda_build.CSRC.glob("*.cuh")]:
         assert "cudaFuncSetAttribute" not in source.read_text(), source.name

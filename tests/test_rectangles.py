@@ -1,6 +1,7 @@
 """Products in parts: rectangles of tokens sorted by route, runs of tokens; the numbers, and the work that is left."""
 
 import dataclasses
+import pickle
 
 import cases
 import pytest
@@ -9,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradroute import LinearSites, MLPSites, Routes, Table, backends, rectangles, testing
+from gradroute import (
+    LinearSites,
+    MLPSites,
+    Routes,
+    Table,
+    backends,
+    rectangles,
+    routed_linear,
+    routed_mlp,
+    testing,
+)
 from gradroute.tables import localize
 
 OPS = ("routed_linear", "routed_mlp", "routed_gated_mlp")
@@ -97,6 +108,109 @@ def test_any_rectangles_keep_the_budget(op, backend, dtype, small_parts):
         call.assert_within_budget(backend)
 
     check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_the_exact_laws_hold_for_rectangles(op, backend, small_parts):
+    """Two runs have the same bits; what is masked off is 0 whatever arrives; frozen inputs change no other gradient."""
+
+    @settings(max_examples=15)
+    @given(calls(op, torch.float32))
+    def check(call):
+        result = call.run(backend)
+        testing.assert_same_bits(call.run(backend), result, op)
+        for name in call.differentiable:
+            frozen = call.run(backend, frozen=[name])
+            assert frozen.gradients[name] is None
+            same = {other: gradient for other, gradient in result.gradients.items() if other != name}
+            kept = {other: gradient for other, gradient in frozen.gradients.items() if other != name}
+            testing.assert_same_bits(frozen._replace(gradients=kept), result._replace(gradients=same), op)
+
+    check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("in_order", [True, False])
+def test_what_a_rectangle_leaves_out_is_zero_whatever_arrives(backend, in_order):
+    call = quarters(tokens=1024, in_order=in_order)
+    blocked = call.with_sites(MLPSites(output=[[0.0], [1.0], [1.0], [1.0]], hidden=call.sites.hidden))
+    upstream = call.upstream.clone()
+    upstream[call.routes.ids == 0] = float("inf")
+    result = blocked.with_upstream(upstream).run(backend)
+    assert all(gradient.isfinite().all() for gradient in result.gradients.values())
+    assert (result.gradients["x"][call.routes.ids == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by_route", [True, False])
+def test_parts_of_half_precision_are_summed_before_they_are_rounded(backend, by_route, dtype):
+    """Halves of the batch that cancel, each beyond fp16's range by itself."""
+    tokens, d_ff = 2048, 8
+    call = cases.make(
+        "routed_mlp", tokens=tokens, dtype=dtype, activation="relu2", sizes=SIZES._replace(d_ff=d_ff)
+    )
+    half = torch.arange(tokens) >= tokens // 2
+    upstream = torch.where(half[:, None], -100.0, 100.0).expand(-1, 6).to(dtype)
+    tensors = call.tensors | {"x": torch.ones_like(call.tensors["x"])}
+    table = torch.ones(2, d_ff)
+    table[1, : d_ff // 2] = 0.0 if by_route else 0.5
+    call = dataclasses.replace(call, tensors=tensors, upstream=upstream)
+    call = call.with_routes(Routes.of(torch.arange(tokens) % 2, 2)).with_sites(MLPSites(hidden=table))
+    result = call.run(backend)
+    assert result.gradients["w_out"].abs().max() == 0
+    call.assert_within_budget(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_without_width(backend):
+    ids = torch.arange(128) % 2
+    routes, x = Routes.of(ids, 2), torch.ones(128, 3, requires_grad=True)
+    weight = torch.ones(0, 3, requires_grad=True)
+    sites = LinearSites(input=[[1.0], [0.0]])
+    gradients = torch.autograd.grad(
+        routed_linear(x, weight, None, routes, sites, backend=backend).sum(), [x, weight]
+    )
+    assert (gradients[0] == 0).all()
+    assert gradients[1].shape == (0, 3)
+    w_in, w_out = torch.ones(0, 3, requires_grad=True), torch.ones(3, 0, requires_grad=True)
+    sites = MLPSites(hidden=[[1.0], [0.0]])
+    y = routed_mlp(x, w_in, None, w_out, None, routes, sites, backend=backend)
+    assert [g.shape for g in torch.autograd.grad(y.sum(), [w_in, w_out])] == [(0, 3), (3, 0)]
+
+
+class Stop(torch.autograd.Function):
+    """Passes no gradient on, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["routed_mlp", "routed_gated_mlp"])
+def test_a_gradient_that_never_arrives_is_zero(op, backend):
+    call = cases.make(op)
+    leaves = call.leaves()
+    Stop.apply(call.call(leaves, backend)).sum().backward()
+    for name in call.differentiable:
+        gradient = leaves[name].grad
+        assert gradient is not None, name
+        assert (gradient == 0).all(), name
+
+
+def test_groups_are_not_pickled():
+    call = quarters(tokens=1024, in_order=True)
+    call.run("torch")
+    again = pickle.loads(pickle.dumps(call.sites))
+    assert call.sites.effective.groups
+    assert again.effective.groups == {}
+    testing.assert_same_bits(call.with_sites(again).run("torch"), call.run("torch"), "pickled")
 
 
 def quarters(tokens, in_order, d_model=8, d_ff=16):
@@ -190,7 +304,7 @@ def test_tables_that_are_ones_for_a_rectangle_are_dropped():
 
 
 def _split_arguments(call):
-    return call.routes, call.sites.effective, 16, True
+    return call.routes, call.sites.effective, 16, torch.float32, True
 
 
 def test_many_ragged_runs_of_features_are_taken_as_one():

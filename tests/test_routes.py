@@ -380,3 +380,11 @@ def test_a_bias_site_without_a_bias():
 def test_sites_of_another_op():
     with expect(TypeError, "sites: got a Table, expected gradroute.LinearSites or None"):
         routed_linear(torch.zeros(2, 3), torch.zeros(5, 3), None, Routes.of([0, 1], 2), Table([[1.0], [0.0]]))
+
+
+def test_the_ids_are_a_copy():
+    """Refilling a buffer of ids does not part them from the order and counts derived of them."""
+    buffer = torch.tensor([1, 0, 1], dtype=torch.int32)
+    routes = Routes.of(buffer, 2)
+    buffer.zero_()
+    assert routes.ids.tolist() == [1, 0, 1]
