@@ -9,7 +9,7 @@ VENV := .venv
 BUILD_TOOLS := $(VENV)/.build-tools
 INSTALLED := $(VENV)/.installed
 NEWEST_WHEEL = $$(ls -t dist/*.whl | head -n 1)
-CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint sanitize gpu wheel check-wheel clean
