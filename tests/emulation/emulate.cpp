@@ -20,7 +20,7 @@ constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 512;  // the largest launch bounds of the kernels
 constexpr unsigned MAX_GRID_YZ = 65535;
 constexpr size_t MAX_SHARED = 48 * 1024;  // of a block that asks for no more
-constexpr size_t STACK = 128 * 1024;      // bytes of a fiber
+constexpr size_t STACK = 128 * 1024;      // of a fiber
 constexpr uint32_t POISON = 0x7FFFFFFF;   // NaN, and the largest integer
 
 enum class State { ready, at_barrier, at_exchange, done };
@@ -48,7 +48,7 @@ std::vector<Fiber> fibers;
 std::array<Mailbox, MAX_THREADS / WARP> mailboxes;
 std::vector<Memory> static_memory;
 std::vector<float4> dynamic_memory;
-std::mt19937 generator;  // goes on from launch to launch: no two runs have the same order of threads
+std::mt19937 generator;  // of the orders of threads: goes on from launch to launch, alike in every process
 const std::function<void()>* body;
 ucontext_t scheduler;
 unsigned current;  // the fiber that runs
