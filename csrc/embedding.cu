@@ -98,8 +98,8 @@ __global__ __launch_bounds__(WARPS* WARP,
   if (begins_run(p, position)) {
     const int64_t token = __ldg(p.tokens + position);
     const int length = window_length(p, position, token);
-    if (length == WARP) {
-      long_run = position;
+    if (length == WARP) {  // at most one run that begins in this block is as long
+      if (threadIdx.x == 0) long_run = position;
     } else {
       float total[N] = {};
       add_window<Access>(p, position, length, first, total);
