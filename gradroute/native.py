@@ -20,6 +20,7 @@ from .library import MIDDLE_SCHEMA, has_data, kernel_op, middle_arguments, token
 from .routes import Routes
 from .tables import Table
 
+# As in csrc/types.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -190,9 +191,7 @@ def _sums(g: Tensor, wanted: bool) -> Tensor:
     return g.new_empty(runs, g.shape[1], dtype=composed.product_dtype(g.dtype))
 
 
-def splits(device: torch.device) -> bool:
-    """See `gradroute.composed.splits`."""
-    return composed.splits(device)
+splits = composed.splits
 
 
 def masked_product(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> Tensor:

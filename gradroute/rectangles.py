@@ -363,13 +363,19 @@ def linear_backward(
     Returns:
         dx `[T, I]` and dW `[O, I]`, None for what is not needed.
     """
-    dx = None if weight is None else g.new_empty(g.shape[0], weight.shape[1])
+    dx = None if weight is None else g.new_zeros(g.shape[0], weight.shape[1])
     dweight = None if x is None else Total(g, (g.shape[1], x.shape[1]), parts)
     for part in parts:
         (products,) = part.spans
         part_g = part.of(g)
-        if weight is not None:
-            part.put(_input_grad(part_g, weight, products, part.routes, kernels), dx)
+        if weight is not None and dx is not None:
+            for inputs, table in products.inputs:
+                total = None
+                for outputs in products.outputs:
+                    total = _plus_product(total, part_g[:, outputs], weight[outputs, inputs])
+                if total is not None:
+                    kernels.masked_product_(total, part.routes, table)
+                    part.put(total, dx[:, inputs])
         if dweight is not None:
             part_x = part.of(x)
             masked_x = [
@@ -381,19 +387,6 @@ def linear_backward(
                 for cols, part_of_x in masked_x:
                     dweight.add_product(masked_g.T, part_of_x, rows, cols)
     return dx, None if dweight is None else dweight.result()
-
-
-def _input_grad(g: Tensor, weight: Tensor, products: Products, routes: Routes, kernels: Any) -> Tensor:
-    """m_input ⊙ (g W) of a part: `[tokens, I]`."""
-    dx = g.new_zeros(g.shape[0], weight.shape[1])
-    for inputs, table in products.inputs:
-        total = None
-        for outputs in products.outputs:
-            total = _plus_product(total, g[:, outputs], weight[outputs, inputs])
-        if total is not None:
-            kernels.masked_product_(total, routes, table)
-            dx[:, inputs] = total
-    return dx
 
 
 class Branch:
