@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed
-from .library import MIDDLE_SCHEMA, has_data, kernel_op, middle_arguments, tokens_of, wanted, weights_on
+from .library import MIDDLE_SCHEMA, Middle, has_data, kernel_op, norm_leaves, tokens_of, wanted, weights_on
 from .routes import Routes
 from .tables import Table
 
@@ -276,9 +276,7 @@ def activation_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.activation_backward`."""
     dz = None if dz is None else dz.to(a.dtype)
-    da, z, db = activation_backward_op(
-        dz, a, *middle_arguments(a, routes, sites, activation, want_z, want_bias)
-    )
+    da, z, db = activation_backward_op(dz, a, *Middle.of(a, routes, sites, activation, want_z, want_bias))
     return wanted((da, dz is not None), (z, want_z), (db, want_bias))
 
 
@@ -286,18 +284,11 @@ def activation_backward(
 def activation_backward_op(
     dz: Tensor | None,
     a: Tensor,
-    ids: Tensor,
-    strength: Tensor | None,
-    pre: Tensor | None,
-    hidden: Tensor | None,
-    forward: Tensor | None,
-    update_out: Tensor | None,
-    update_in: Tensor | None,
-    activation: str,
-    want_z: bool,
-    want_bias: bool,
+    *rest: Any,  # of Middle
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements, or are zeros."""
+    middle = Middle(*rest)
+    want_z, want_bias = middle.want_z, middle.want_bias
     da, z = _like(a, dz is not None), _like(a, want_z)
     sums = _sums(a, want_bias)
     launch(
@@ -305,9 +296,9 @@ def activation_backward_op(
         dz,
         a,
         *wanted((da, dz is not None), (z, want_z), (sums, want_bias)),
-        Routing(ids, strength),
-        *map(Weights, (pre, hidden, forward, update_out, update_in)),
-        activation,
+        Routing(middle.ids, middle.strength),
+        *map(Weights, middle.tables.values()),
+        middle.activation,
     )
     return da, z, sums.sum(0).to(a.dtype)
 
@@ -331,7 +322,7 @@ def glu_backward(
     """See `gradroute.composed.glu_backward`."""
     dz = None if dz is None else dz.to(gate.dtype)
     dgate, dup, z, db_gate, db_up = glu_backward_op(
-        dz, gate, up, *middle_arguments(gate, routes, sites, activation, want_z, want_bias)
+        dz, gate, up, *Middle.of(gate, routes, sites, activation, want_z, want_bias)
     )
     has_grad = dz is not None
     return wanted((dgate, has_grad), (dup, has_grad), (z, want_z), (db_gate, want_bias), (db_up, want_bias))
@@ -345,18 +336,11 @@ def glu_backward_op(
     dz: Tensor | None,
     gate: Tensor,
     up: Tensor,
-    ids: Tensor,
-    strength: Tensor | None,
-    pre: Tensor | None,
-    hidden: Tensor | None,
-    forward: Tensor | None,
-    update_out: Tensor | None,
-    update_in: Tensor | None,
-    activation: str,
-    want_z: bool,
-    want_bias: bool,
+    *rest: Any,  # of Middle
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements, or are zeros."""
+    middle = Middle(*rest)
+    want_z, want_bias = middle.want_z, middle.want_bias
     has_grad = dz is not None
     dgate, dup, z = _like(gate, has_grad), _like(gate, has_grad), _like(gate, want_z)
     gate_sums, up_sums = _sums(gate, want_bias), _sums(gate, want_bias)
@@ -368,51 +352,11 @@ def glu_backward_op(
         *wanted(
             (dgate, has_grad), (dup, has_grad), (z, want_z), (gate_sums, want_bias), (up_sums, want_bias)
         ),
-        Routing(ids, strength),
-        *map(Weights, (pre, hidden, forward, update_out, update_in)),
-        activation,
+        Routing(middle.ids, middle.strength),
+        *map(Weights, middle.tables.values()),
+        middle.activation,
     )
     return dgate, dup, z, gate_sums.sum(0).to(gate.dtype), up_sums.sum(0).to(gate.dtype)
-
-
-def rms_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    routes: Routes,
-    update: Table | None,
-    eps: float,
-    offset: float,
-    casting_mode: str,
-    *,
-    want_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """See `gradroute.composed.rms_norm_backward`."""
-    masks = (*tokens_of(routes), *weights_on(x.device, update))
-    round_x_hat = casting_mode == "llama"
-    dx, dweight, _ = norm_backward_op(
-        dy, x, weight, *masks, eps, offset, False, round_x_hat, want_weight, False
-    )
-    return wanted((dx, weight is not None), (dweight, want_weight))
-
-
-def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    routes: Routes,
-    update: Table | None,
-    eps: float,
-    *,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See `gradroute.composed.layer_norm_backward`."""
-    masks = (*tokens_of(routes), *weights_on(x.device, update))
-    dx, dweight, dbias = norm_backward_op(
-        dy, x, weight, *masks, eps, 0.0, True, False, want_weight, want_bias
-    )
-    return wanted((dx, weight is not None), (dweight, want_weight), (dbias, want_bias))
 
 
 @kernel_op(
@@ -451,6 +395,9 @@ def norm_backward_op(
         round_x_hat,
     )
     return dx, weight_sums.sum(0), bias_sums.sum(0)
+
+
+rms_norm_backward, layer_norm_backward = norm_leaves(norm_backward_op)
 
 
 def embedding_backward(

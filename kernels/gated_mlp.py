@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import MIDDLE_SCHEMA, kernel_op, middle_arguments, wanted
+from ..library import MIDDLE_SCHEMA, Middle, kernel_op, wanted
 from ..routes import Routes
 from .activations import value_and_derivative
 from .launch import config_of, launch, route_arguments, strides, table_arguments
@@ -123,7 +123,7 @@ def glu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.glu_backward`."""
     dgate, dup, z, db_gate, db_up = glu_backward_op(
-        dz, gate, up, *middle_arguments(gate, routes, sites, activation, want_z, want_bias)
+        dz, gate, up, *Middle.of(gate, routes, sites, activation, want_z, want_bias)
     )
     has_grad = dz is not None
     return wanted((dgate, has_grad), (dup, has_grad), (z, want_z), (db_gate, want_bias), (db_up, want_bias))
@@ -136,18 +136,11 @@ def glu_backward_op(
     dz: Tensor | None,
     gate: Tensor,
     up: Tensor,
-    ids: Tensor,
-    strength: Tensor | None,
-    pre: Tensor | None,
-    hidden: Tensor | None,
-    forward: Tensor | None,
-    update_out: Tensor | None,
-    update_in: Tensor | None,
-    activation: str,
-    want_z: bool,
-    want_bias: bool,
+    *rest: Any,  # of Middle
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
+    middle = Middle(*rest)
+    want_z, want_bias = middle.want_z, middle.want_bias
     tokens, features = gate.shape
     config = config_of(glu_bwd_kernel, gate.device)
     want_grad = dz is not None
@@ -170,16 +163,14 @@ def glu_backward_op(
         z=z if want_z else None,
         gate_partial=gate_partial if want_bias else None,
         up_partial=up_partial if want_bias else None,
-        **route_arguments(ids, strength),
-        **table_arguments(
-            pre=pre, hidden=hidden, forward=forward, update_out=update_out, update_in=update_in
-        ),
+        **route_arguments(middle.ids, middle.strength),
+        **table_arguments(**middle.tables),
         num_tokens=tokens,
         num_features=features,
         **strides("dz", gate if dz is None else dz, "tf"),
         **strides("gate", gate, "tf"),
         **strides("up", up, "tf"),
-        ACTIVATION=activation,
+        ACTIVATION=middle.activation,
         TOKENS=tokens_per_program,
     )
     return dgate, dup, z, gate_partial.sum(0).to(gate.dtype), up_partial.sum(0).to(gate.dtype)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import MIDDLE_SCHEMA, kernel_op, middle_arguments, wanted
+from ..library import MIDDLE_SCHEMA, Middle, kernel_op, wanted
 from ..routes import Routes
 from .activations import value_and_derivative
 from .launch import config_of, launch, route_arguments, strides, table_arguments
@@ -103,9 +103,7 @@ def activation_backward(
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.activation_backward`."""
-    da, z, db = activation_backward_op(
-        dz, a, *middle_arguments(a, routes, sites, activation, want_z, want_bias)
-    )
+    da, z, db = activation_backward_op(dz, a, *Middle.of(a, routes, sites, activation, want_z, want_bias))
     return wanted((da, dz is not None), (z, want_z), (db, want_bias))
 
 
@@ -113,18 +111,11 @@ def activation_backward(
 def activation_backward_op(
     dz: Tensor | None,
     a: Tensor,
-    ids: Tensor,
-    strength: Tensor | None,
-    pre: Tensor | None,
-    hidden: Tensor | None,
-    forward: Tensor | None,
-    update_out: Tensor | None,
-    update_in: Tensor | None,
-    activation: str,
-    want_z: bool,
-    want_bias: bool,
+    *rest: Any,  # of Middle
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
+    middle = Middle(*rest)
+    want_z, want_bias = middle.want_z, middle.want_bias
     tokens, features = a.shape
     config = config_of(activation_bwd_kernel, a.device)
     want_grad = dz is not None
@@ -142,15 +133,13 @@ def activation_backward_op(
         da=da if want_grad else None,
         z=z if want_z else None,
         partial=partial if want_bias else None,
-        **route_arguments(ids, strength),
-        **table_arguments(
-            pre=pre, hidden=hidden, forward=forward, update_out=update_out, update_in=update_in
-        ),
+        **route_arguments(middle.ids, middle.strength),
+        **table_arguments(**middle.tables),
         num_tokens=tokens,
         num_features=features,
         **strides("dz", a if dz is None else dz, "tf"),
         **strides("a", a, "tf"),
-        ACTIVATION=activation,
+        ACTIVATION=middle.activation,
         TOKENS=tokens_per_program,
     )
     return da, z, partial.sum(0).to(a.dtype)

@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import kernel_op, tokens_of, wanted, weights_on
-from ..routes import Routes
-from ..tables import Table
+from ..library import kernel_op, norm_leaves
 from .launch import config_of, launch, route_arguments, strides, table_arguments
 from .tiles import load_strength, masked, rounded
 
@@ -197,63 +195,6 @@ def norm_bwd_chunked_kernel(
         tl.debug_barrier()  # the next tile's sums read what other threads may have written
 
 
-def rms_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    routes: Routes,
-    update: Table | None,
-    eps: float,
-    offset: float,
-    casting_mode: str,
-    *,
-    want_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """See `gradroute.composed.rms_norm_backward`."""
-    dx, dweight, _ = norm_backward_op(
-        dy,
-        x,
-        weight,
-        *tokens_of(routes),
-        *weights_on(x.device, update),
-        eps,
-        offset,
-        centered=False,
-        round_x_hat=casting_mode == "llama",
-        want_weight=want_weight,
-        want_bias=False,
-    )
-    return wanted((dx, weight is not None), (dweight, want_weight))
-
-
-def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    routes: Routes,
-    update: Table | None,
-    eps: float,
-    *,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See `gradroute.composed.layer_norm_backward`."""
-    dx, dweight, dbias = norm_backward_op(
-        dy,
-        x,
-        weight,
-        *tokens_of(routes),
-        *weights_on(x.device, update),
-        eps,
-        0.0,
-        centered=True,
-        round_x_hat=False,
-        want_weight=want_weight,
-        want_bias=want_bias,
-    )
-    return wanted((dx, weight is not None), (dweight, want_weight), (dbias, want_bias))
-
-
 @kernel_op(
     "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor ids, Tensor? strength, Tensor? update, float eps, "
     "float offset, bool centered, bool round_x_hat, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)"
@@ -310,6 +251,9 @@ def norm_backward_op(
     dweight = weight_partial.sum(0) if want_weight else weight_partial
     dbias = bias_partial.sum(0) if want_bias else bias_partial
     return dx, dweight, dbias
+
+
+rms_norm_backward, layer_norm_backward = norm_leaves(norm_backward_op)
 
 
 def _whole_rows(features: int, device: torch.device) -> tuple[triton.JITFunction, dict[str, int]]:
