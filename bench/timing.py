@@ -1,7 +1,5 @@
 """Paired, interleaved timing: every round times each variant once, so what else the machine does slows all alike."""
 
-import importlib.metadata
-import platform
 import statistics
 import subprocess
 import time
@@ -9,11 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
-import torch
 from tqdm import tqdm
 
-from gradroute import native
+from gradroute import __main__ as machine
 
 WARMUP_ROUNDS = 2
 
@@ -52,27 +48,12 @@ def ratio(milliseconds: list[float], base: list[float]) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on beside the code."""
-    return {
-        "machine": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "gradroute": importlib.metadata.version("gradroute"),
-        "instruction_set": native.instruction_set,
+    """What a figure depends on beside the code's own version."""
+    commit = {
         "commit": _git("rev-parse", "HEAD"),
         "clean": _git("status", "--porcelain", "--untracked-files=no") == "",
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    return machine.versions() | machine.cpu() | commit
 
 
 def _git(*arguments: str) -> str | None:
