@@ -65,6 +65,7 @@ gpu:
 	status=0; \
 	$(PYTHON) -m pytest -m gpu -q --junitxml="$(OUT)/gpu-tests.xml" || status=$$?; \
 	$(PYTHON) -m bench cuda --out "$(OUT)" || status=$$?; \
+	$(PYTHON) -m bench attention --out "$(OUT)" || status=$$?; \
 	$(PYTHON) examples/demo.py --out "$(OUT)" || status=$$?; \
 	exit $$status
 

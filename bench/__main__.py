@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from . import cpu, cuda
+from . import attention, cpu, cuda
 
-SUITES = {"cpu": cpu, "cuda": cuda}
+SUITES = {"cpu": cpu, "cuda": cuda, "attention": attention}
 
 
 def main() -> None:
@@ -25,6 +26,8 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=2) + "\n"
         (arguments.out / f"{arguments.suite}.json").write_text(text, encoding="utf-8")
+    if report.get("failures"):
+        sys.exit("\n".join(report["failures"]))
 
 
 if __name__ == "__main__":

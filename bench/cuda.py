@@ -13,7 +13,6 @@ from gradroute.tables import localize
 from . import timing
 
 TOKENS, D_FF = 16384, 14336
-FLUSH_BYTES = 1 << 28  # more than any second-level cache holds
 
 
 class Case(NamedTuple):
@@ -84,20 +83,9 @@ def check(case: Case, backend: str) -> None:
             )
 
 
-def seconds(step: Callable[[], Any], flush: Tensor) -> float:
-    """One launch on a cold cache, by the device's clock."""
-    flush.zero_()
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    step()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
-
-
 def run(rounds: int, rivals: tuple[str, ...] = ()) -> dict[str, Any]:
     """Checks and times every case on every backend with kernels, interleaved with a copy of as many bytes."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    clock = timing.device_clock()
     results: dict[str, Any] = {}
     for case in cases():
         source = torch.empty(case.moved_bytes // 2, dtype=torch.uint8, device="cuda")
@@ -109,12 +97,7 @@ def run(rounds: int, rivals: tuple[str, ...] = ()) -> dict[str, Any]:
             if backend in ("triton", "cuda"):
                 check(case, backend)
                 steps[backend] = partial(case.call, backends.kernels(backend))
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for round_ in range(timing.WARMUP_ROUNDS + rounds):
-            for name, step in steps.items():
-                elapsed = seconds(step, flush)
-                if round_ >= timing.WARMUP_ROUNDS:
-                    times[name].append(1e3 * elapsed)
+        times = timing.interleaved(steps, rounds, case.name, clock)
         results[case.name] = {
             "moved_bytes": case.moved_bytes,
             "limit": case.limit,

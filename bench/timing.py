@@ -7,11 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from gradroute import __main__ as machine
 
 WARMUP_ROUNDS = 2
+FLUSH_BYTES = 1 << 28  # more than any second-level cache holds
+
+Step = Callable[[], Any]
+Clock = Callable[[Step], float]  # runs a step and returns its seconds
 
 
 class Timing(NamedTuple):
@@ -22,16 +27,39 @@ class Timing(NamedTuple):
     p80: float
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int, name: str) -> dict[str, list[float]]:
+def host_seconds(step: Step) -> float:
+    """One run, by the host's clock."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def device_clock() -> Clock:
+    """The clock of the CUDA device, which times a run on a cold cache."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def seconds(step: Step) -> float:
+        flush.zero_()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+    return seconds
+
+
+def interleaved(
+    variants: Mapping[str, Step], rounds: int, name: str, clock: Clock = host_seconds
+) -> dict[str, list[float]]:
     """Milliseconds of each round after warming up, by variant."""
     milliseconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for round_ in tqdm(
         range(WARMUP_ROUNDS + rounds), desc=f"{name:<44}", unit="round", leave=False, disable=None
     ):
         for variant, step in variants.items():
-            start = time.perf_counter()
-            step()
-            elapsed = time.perf_counter() - start
+            elapsed = clock(step)
             if round_ >= WARMUP_ROUNDS:
                 milliseconds[variant].append(1e3 * elapsed)
     return milliseconds

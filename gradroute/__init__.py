@@ -12,6 +12,7 @@ from .backends import BackendError, available_backends, unavailable_backends, us
 from .embedding import EmbeddingSites, routed_embedding
 from .gated_mlp import routed_gated_mlp, routed_glu
 from .layers import (
+    RoutedAttention,
     RoutedEmbedding,
     RoutedGatedMLP,
     RoutedLayerNorm,
@@ -34,6 +35,7 @@ __all__ = [
     "LinearSites",
     "MLPSites",
     "NormSites",
+    "RoutedAttention",
     "RoutedEmbedding",
     "RoutedGatedMLP",
     "RoutedLayerNorm",

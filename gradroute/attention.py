@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import backends, reference
-from .border import check_shape, unrouted
+from . import attention_edges, attention_plan, backends, reference
+from .attention_pattern import Pattern
+from .attention_plan import Plan
+from .border import autocast, check_shape, refuse_double_backward, unrouted
 from .routes import Routes
 from .sites import Sites
 from .tables import TableLike
@@ -25,7 +27,8 @@ class AttentionSites(Sites):
         value: `[R, G]`, the gradient of v.
         heads: `[R, H]`, the gradient of each head's output.
         forward_heads: `[R, H]`, each head's output itself, in forward, and so its gradient.
-        score_edges: `[R, R]`, [query token's route, key token's route]: whether the gradient of a score flows.
+        score_edges: `[R, R]`, [query token's route, key token's route]: whether the gradient of a score flows. Edges
+            are between at most 64 routes; a strength has no part in them.
         value_edges: `[R, R]`: whether a value learns from the query that read it.
         update: shorthand for `update_q`, `update_kv` and `update_out`, where they are not given.
         update_q: `[R, H]`, which heads' rows of the query projection a token may update.
@@ -52,6 +55,23 @@ class AttentionSites(Sites):
         "update_kv": "update",
         "update_out": "update",
     }
+
+    def check_edges(self, num_routes: int) -> None:
+        """Raises unless tables of edges are `[R, R]` and R is no more than edges can have."""
+        for name in ("score_edges", "value_edges"):
+            table = self.tables.get(name)
+            if table is None:
+                continue
+            if table.features != num_routes:
+                raise ValueError(
+                    f"AttentionSites.{name}: got a table of {table.features} columns, expected [R, R] with a column "
+                    f"per key's route, R = {num_routes}"
+                )
+            if num_routes > attention_edges.MAX_ROUTES:
+                raise ValueError(
+                    f"AttentionSites.{name}: got {num_routes} routes, expected at most "
+                    f"{attention_edges.MAX_ROUTES} where there are edges"
+                )
 
     @staticmethod
     def widths(num_routes: int, heads: int, kv_heads: int) -> dict[str, int | str]:
@@ -84,88 +104,226 @@ def routed_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """z = m_forward_heads ⊙ softmax(scale q kᵀ) v, with routed gradients.
+    """z = m_forward_heads ⊙ softmax(scale q kᵀ) v, with routed gradients (Cloud et al. 2024, arXiv 2410.04332).
 
     From dz: do = m_forward_heads ⊙ m_heads ⊙ dz; dv = m_value ⊙ (E_value ⊙ P)ᵀ do; dS = P ⊙ (do vᵀ - rowsum(do ⊙ o));
     dS' = E_score ⊙ dS; dq = m_query ⊙ scale dS' k; dk = m_key ⊙ scale dS'ᵀ q, summed over the heads of a group.
-    Only the backend `reference` exists so far: its memory grows with S², and it says so once.
+    Saved for backward: q, k, v, the output and the scores' log-sum-exp; memory grows with the sequence, not its square.
+    Which kernels run a call, and why, is what `explain` says.
 
     Args:
         q: `[B, H, S_q, D]`, fp32, bf16, fp16 or fp64.
-        k: `[B, G, S_k, D]`; H is a multiple of G.
-        v: `[B, G, S_k, D]`.
-        routes: of the tokens `[B, S]`, with S_q = S_k; None: ordinary attention.
-        sites: where to mask; None: ordinary attention.
+        k: `[B, G, S_k, D]`, of q's dtype; H is a multiple of G.
+        v: `[B, G, S_k, D]`, of q's dtype.
+        routes: of the tokens `[B, S_q]`; None: ordinary attention.
+        sites: where to mask; None: ordinary attention. With routes and sites S_q = S_k where a gradient is asked for.
         causal: a query sees no later key; aligned at the bottom right where S_q ≠ S_k.
         window: key j is visible only if i - j < window (and j - i < window when not causal).
         scale: of the scores; default 1/√D.
         cu_seqlens: `[documents + 1]` int32, for a batch of one: attention stays inside documents.
         key_mask: `[B, S_k]` bool; False keys are padding.
-        dropout: must be 0: no backend applies it yet.
+        dropout: the share of P that is dropped, in [0, 1), where a vendor's kernel on CUDA runs the call.
         backend: see `gradroute.use_backend`; default: the fastest that supports the call.
 
     Returns:
         `[B, H, S_q, D]`; a query that sees no key gives 0.
 
     Raises:
-        ValueError: shapes, devices, tables or options do not fit.
-        BackendError: the requested backend cannot run the call.
+        TypeError: routes, sites or a tensor are not what they should be.
+        ValueError: shapes, devices, dtypes, tables or options do not fit.
+        BackendError: the requested backend, or none, can run the call.
         RuntimeError: in backward with create_graph=True.
     """
+    q, k, v, routes, sites, pattern, plan = _planned(
+        q, k, v, routes, sites, causal, window, scale, cu_seqlens, key_mask, dropout, backend
+    )
+    if plan.backend == "reference":
+        if routes is None:
+            ids = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32, device=q.device)
+            routes = Routes.of(ids, 1, validate=False)
+        return reference.routed_attention(
+            q, k, v, routes, sites, causal, window, pattern.scale, cu_seqlens, key_mask
+        )
+    z, *_ = AttentionFunction.apply(
+        q, k, v, routes, sites.effective, pattern, plan.vendor, backends.kernels(plan.backend)
+    )
+    return z
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Routes | None,
+    sites: AttentionSites | None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Plan:
+    """Which backend and which vendor's kernel `routed_attention` runs the same call on, and why; runs nothing.
+
+    Arguments, and errors raised, as there.
+
+    Returns:
+        Its backend, its vendor's kernel (None: own kernels or blocks) and the reason.
+    """
+    *_, plan = _planned(q, k, v, routes, sites, causal, window, scale, cu_seqlens, key_mask, dropout, backend)
+    return plan
+
+
+def _planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Routes | None,
+    sites: AttentionSites | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    dropout: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Routes | None, AttentionSites, Pattern, Plan]:
+    """The checked call: its tensors in autocast's dtype, routes (None: ordinary attention), sites, pattern and plan."""
     is_ordinary = unrouted(routes, sites, AttentionSites)
     check_shape("q", q, -1, -1, -1, -1)
-    batch, heads, queries, head_dim = q.shape
+    batch, heads, _, head_dim = q.shape
     check_shape("k", k, batch, -1, -1, head_dim)
     kv_heads, keys = k.shape[1:3]
     check_shape("v", v, batch, kv_heads, keys, head_dim)
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: got {kv_heads} heads, expected a divisor of q's {heads} heads")
-    _check_options(batch, keys, window, cu_seqlens, key_mask, dropout)
+    _check_options(q, keys, window, cu_seqlens, key_mask, dropout)
     if is_ordinary:
-        routes = Routes.of(torch.zeros(batch, queries, dtype=torch.int32, device=q.device), 1, validate=False)
-        sites = AttentionSites()
-    assert routes is not None and sites is not None
-    if not is_ordinary:
-        if queries != keys:
+        routes, sites = None, _NO_SITES
+    else:
+        assert routes is not None and sites is not None
+        _check_routed(q, k, v, routes, sites)
+    q, k, v = autocast(q, k, v)
+    for name, other in (("k", k), ("v", v)):
+        if other.dtype != q.dtype or other.device != q.device:
             raise ValueError(
-                f"q: got {queries} queries for {keys} keys; routed attention expects as many as keys"
+                f"{name}: got {other.dtype} on {other.device}, expected q's {q.dtype} on {q.device}"
             )
-        routes.check(q[:, 0], "q[:, 0]")
-        _check_sites(sites, routes, heads, kv_heads)
-    backends.choose("routed_attention", backend, q)
-    return reference.routed_attention(q, k, v, routes, sites, causal, window, scale, cu_seqlens, key_mask)
+    scale = head_dim**-0.5 if scale is None else scale
+    pattern = Pattern(causal, window, scale, dropout, cu_seqlens, key_mask)
+    return (
+        q,
+        k,
+        v,
+        routes,
+        sites,
+        pattern,
+        attention_plan.plan(q, k, v, routes, sites.effective, pattern, backend),
+    )
+
+
+_NO_SITES = AttentionSites()
 
 
 def _check_options(
-    batch: int,
+    q: Tensor,
     keys: int,
     window: int | None,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     dropout: float,
 ) -> None:
+    batch = q.shape[0]
     if window is not None and window < 1:
         raise ValueError(f"window: got {window}, expected a positive number of keys or None")
-    if dropout != 0.0:
-        raise ValueError(
-            f"dropout: got {dropout}, expected 0.0: no backend of routed_attention applies dropout"
-        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: got {dropout}, expected a share of P in [0, 1)")
     if cu_seqlens is not None:
         check_shape("cu_seqlens", cu_seqlens, -1)
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
+            raise ValueError(
+                f"cu_seqlens: got {cu_seqlens.dtype} on {cu_seqlens.device}, expected torch.int32 on {q.device}"
+            )
         if batch != 1:
             raise ValueError(f"cu_seqlens: got a batch of {batch}, expected a batch of one packed sequence")
+        if q.shape[2] != keys:
+            raise ValueError(
+                f"cu_seqlens: got {q.shape[2]} queries for {keys} keys, expected as many: documents are of both"
+            )
     if key_mask is not None:
         check_shape("key_mask", key_mask, batch, keys)
-        if key_mask.dtype != torch.bool:
-            raise ValueError(f"key_mask: got dtype {key_mask.dtype}, expected torch.bool")
-
-
-def _check_sites(sites: AttentionSites, routes: Routes, heads: int, kv_heads: int) -> None:
-    sites.check(routes, AttentionSites.widths(routes.num_routes, heads, kv_heads))
-    for name in ("score_edges", "value_edges"):
-        table = sites.tables.get(name)
-        if table is not None and table.features != routes.num_routes:
+        if key_mask.dtype != torch.bool or key_mask.device != q.device:
             raise ValueError(
-                f"AttentionSites.{name}: got a table of {table.features} columns, expected [R, R] with a column per "
-                f"key's route, R = {routes.num_routes}"
+                f"key_mask: got {key_mask.dtype} on {key_mask.device}, expected torch.bool on {q.device}"
             )
+
+
+def _check_routed(q: Tensor, k: Tensor, v: Tensor, routes: Routes, sites: AttentionSites) -> None:
+    heads, queries, kv_heads, keys = *q.shape[1:3], *k.shape[1:3]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if queries != keys and needs_grad:
+        raise ValueError(
+            f"q: got {queries} queries for {keys} keys; routed attention expects as many where a gradient is asked for"
+        )
+    routes.check_tokens((q.shape[0], queries), q, "q")
+    sites.check(routes, AttentionSites.widths(routes.num_routes, heads, kv_heads))
+    sites.check_edges(routes.num_routes)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """routed_attention on the kernels of a backend; what its backward needs of the forward are further outputs."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Routes | None,
+        sites: AttentionSites,
+        pattern: Pattern,
+        vendor: str | None,
+        kernels: Any,
+    ) -> tuple[Tensor, ...]:
+        z, saved = kernels.attention_forward(q, k, v, routes, sites, pattern, vendor)
+        return z, *saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, v, ctx.routes, ctx.sites, ctx.pattern, ctx.vendor, ctx.kernels = inputs
+        z, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # of the others: zeros that nobody reads
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(q, k, v, z, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        refuse_double_backward("routed_attention")
+        q, k, v, z, *saved = ctx.saved_tensors
+        need_q, need_k, need_v = ctx.needs_input_grad[:3]
+        dq, dk, dv = ctx.kernels.attention_backward(
+            torch.zeros_like(z) if dz is None else dz,
+            q,
+            k,
+            v,
+            z,
+            tuple(saved),
+            ctx.routes,
+            ctx.sites,
+            ctx.pattern,
+            ctx.vendor,
+            want_query=need_q,
+            want_key_value=need_k or need_v,
+        )
+        return (
+            dq,
+            dk if need_k else None,
+            dv if need_v else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )  # ..., routes, sites, pattern, vendor, kernels

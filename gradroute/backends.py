@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +29,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "routed_rms_norm": ("triton", "cuda", "cpu", "torch", "reference"),
     "routed_layer_norm": ("triton", "cuda", "cpu", "torch", "reference"),
     "routed_embedding": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_attention": ("reference",),
+    "routed_attention": ("triton", "cuda", "cpu", "torch", "reference"),
 }
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -94,11 +95,24 @@ def unavailable_backends(op: str | None = None, device: torch.device | str | Non
     return reasons
 
 
-def choose(op: str, requested: str | None, x: Tensor) -> str:
+def choose(
+    op: str,
+    requested: str | None,
+    x: Tensor,
+    refused: Mapping[str, str] | None = None,
+    order: tuple[str, ...] | None = None,
+) -> str:
     """The backend that runs `op` on the activation `x`.
 
     An explicit choice (`requested`, else use_backend, else GRADROUTE_BACKEND) is taken or refused; the automatic
     one takes the first of the op's backends that supports the call, and warns when it is not the fastest there.
+
+    Args:
+        op: its name in OPS.
+        requested: the argument `backend`.
+        x: the activation.
+        refused: backends that cannot run this very call, with the reasons.
+        order: in which the automatic choice tries the op's backends; default: that of OPS.
 
     Raises:
         ValueError: no such backend.
@@ -107,13 +121,13 @@ def choose(op: str, requested: str | None, x: Tensor) -> str:
     explicit = requested or _process_wide
     if explicit is not None:
         _check_name(explicit)
-        reason = _why_not(op, explicit, x.device, x.dtype)
+        reason = _why_not(op, explicit, x.device, x.dtype) or (refused or {}).get(explicit)
         if reason is not None:
             raise BackendError(f"{op}: the requested backend {explicit!r} cannot run it: {reason}")
         return explicit
     rejected: dict[str, str] = {}
-    for name in OPS[op]:
-        reason = _why_not_automatic(op, name, x)
+    for name in order or OPS[op]:
+        reason = _why_not_automatic(op, name, x) or (refused or {}).get(name)
         if reason is None:
             if name == "reference" or (x.is_cuda and rejected) or (name == "torch" and native.module is None):
                 _warn_slow(op, name, rejected)

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import attention_blocks
 from .activations import ACTIVATIONS
+from .attention_pattern import Pattern
+from .attention_vendor import VENDORS
+from .library import product_dtype, wanted
 from .routes import Routes
 from .tables import Table
 
@@ -24,11 +28,6 @@ MIN_CHUNK = 1024
 def splits(device: torch.device) -> bool:
     """Whether products are made in parts, see `gradroute.rectangles`: on the CPU, unless traced."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which masked products are formed: fp32, and fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def mask(weights: Tensor, routes: Routes, dtype: torch.dtype, tokens: slice = slice(None)) -> Tensor:
@@ -330,3 +329,142 @@ def embedding_backward(
     g = masked_product(dy.to(product_dtype(dy.dtype)), routes, update)
     padding = -1 if padding_idx is None else padding_idx
     return torch.ops.aten.embedding_dense_backward(g, tokens, num_embeddings, padding, False).to(dy.dtype)
+
+
+def masked_heads(x: Tensor, routes: Routes | None, table: Table | None) -> Tensor:
+    """m ⊙ x in a new tensor, for x `[B, H, S, D]` and a table `[R, H]` or `[R, 1]`; `x` itself without a table."""
+    if table is None:
+        return x
+    out = x.clone()
+    masked_heads_(out, routes, table)
+    return out
+
+
+def masked_heads_(x: Tensor, routes: Routes | None, table: Table | None) -> None:
+    """m ⊙ x in place, on a tensor `[B, H, S, D]` that the caller allocated."""
+    if table is None:
+        return
+    assert routes is not None
+    batch, _, length, _ = x.shape
+    m = mask(table.on(x.device), routes, product_dtype(x.dtype)).view(batch, length, table.features, 1)
+    m = m.transpose(1, 2)  # [B, H or 1, S, 1]
+    if not table.binary or routes.strength is not None:
+        x.mul_(m)  # formed in m's dtype and rounded once, by type promotion
+    x.masked_fill_(m == 0, 0)  # whatever x is there
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Routes | None,
+    sites: Any,
+    pattern: Pattern,
+    vendor: str | None,
+    product: Callable[..., Tensor] = masked_heads,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """z = m_forward_heads ⊙ softmax(scale q kᵀ) v, and what its backward needs beside it.
+
+    Args:
+        q: `[B, H, S_q, D]`.
+        k: `[B, G, S_k, D]`; H is a multiple of G.
+        v: `[B, G, S_k, D]`.
+        routes: of the tokens `[B, S_q]`; None: no masks.
+        sites: effective sites.
+        pattern: which keys a query sees.
+        vendor: the kernel, of `gradroute.attention_vendor.VENDORS`; None: in blocks.
+        product: the masked product of heads.
+
+    Returns:
+        z `[B, H, S_q, D]`; the tensors to save: those of the kernel, its output first where that is not z.
+    """
+    if vendor is None:
+        o, *saved = attention_blocks.attention_forward(q, k, v, pattern)
+    else:
+        o, *saved = VENDORS[vendor].forward(q, k, v, pattern)
+    if sites.forward_heads is None:
+        return o, tuple(saved)
+    return product(o, routes, sites.forward_heads), (o, *saved)
+
+
+def attention_backward(
+    dz: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    saved: tuple[Tensor, ...],
+    routes: Routes | None,
+    sites: Any,
+    pattern: Pattern,
+    vendor: str | None,
+    *,
+    want_query: bool,
+    want_key_value: bool,
+    product: Callable[..., Tensor] = masked_heads,
+    product_: Callable[..., None] = masked_heads_,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dk and dv of attention with every mask: around a vendor's backward, or, with edges, in blocks.
+
+    Args:
+        dz: `[B, H, S_q, D]`, in any layout.
+        q: as for attention_forward, like k and v.
+        k: see q.
+        v: see q.
+        z: what attention_forward returned.
+        saved: what attention_forward returned beside z.
+        routes: of the tokens; None: no masks.
+        sites: effective sites.
+        pattern: which keys a query sees.
+        vendor: as for attention_forward.
+        want_query: compute dq.
+        want_key_value: compute dk and dv.
+        product: the masked product of heads.
+        product_: the same in place.
+
+    Returns:
+        dq, dk, dv, in the shapes of q, k, v; None for what is not wanted.
+    """
+    o, *rest = (z, *saved) if sites.forward_heads is None else saved
+    d_o = _masked_by_both(dz, routes, sites, product, product_)
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    if vendor is None or sites.score_edges is not None or sites.value_edges is not None:
+        dq, dk, dv = attention_blocks.attention_backward(
+            d_o,
+            q,
+            k,
+            v,
+            o,
+            rest[0],
+            routes,
+            sites.score_edges,
+            sites.value_edges,
+            pattern,
+            want_query=want_query,
+            want_key_value=want_key_value,
+        )
+    else:
+        dq, dk, dv = VENDORS[vendor].backward(d_o, q, k, v, (o, *rest), pattern)
+    if want_query:
+        product_(dq, routes, sites.query)
+    if want_key_value:
+        product_(dk, routes, sites.key)
+        product_(dv, routes, sites.value)
+    return wanted((dq, want_query), (dk, want_key_value), (dv, want_key_value))
+
+
+def _masked_by_both(
+    dz: Tensor,
+    routes: Routes | None,
+    sites: Any,
+    product: Callable[..., Tensor],
+    product_: Callable[..., None],
+) -> Tensor:
+    """m_heads ⊙ m_forward_heads ⊙ dz; dz itself where neither has a table."""
+    if sites.forward_heads is None:
+        return product(dz, routes, sites.heads)
+    d_o = product(dz, routes, sites.forward_heads)
+    product_(d_o, routes, sites.heads)
+    return d_o

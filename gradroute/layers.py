@@ -10,14 +10,16 @@ done by the routed one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from . import tables
 from .activations import check_activation
-from .border import unrouted
+from .attention import AttentionSites, routed_attention
+from .border import check_shape, unrouted
 from .embedding import EmbeddingSites, routed_embedding
 from .gated_mlp import routed_gated_mlp
 from .linear import LinearSites, routed_linear
@@ -25,7 +27,6 @@ from .mlp import MLPSites, routed_mlp
 from .norm import CASTING_MODES, NormSites, routed_layer_norm, routed_rms_norm
 from .routes import Routes
 from .sites import Sites
-from .tables import Table
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,6 +38,7 @@ class _Routed(nn.Module):
     sites_type: ClassVar[type[Sites]]
     backend: str | None = None
     _sites: Any = None
+    _op_sites: tuple[Any, ...] = ()
 
     def _widths(self) -> Mapping[str, int | str]:
         """For each site its number of features, or the reason why this layer cannot honour it."""
@@ -50,18 +52,20 @@ class _Routed(nn.Module):
     @sites.setter
     def sites(self, sites: Any) -> None:
         unrouted(None, sites, self.sites_type)  # raises where sites are not this layer's
-        if sites is not None:
-            sites.check(None, self._widths())
+        self._op_sites = () if sites is None else self._sites_of_ops(sites)
         self._sites = sites
         self._copy_tables()
 
+    def _sites_of_ops(self, sites: Any) -> tuple[Any, ...]:
+        """What each op of the layer is given, a Sites or None; raises where a table does not fit."""
+        sites.check(None, self._widths())
+        return (sites,)
+
     def _copy_tables(self) -> None:
         """Fills the tables' caches for the parameters' devices: traced code cannot, and would copy in every call."""
-        if self._sites is None:
-            return
         devices = {parameter.device for parameter in self.parameters() if not parameter.is_meta}
-        for table in vars(self._sites.effective).values():
-            if isinstance(table, Table):
+        for sites in filter(None, self._op_sites):
+            for table in sites.effective.tables.values():
                 for device in devices:
                     table.on(device)
 
@@ -162,11 +166,31 @@ class RoutedLinear(_Routed, nn.Linear):
 _ACTIVATION_NAMES = {nn.SiLU: "silu", nn.GELU: "gelu", nn.ReLU: "relu"}
 
 
-class _RoutedMLPs(_Routed):
-    """What both MLPs share: linear submodules, called `names` in the order of the op's weights, that are read."""
+class _OfLinears(_Routed):
+    """A layer of linear submodules, called `names` in the order of the op's weights, that are read and not called."""
+
+    names: tuple[str, ...]
+
+    def _linears(self) -> list[Any]:
+        return [getattr(self, name) for name in self.names]
+
+    def _take_linears(self, argument: str, module: nn.Module, names: Sequence[str], instead: str) -> None:
+        """Shares the submodules `names` of `module`, which may have no other parameters."""
+        if len(names) != len(self.names):
+            raise ValueError(
+                f"names: got {tuple(names)}, expected {len(self.names)} names, such as {self.names}"
+            )
+        self.names = tuple(names)
+        for name in self.names:
+            self.add_module(name, _linear_of(argument, module, name, instead))
+        _check_no_other_parameters(argument, module, self.names)
+        self.training = module.training
+
+
+class _RoutedMLPs(_OfLinears):
+    """What both MLPs share: sites, activation, and how linear layers fit together."""
 
     sites_type = MLPSites
-    names: tuple[str, ...]
     activation: str
 
     @classmethod
@@ -198,24 +222,19 @@ class _RoutedMLPs(_Routed):
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.names = cls.names if names is None else tuple(names)
         layer.activation = cls.activation if activation is None else activation
         layer.backend = backend
         check_activation(layer.activation)
-        if len(layer.names) != len(cls.names):
-            raise ValueError(
-                f"names: got {layer.names}, expected {len(cls.names)} names, such as {cls.names}"
-            )
-        for name in layer.names:
-            layer.add_module(name, _linear_of(mlp, name))
-        _check_rest(mlp, layer.names, layer.activation)
+        instead = (
+            "call such modules, with gradroute.routed_activation (gated: gradroute.routed_glu) between them"
+        )
+        layer._take_linears("mlp", mlp, cls.names if names is None else names, instead)
+        dropout = "a routed MLP has no dropout; apply it to the output yourself and set p = 0"
+        _check_no_dropout("mlp", mlp, dropout)
+        _check_activations(mlp, layer.activation)
         layer._check_linears()
-        layer.training = mlp.training
         layer.sites = sites
         return layer
-
-    def _linears(self) -> list[Any]:
-        return [getattr(self, name) for name in self.names]
 
     def _check_linears(self) -> None:
         """Raises unless the layers fit together."""
@@ -236,31 +255,35 @@ class _RoutedMLPs(_Routed):
         return f"activation={self.activation!r}, {super().extra_repr()}"
 
 
-def _linear_of(mlp: nn.Module, name: str) -> nn.Linear:
-    modules = dict(mlp.named_children())
+def _linear_of(argument: str, module: nn.Module, name: str, instead: str) -> nn.Linear:
+    modules = dict(module.named_children())
     if name not in modules:
         raise ValueError(
-            f"names: got {name!r}, expected submodules of {type(mlp).__name__}: {', '.join(modules) or 'it has none'}"
+            f"names: got {name!r}, expected submodules of {type(module).__name__}: "
+            f"{', '.join(modules) or 'it has none'}"
         )
-    instead = "call such modules, with gradroute.routed_activation (gated: gradroute.routed_glu) between them"
-    _check_plain(f"mlp.{name}", modules[name], nn.Linear, instead)
+    _check_plain(f"{argument}.{name}", modules[name], nn.Linear, instead)
     return modules[name]  # type: ignore[return-value]
 
 
-def _check_rest(mlp: nn.Module, names: tuple[str, ...], activation: str) -> None:
-    """Raises where a module visibly computes more than its named linear layers and the activation."""
-    keys = (key for key, _ in chain(mlp.named_parameters(), mlp.named_buffers()))
+def _check_no_other_parameters(argument: str, module: nn.Module, names: tuple[str, ...]) -> None:
+    """Raises where a module visibly computes with more than its named linear layers."""
+    keys = (key for key, _ in chain(module.named_parameters(), module.named_buffers()))
     others = [key for key in keys if key.split(".")[0] not in names]
     if others:
         raise ValueError(
-            f"mlp: got parameters or buffers {', '.join(others)}, expected only those of {names}"
+            f"{argument}: got parameters or buffers {', '.join(others)}, expected only those of {names}"
         )
+
+
+def _check_no_dropout(argument: str, module: nn.Module, instead: str) -> None:
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Dropout) and child.p > 0:
+            raise ValueError(f"{argument}.{name}: got dropout with p = {child.p}, expected none: {instead}")
+
+
+def _check_activations(mlp: nn.Module, activation: str) -> None:
     for name, module in mlp.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ValueError(
-                f"mlp.{name}: got dropout with p = {module.p}, expected none: a routed MLP has no dropout; "
-                "apply it to the output yourself and set p = 0"
-            )
         known = _ACTIVATION_NAMES.get(type(module))
         if known == "gelu" and module.approximate == "tanh":
             known = "gelu_tanh"
@@ -676,3 +699,255 @@ def _check_embedding(max_norm: float | None, scale_grad_by_freq: bool, sparse: b
         )
     if sparse:
         raise ValueError("sparse: got True, expected False: routed gradients are dense")
+
+
+class RoutedAttention(_OfLinears):
+    """Self-attention with routed gradients: `gradroute.routed_attention` between four linear layers.
+
+    Submodules q_proj, k_proj, v_proj and o_proj, as in Llama. The update sites route their parameters, as SGTM does
+    (arXiv 2512.05648): `update_q` the rows of q_proj, `update_kv` those of k_proj and v_proj, with their biases,
+    `update_out` the columns of o_proj, each by head. The other sites mask attention itself (arXiv 2410.04332).
+
+    Args:
+        d_model: width of the input and the output.
+        heads: H, the number of query heads.
+        kv_heads: G, the number of key and value heads, a divisor of H; default: H.
+        head_dim: D, the width of a head; default: d_model / H.
+        sites: where to mask. Where G < H, `update` needs `update_kv` beside it.
+        causal: a query sees no later key.
+        window: key j is visible only if i - j < window (and j - i < window when not causal).
+        scale: of the scores; default: 1/√D.
+        dropout: of the probabilities, in training mode only.
+        bias: whether the linear layers have a bias.
+        device: of the parameters.
+        dtype: of the parameters.
+        backend: see `gradroute.use_backend`.
+
+    Raises:
+        TypeError: sites of another layer.
+        ValueError: numbers of heads or features that do not fit together; a table that does not fit the layer,
+            `update` without `update_kv` where G < H, or `update_output_bias` without a bias.
+    """
+
+    sites_type = AttentionSites
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        sites: AttentionSites | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        _check_heads(heads, kv_heads)
+        self.head_dim = _head_dim(d_model, heads, "d_model") if head_dim is None else head_dim
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim: got {head_dim}, expected a positive number of features per head")
+        self.heads, self.kv_heads = heads, kv_heads
+        self.causal, self.window, self.scale, self.dropout = causal, window, scale, dropout
+        self.backend = backend
+        for name, (outputs, inputs) in zip(self.names, self._shapes(d_model), strict=True):
+            self.add_module(name, nn.Linear(inputs, outputs, bias, device, dtype))
+        self.sites = sites
+
+    @classmethod
+    def from_projections(
+        cls,
+        module: nn.Module,
+        heads: int,
+        kv_heads: int | None = None,
+        sites: AttentionSites | None = None,
+        *,
+        names: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+        causal: bool = True,
+        window: int | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str | None = None,
+    ) -> Self:
+        """Routed attention that shares the linear submodules of `module` under their names, and so has its keys.
+
+        The forward of `module` must be that of the layer: four linear layers and attention, nothing else. Hooks are
+        not copied, and those of the submodules do not run, because the submodules are read and not called.
+
+        Args:
+            module: the existing module.
+            heads: H, its number of query heads.
+            kv_heads: G, its number of key and value heads; default: H.
+            sites: where to mask.
+            names: its projections of the query, the key, the value and the output.
+            causal: see the constructor, as for the other arguments.
+            window: likewise.
+            scale: likewise.
+            dropout: likewise.
+            backend: see `gradroute.use_backend`.
+
+        Raises:
+            TypeError: a submodule is not a torch.nn.Linear itself but, say, a LoRA or quantised one.
+            ValueError: `module` has other parameters or dropout, shapes do not fit, or a table does not.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        instead = "call such modules, with gradroute.routed_attention between them"
+        layer._take_linears("module", module, names, instead)
+        _check_no_dropout("module", module, "that of the probabilities is given as dropout; set p = 0")
+        kv_heads = heads if kv_heads is None else kv_heads
+        _check_heads(heads, kv_heads)
+        query = layer._linears()[0]
+        layer.head_dim = _head_dim(query.out_features, heads, f"the outputs of {layer.names[0]}")
+        layer.heads, layer.kv_heads = heads, kv_heads
+        layer._check_linears()
+        layer.causal, layer.window, layer.scale, layer.dropout = causal, window, scale, dropout
+        layer.backend = backend
+        layer.sites = sites
+        return layer
+
+    def _shapes(self, d_model: int) -> list[tuple[int, int]]:
+        """Of the linear layers' weights."""
+        of_queries, of_keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return [(of_queries, d_model), (of_keys, d_model), (of_keys, d_model), (d_model, of_queries)]
+
+    def _check_linears(self) -> None:
+        """Raises unless the layers fit together."""
+        linears = self._linears()
+        d_model = linears[0].in_features
+        for name, linear, expected in zip(self.names, linears, self._shapes(d_model), strict=True):
+            if tuple(linear.weight.shape) != expected:
+                raise ValueError(
+                    f"names: got {name} of shape {list(linear.weight.shape)}, expected {list(expected)}: "
+                    f"{self.names[0]} is {list(linears[0].weight.shape)}, with {self.heads} heads and "
+                    f"{self.kv_heads} key and value heads"
+                )
+
+    def _sites_of_ops(self, sites: AttentionSites) -> tuple[Any, ...]:
+        """Those of the query's, the key's and value's, and the output's linear layers, and of attention."""
+        self._check_sites(sites)
+        given = sites.tables
+        q, kv, out = (
+            given.get(name, given.get("update")) for name in ("update_q", "update_kv", "update_out")
+        )
+        by_feature = {table: self._by_feature(table) for table in (q, kv, out)}
+        masks = {name: table for name, table in given.items() if not name.startswith("update")}
+        return (
+            _given(LinearSites, update_rows=by_feature[q]),
+            _given(LinearSites, update_rows=by_feature[kv]),
+            _given(LinearSites, update_cols=by_feature[out], update_bias=given.get("update_output_bias")),
+            _given(AttentionSites, **masks),
+        )
+
+    def _check_sites(self, sites: AttentionSites) -> None:
+        given = sites.tables
+        if self.kv_heads < self.heads and "update" in given and "update_kv" not in given:
+            raise ValueError(
+                f"AttentionSites.update_kv: got None beside update, expected a table [R, {self.kv_heads}] or [R, 1]: "
+                f"with {self.heads} query heads and {self.kv_heads} key and value heads, update cannot stand for it"
+            )
+        num_routes = next((table.num_routes for table in given.values()), 1)
+        sites.check(None, self._widths(num_routes))
+        sites.check_edges(num_routes)
+
+    def _widths(self, num_routes: int = 1) -> dict[str, int | str]:
+        output = self._linears()[-1]
+        no_bias = f"{self.names[-1]} has no bias"
+        return AttentionSites.widths(num_routes, self.heads, self.kv_heads) | {
+            "update": self.heads,
+            "update_q": self.heads,
+            "update_kv": self.kv_heads,
+            "update_out": self.heads,
+            "update_output_bias": no_bias if output.bias is None else output.out_features,
+        }
+
+    def _by_feature(self, table: Any) -> Any:
+        """A table `[R, heads]` for the rows or columns of a projection; `[R, 1]` and None are for all of them."""
+        return table if table is None or table.features == 1 else tables.heads(table, self.head_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        routes: Routes | None = None,
+        *,
+        rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x `[B, S, d_model]` → `[B, S, d_model]`.
+
+        Args:
+            x: the input.
+            routes: the batch's, of the tokens `[B, S]`; None: the ordinary layer.
+            rotate: what positions do to q `[B, H, S, D]` and k `[B, G, S, D]`, such as RoPE.
+            cache: what a cache makes of the new k and v `[B, G, S, D]`: all of them, `[B, G, S_k, D]`. For inference.
+            cu_seqlens: `[documents + 1]` int32, for a batch of one: attention stays inside documents.
+            key_mask: `[B, S_k]` bool; False keys are padding.
+        """
+        q_proj, k_proj, v_proj, o_proj = self._linears()
+        check_shape("x", x, -1, -1, q_proj.in_features)
+        if not unrouted(routes, self._sites, AttentionSites):
+            assert routes is not None
+            routes.check(x, "x")
+            self._sites.check(routes, self._widths(routes.num_routes))
+        q_sites, kv_sites, out_sites, sites = self._op_sites or (None,) * 4
+        q = self._by_head(self._project(q_proj, x, routes, q_sites))
+        k = self._by_head(self._project(k_proj, x, routes, kv_sites))
+        v = self._by_head(self._project(v_proj, x, routes, kv_sites))
+        if rotate is not None:
+            q, k = rotate(q, k)
+        if cache is not None:
+            k, v = cache(k, v)
+        z = routed_attention(
+            q,
+            k,
+            v,
+            routes,
+            sites,
+            self.causal,
+            self.window,
+            self.scale,
+            cu_seqlens,
+            key_mask,
+            self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self._project(o_proj, z.transpose(1, 2).flatten(2), routes, out_sites)
+
+    def _project(self, linear: Any, x: Tensor, routes: Routes | None, sites: LinearSites | None) -> Tensor:
+        return routed_linear(x, linear.weight, linear.bias, routes, sites, backend=self.backend)
+
+    def _by_head(self, x: Tensor) -> Tensor:  # [B, S, heads * D] → [B, heads, S, D]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        names = ("heads", "kv_heads", "head_dim", "causal", "window", "scale", "dropout")
+        options = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"{options}, {super().extra_repr()}"
+
+
+def _given(kind: type[Sites], **sites: Any) -> Any:
+    """Sites of a kind, or None where there are none: the ordinary op."""
+    return kind(**sites) if any(table is not None for table in sites.values()) else None
+
+
+def _check_heads(heads: int, kv_heads: int) -> None:
+    if heads < 1:
+        raise ValueError(f"heads: got {heads}, expected a positive number of query heads")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"kv_heads: got {kv_heads}, expected a divisor of heads = {heads}")
+
+
+def _head_dim(features: int, heads: int, what: str) -> int:
+    if features < heads or features % heads:
+        raise ValueError(f"heads: got {heads}, expected a divisor of {what}, {features}")
+    return features // heads

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .routes import Routes
 from .tables import Table
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 _library = torch.library.Library("gradroute", "DEF")
 
@@ -30,6 +33,24 @@ def kernel_op(schema: str) -> Callable[[Callable[..., Any]], Any]:
         return getattr(torch.ops.gradroute, name).default
 
     return register
+
+
+def outside_autocast(launcher: Launcher) -> Launcher:
+    """A launcher whose products are in the dtypes it chooses: autocast reaches into an op's own calls."""
+
+    @functools.wraps(launcher)
+    def launched(x: Tensor, *rest: Any) -> Any:
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+            return launcher(x, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return launcher(x, *rest)
+
+    return launched  # type: ignore[return-value]
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which masked products are formed: fp32, and fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def has_data(tensor: Tensor) -> bool:
@@ -86,7 +107,7 @@ MIDDLE_SCHEMA = (
 )
 
 
-def wanted(*outputs: tuple[Tensor, bool]) -> tuple[Any, ...]:
+def wanted(*outputs: tuple[Tensor | None, bool]) -> tuple[Any, ...]:
     """The outputs of an op, None in place of those that are not wanted: an op returns empty tensors for them."""
     return tuple(output if is_wanted else None for output, is_wanted in outputs)
 

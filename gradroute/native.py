@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from . import composed
-from .library import MIDDLE_SCHEMA, Middle, has_data, kernel_op, norm_leaves, tokens_of, wanted, weights_on
+from .attention_pattern import Pattern
+from .library import (
+    MIDDLE_SCHEMA,
+    Middle,
+    has_data,
+    kernel_op,
+    norm_leaves,
+    product_dtype,
+    tokens_of,
+    wanted,
+    weights_on,
+)
 from .routes import Routes
 from .tables import Table
 
@@ -188,7 +199,7 @@ def _address(tensor: Tensor, device: torch.device) -> int:
 def _sums(g: Tensor, wanted: bool) -> Tensor:
     """The sums of each run of tokens: `[runs, F]`, of none where they are not wanted."""
     runs = -(-g.shape[0] // module.TOKENS_PER_SUM) if wanted else 0
-    return g.new_empty(runs, g.shape[1], dtype=composed.product_dtype(g.dtype))
+    return g.new_empty(runs, g.shape[1], dtype=product_dtype(g.dtype))
 
 
 splits = composed.splits
@@ -439,3 +450,77 @@ def embedding_backward_op(
         Weights(update),
     )
     return out
+
+
+def masked_heads(x: Tensor, routes: Routes | None, table: Table | None) -> Tensor:
+    """See `gradroute.composed.masked_heads`."""
+    if table is None:
+        return x
+    assert routes is not None
+    return masked_heads_op(x, *tokens_of(routes), table.on(x.device))
+
+
+def masked_heads_(x: Tensor, routes: Routes | None, table: Table | None) -> None:
+    """See `gradroute.composed.masked_heads_`."""
+    if table is not None:
+        assert routes is not None
+        masked_heads_in_place_op(x, *tokens_of(routes), table.on(x.device))
+
+
+@kernel_op("native_masked_heads(Tensor x, Tensor ids, Tensor? strength, Tensor weights) -> Tensor")
+def masked_heads_op(x: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    launch("masked_heads", x, out, Routing(ids, strength), Weights(weights))
+    return out
+
+
+@kernel_op("native_masked_heads_(Tensor(a!) x, Tensor ids, Tensor? strength, Tensor weights) -> ()")
+def masked_heads_in_place_op(x: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> None:
+    launch("masked_heads", x, x, Routing(ids, strength), Weights(weights))
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Routes | None,
+    sites: Any,
+    pattern: Pattern,
+    vendor: str | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See `gradroute.composed.attention_forward`."""
+    return composed.attention_forward(q, k, v, routes, sites, pattern, vendor, masked_heads)
+
+
+def attention_backward(
+    dz: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    saved: tuple[Tensor, ...],
+    routes: Routes | None,
+    sites: Any,
+    pattern: Pattern,
+    vendor: str | None,
+    *,
+    want_query: bool,
+    want_key_value: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.composed.attention_backward`."""
+    return composed.attention_backward(
+        dz,
+        q,
+        k,
+        v,
+        z,
+        saved,
+        routes,
+        sites,
+        pattern,
+        vendor,
+        want_query=want_query,
+        want_key_value=want_key_value,
+        product=masked_heads,
+        product_=masked_heads_,
+    )

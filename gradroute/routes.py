@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 MAX_ROUTES = 32768
+
+Derived = TypeVar("Derived")
 
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch compares these only after a cast
 
@@ -51,6 +54,7 @@ class Routes:
             host_counts = tuple(self.counts.tolist())
         self.host_counts = host_counts
         self.in_order = on_host and torch.equal(ordered, ids)
+        self._derived: dict[Any, Any] = {}
 
     @staticmethod
     def of(
@@ -145,12 +149,26 @@ class Routes:
         derived = {"order": None, "counts": None, "host_counts": None, "in_order": False}
         return self._copy(ids=ids, strength=strength, shape=tuple(ids.shape), **derived)
 
+    def derived(self, key: Any, derive: Callable[[], Derived]) -> Derived:
+        """What `derive` makes of these routes, kept under `key` for the batch's other layers.
+
+        A traced program may not write to a cache: there it is made again, and the compiler removes what is the same.
+        """
+        if torch.compiler.is_compiling():
+            return derive()
+        if key not in self._derived:
+            self._derived[key] = derive()
+        return self._derived[key]
+
     def check(self, x: Tensor, name: str) -> None:
         """Raises unless the activation `x [*tokens, F]` has these tokens, on this device."""
-        tokens = x.shape[:-1]
+        self.check_tokens(x.shape[:-1], x, name, "leading shape")
+
+    def check_tokens(self, tokens: Sequence[int], x: Tensor, name: str, what: str = "tokens") -> None:
+        """Raises unless `tokens`, which `what` of the tensor x says, are of these routes' shape, on their device."""
         if tuple(tokens) != self.shape and self.shape != (math.prod(tokens),):
             raise ValueError(
-                f"routes: got ids of shape {list(self.shape)}, expected {name}'s leading shape {list(tokens)} "
+                f"routes: got ids of shape {list(self.shape)}, expected {name}'s {what} {list(tokens)} "
                 f"or [{math.prod(tokens)}] ({name} is {list(x.shape)})"
             )
         if x.device != self.device:
@@ -170,7 +188,7 @@ class Routes:
 
     def _copy(self, **changes: Any) -> Routes:
         other = object.__new__(Routes)
-        other.__dict__.update(vars(self) | changes)
+        other.__dict__.update(vars(self) | {"_derived": {}} | changes)
         return other
 
     def __repr__(self) -> str:

@@ -13,6 +13,9 @@ from torch import Tensor
 # than one pass with a gathered mask.
 MAX_SEGMENTS = 16
 
+# Of more different weights than this nobody asks for a list.
+MAX_VALUES = 8
+
 TableLike = Union["Table", Tensor, np.ndarray, Sequence[Sequence[float]]]
 
 
@@ -30,13 +33,14 @@ class Table:
             without those that are one in every row: nothing changes there.
         density: the share of weights that are not zero.
         binary: whether every weight is 0 or 1.
+        values: the different weights in ascending order, if they are at most MAX_VALUES; else none.
 
     Raises:
         TypeError: `weights` are not real numbers.
         ValueError: `weights` are not two-dimensional, are empty, or are not finite.
     """
 
-    __slots__ = ("__weakref__", "_copies", "binary", "density", "kind", "segments", "weights")
+    __slots__ = ("__weakref__", "_copies", "binary", "density", "kind", "segments", "values", "weights")
 
     def __init__(self, weights: TableLike) -> None:
         self.weights: Tensor = _host_weights(weights.weights if isinstance(weights, Table) else weights)
@@ -54,6 +58,8 @@ class Table:
             )
         self.density = float((self.weights != 0).float().mean())
         self.binary = bool(((self.weights == 0) | (self.weights == 1)).all())
+        values = self.weights.unique().tolist()
+        self.values: tuple[float, ...] = tuple(values) if len(values) <= MAX_VALUES else ()
         self._copies: dict[torch.device, Tensor] = {}
 
     @classmethod

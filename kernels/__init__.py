@@ -1,5 +1,6 @@
 """Backend `triton`: the leaf computations of the autograd.Functions as Triton kernels with their launchers."""
 
+from .attention import attention_backward, attention_forward
 from .embedding import embedding_backward
 from .gated_mlp import glu_backward
 from .launch import INTERPRETED, record, recording, splits
@@ -11,6 +12,8 @@ from .route_grad import masked_product, masked_product_
 __all__ = [
     "INTERPRETED",
     "activation_backward",
+    "attention_backward",
+    "attention_forward",
     "bias_grad",
     "embedding_backward",
     "glu_backward",

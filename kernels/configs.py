@@ -9,6 +9,12 @@ All of them compile for sm_80, sm_90 and sm_100 without spills (tests/test_offli
 
 ARCHITECTURES = (80, 90, 100)
 
+
+def _tiles(block_q: int, block_k: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    """A configuration of attention: queries and keys of a tile."""
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
+
+
 CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "masked_product_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
     "bias_grad_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 128, "num_warps": 4}},
@@ -35,4 +41,86 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "input_grad_kernel.float32": {
         80: {"BLOCK_T": 64, "BLOCK_I": 32, "BLOCK_O": 16, "num_warps": 4, "num_stages": 2},
     },
+    # Attention, by head dimension (padded to a power of two; 64 serves the smaller), and by what else needs registers:
+    # edges of one value each (edges), of several (edges.masked) or gathered; masks, padding or documents (masked).
+    "attention_delta_kernel": {80: {"num_warps": 4}},
+    "attention_tiles_kernel": {80: {"CHUNK": 256, "num_warps": 4}},
+    "attention_fwd_kernel.64": {
+        80: _tiles(128, 64, 8, 3),
+        90: _tiles(128, 128, 8, 3),
+        100: _tiles(128, 64, 8, 3),
+    },
+    "attention_fwd_kernel.128": {80: _tiles(128, 32, 8, 3), 90: _tiles(128, 64, 8, 3)},
+    "attention_fwd_kernel.256": {80: _tiles(64, 64, 8, 2)},
+    "attention_dkdv_kernel.64": {80: _tiles(64, 128, 8, 2), 90: _tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.masked": {80: _tiles(32, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.edges": {80: _tiles(64, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.edges.masked": {80: _tiles(32, 64, 8, 2), 90: _tiles(64, 64, 8, 2)},
+    "attention_dkdv_kernel.64.gather": {80: _tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.128": {
+        80: _tiles(64, 64, 8, 2),
+        90: _tiles(64, 128, 8, 2),
+        100: _tiles(64, 128, 8, 3),
+    },
+    "attention_dkdv_kernel.128.masked": {
+        80: _tiles(32, 64, 8, 2),
+        90: _tiles(32, 128, 8, 2),
+        100: _tiles(64, 128, 8, 3),
+    },
+    "attention_dkdv_kernel.128.edges": {
+        80: _tiles(64, 64, 8, 2),
+        90: _tiles(64, 128, 8, 2),
+        100: _tiles(64, 128, 8, 3),
+    },
+    "attention_dkdv_kernel.128.edges.masked": {
+        80: _tiles(32, 32, 4, 2),
+        90: _tiles(32, 64, 8, 2),
+        100: _tiles(64, 64, 8, 2),
+    },
+    "attention_dkdv_kernel.128.gather": {
+        80: _tiles(64, 64, 8, 2),
+        90: _tiles(32, 128, 8, 2),
+        100: _tiles(64, 128, 8, 2),
+    },
+    "attention_dkdv_kernel.256": {
+        80: _tiles(32, 64, 8, 2),
+        90: _tiles(16, 64, 8, 2),
+        100: _tiles(32, 64, 8, 2),
+    },
+    "attention_dkdv_kernel.256.masked": {80: _tiles(16, 64, 8, 2), 100: _tiles(32, 32, 8, 2)},
+    "attention_dkdv_kernel.256.edges": {80: _tiles(16, 64, 8, 2)},
+    "attention_dkdv_kernel.256.edges.masked": {
+        80: _tiles(32, 32, 8, 2),
+        90: _tiles(16, 64, 8, 2),
+        100: _tiles(32, 32, 8, 2),
+    },
+    "attention_dkdv_kernel.256.gather": {
+        80: _tiles(32, 64, 8, 2),
+        90: _tiles(16, 64, 8, 2),
+        100: _tiles(32, 64, 8, 2),
+    },
+    "attention_dq_kernel.64": {80: _tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.64.edges": {80: _tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.64.gather": {80: _tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.128": {
+        80: _tiles(128, 32, 8, 3),
+        90: _tiles(128, 64, 8, 2),
+        100: _tiles(128, 32, 8, 3),
+    },
+    "attention_dq_kernel.128.edges": {80: _tiles(128, 32, 8, 3), 90: _tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.128.gather": {
+        80: _tiles(64, 64, 8, 2),
+        90: _tiles(128, 64, 8, 2),
+        100: _tiles(128, 64, 8, 3),
+    },
+    "attention_dq_kernel.256": {80: _tiles(64, 32, 8, 2), 90: _tiles(64, 64, 8, 2)},
+    "attention_dq_kernel.256.edges": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
+    "attention_dq_kernel.256.gather": {
+        80: _tiles(64, 32, 8, 2),
+        90: _tiles(64, 64, 8, 2),
+        100: _tiles(64, 32, 8, 2),
+    },
+    "attention_fwd_kernel": {80: _tiles(32, 32, 4, 2)},
+    "attention_dkdv_kernel": {80: _tiles(16, 16, 4, 1)},
+    "attention_dq_kernel": {80: _tiles(16, 16, 4, 1)},
 }

@@ -54,10 +54,16 @@ def splits(device: torch.device) -> bool:
     return False
 
 
-def config_of(kernel: Any, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """The shipped configuration of `kernel` for the device's architecture, or for the nearest older one."""
+def config_of(
+    kernel: Any, device: torch.device, dtype: torch.dtype | None = None, variant: str = ""
+) -> dict[str, int]:
+    """The shipped configuration of `kernel` for the device's architecture, or for the nearest older one.
+
+    Entries called `kernel{variant}.dtype`, `kernel{variant}` and `kernel` are tried in this order.
+    """
     name = kernel.fn.__name__
-    shipped = CONFIGS.get(f"{name}.{str(dtype).removeprefix('torch.')}", CONFIGS[name])
+    suffix = f"{variant}.{str(dtype).removeprefix('torch.')}"
+    shipped = next(CONFIGS[key] for key in (name + suffix, name + variant, name) if key in CONFIGS)
     architecture = _architecture(device)
     for known in reversed(ARCHITECTURES):
         if known <= architecture and known in shipped:
@@ -75,6 +81,11 @@ def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **argumen
     elif 0 not in grid:
         with torch.cuda.device_of(first):
             kernel[grid](**arguments, **config)
+
+
+def dot_precision() -> str:
+    """fp32 products as torch's own: tf32 only where the user allowed it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def strides(name: str, tensor: Tensor, dimensions: str) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..library import kernel_op, tokens_of, weights_on
 from ..routes import Routes
 from ..tables import Table
-from .launch import config_of, launch, route_arguments, strides, table_arguments
+from .launch import config_of, dot_precision, launch, route_arguments, strides, table_arguments
 from .route_grad import masked_product_
 from .tiles import dot, load_strength, load_weights, masked, rounded
 
@@ -294,8 +294,3 @@ def input_grad_op(
         PRECISION=dot_precision(),
     )
     return out
-
-
-def dot_precision() -> str:
-    """fp32 products as torch's own: tf32 only where the user allowed it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from gradroute import backends, kernels, testing
+from gradroute import AttentionSites, backends, kernels, testing
 
 # Widths at which pointers and strides are divisible by 16, as in real models, and odd ones: two kernels come out.
 SIZES = (testing.Sizes(d_model=256, d_ff=512, vocabulary=64), testing.Sizes(d_model=131, d_ff=261))
@@ -34,6 +34,8 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -42,6 +44,9 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 def samples(op):
     """Calls of `op` in which every two values of the axes that change its kernels meet."""
+    if op == "routed_attention":
+        yield from attention_samples()
+        return
     axes = {
         "dtype": (torch.bfloat16, torch.float32),
         "strength": testing.STRENGTHS,
@@ -57,6 +62,34 @@ def samples(op):
         for width, dtype in itertools.product(NORM_WIDTHS, (torch.bfloat16, torch.float32)):
             sizes = testing.Sizes(d_model=width)
             yield testing.sample(op, dtype=dtype, tokens=TOKENS, sizes=sizes, strength="token")
+
+
+# For every configuration of attention's kernels (kernels/configs.py) the calls that need most registers.
+ATTENTION = (
+    {"sites": (), "causal": False, "window": 50},
+    {"sites": ("heads", "forward_heads", "query", "key", "value"), "strength": "token", "padding": 7},
+    {"sites": ("heads", "key"), "tables": "blocks", "documents": 3, "window": 50},
+    {"sites": ("score_edges", "value_edges")},
+    {"sites": ("score_edges", "value_edges"), "tables": "blocks", "num_routes": 40},
+    {"strength": "token", "padding": 7},
+    {"tables": "blocks", "num_routes": 40, "documents": 3, "causal": False, "window": 50},
+)
+HEAD_DIMS = (64, 128, 256, 40)
+
+
+def attention_samples():
+    """Those calls, in every head dimension that has a configuration, one that is padded, and both widths of dtypes."""
+    for head_dim, dtype in itertools.product(HEAD_DIMS, (torch.bfloat16, torch.float32)):
+        sizes = testing.Sizes(heads=4, kv_heads=2, head_dim=head_dim)
+        options = {"dtype": dtype, "tokens": (1, 256), "sizes": sizes}
+        for call in ATTENTION:
+            yield testing.sample("routed_attention", **options, **call)
+        generator = torch.Generator().manual_seed(0)
+        edges = {
+            name: torch.randn(4, 4, generator=generator) for name in ("score_edges", "value_edges")
+        }  # of too many values for levels: gathered
+        call = testing.sample("routed_attention", strength="token", padding=7, **options)
+        yield call.with_sites(AttentionSites(**call.tables | edges))
 
 
 def recorded(architecture):

@@ -65,13 +65,26 @@ def test_every_backend_of_the_table_runs_its_op(op, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
-def test_a_backend_that_does_not_implement_the_op(backend):
+def test_a_backend_that_does_not_implement_the_op(backend, monkeypatch):
+    monkeypatch.setitem(backends.OPS, "route_grad", ("torch", "reference"))
     with expect(
         BackendError,
-        f"routed_attention: the requested backend {backend!r} cannot run it: there are no {backend} kernels for "
-        "routed_attention yet",
+        f"route_grad: the requested backend {backend!r} cannot run it: there are no {backend} kernels for route_grad "
+        "yet",
     ):
-        cases.make("routed_attention", tokens=4).run(backend)
+        cases.make("route_grad", tokens=4).run(backend)
+    assert unavailable_backends("route_grad")[backend] == f"there are no {backend} kernels for route_grad yet"
+
+
+def test_a_backend_that_cannot_run_the_very_call():
+    refused = {"cpu": "its fingers are too short"}
+    with expect(
+        BackendError, "route_grad: the requested backend 'cpu' cannot run it: its fingers are too short"
+    ):
+        choose("route_grad", "cpu", X, refused)
+    assert choose("route_grad", None, X, {}, ("cpu", "torch")) == "cpu"
+    with pytest.warns(RuntimeWarning, match="'reference': cpu: its fingers are too short"):
+        assert choose("route_grad", None, X, refused, ("cpu", "reference")) == "reference"
 
 
 def test_tensors_on_another_device_are_refused(monkeypatch):
@@ -188,9 +201,10 @@ def test_on_the_cpu_it_is_cpu_and_says_nothing(op):
     assert choose(op, None, X) == "cpu"
 
 
-def test_the_reference_is_chosen_with_a_warning():
-    with pytest.warns(RuntimeWarning, match="routed_attention runs on the slower backend 'reference'"):
-        assert choose("routed_attention", None, X) == "reference"
+def test_the_reference_is_chosen_with_a_warning(monkeypatch):
+    monkeypatch.setitem(backends.OPS, "route_grad", ("reference",))
+    with pytest.warns(RuntimeWarning, match="route_grad runs on the slower backend 'reference'"):
+        assert choose("route_grad", None, X) == "reference"
 
 
 @pytest.mark.gpu
@@ -224,7 +238,6 @@ def test_no_backend_at_all_lists_every_reason(monkeypatch):
 def test_available_backends():
     cases.require("triton", X.device)
     assert available_backends("route_grad", "cpu") == ("triton", "cpu", "torch", "reference")
-    assert available_backends("routed_attention") == ("reference",)
     assert available_backends() == ("triton", "cpu", "torch", "reference")
 
 
@@ -236,9 +249,6 @@ def test_unavailable_backends_give_reasons(without_interpreter, monkeypatch):
     }
     assert available_backends("route_grad") == ("cpu", "torch", "reference")
     assert unavailable_backends(device="cpu")["cuda"] == "its kernels take tensors on cuda; these are on cpu"
-    assert (
-        unavailable_backends("routed_attention")["cpu"] == "there are no cpu kernels for routed_attention yet"
-    )
 
 
 def test_available_backends_of_an_unknown_op():

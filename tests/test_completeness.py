@@ -272,13 +272,6 @@ def test_a_removed_file_is_named(monkeypatch):
     ]
 
 
-def test_a_row_for_a_backend_without_files_is_named(monkeypatch):
-    monkeypatch.setitem(backends.OPS, "routed_attention", ("triton", "reference"))
-    assert "kernels/attention.py is missing: routed_attention is in the table for triton" in missing_pieces(
-        "routed_attention"
-    )
-
-
 def test_a_removed_configuration_is_named(monkeypatch):
     for name in [name for name in configs.CONFIGS if name.partition(".")[0] == "bias_grad_kernel"]:
         monkeypatch.delitem(configs.CONFIGS, name)

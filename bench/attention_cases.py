@@ -1,0 +1,330 @@
+"""What the suite `attention` times: calls of routed_attention by device, and what one would use instead."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from gradroute import AttentionSites, Routes, attention
+from gradroute.attention_plan import Plan
+from gradroute.tables import localize
+from gradroute.testing import Marks, Sample
+
+NUM_ROUTES = 4
+
+
+class Shape(NamedTuple):
+    """q `[B, H, S, D]`; k, v `[B, G, S, D]`.
+
+    Attributes:
+        batch, heads, kv_heads, length, head_dim: B, H, G, S and D.
+        run: the least and the largest number of tokens in a row that are of one route.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    head_dim: int
+    run: tuple[int, int] = (64, 512)
+
+
+SHAPES = {
+    "cpu": Shape(batch=1, heads=8, kv_heads=4, length=4096, head_dim=64),
+    "cuda": Shape(batch=4, heads=32, kv_heads=8, length=4096, head_dim=128),
+}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+
+class Calls(NamedTuple):
+    """Calls on the same tensors, causal.
+
+    Attributes:
+        ordinary: without routes.
+        masks: heads, keys and values; half of the heads of one route off.
+        edges: every route teaches itself and route 0, through scores and values.
+        score_edges: the same through scores alone.
+        half: half of the heads off, of every route.
+    """
+
+    ordinary: Sample
+    masks: Sample
+    edges: Sample
+    score_edges: Sample
+    half: Sample
+
+
+def calls(shape: Shape, device: torch.device) -> Calls:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        size = (shape.batch, heads, shape.length, shape.head_dim)
+        return torch.randn(size, generator=generator, device=device, dtype=DTYPES[device.type])
+
+    tensors = {"q": normal(shape.heads), "k": normal(shape.kv_heads), "v": normal(shape.kv_heads)}
+    routes, upstream = Routes.of(ids_in_runs(shape), NUM_ROUTES).to(device), normal(shape.heads)
+
+    def call(**tables: Any) -> Sample:
+        return Sample("routed_attention", tensors, routes, AttentionSites(**tables), {}, upstream)
+
+    by_head, by_key_head = (
+        localize(NUM_ROUTES, heads, {1: slice(heads // 2)}) for heads in (shape.heads, shape.kv_heads)
+    )
+    edges = torch.eye(NUM_ROUTES)  # [query token's route, key token's route]
+    edges[:, 0] = 1
+    first_half = torch.ones(NUM_ROUTES, shape.heads)
+    first_half[:, shape.heads // 2 :] = 0
+    return Calls(
+        ordinary=call().with_routes(None),
+        masks=call(heads=by_head, key=by_key_head, value=by_key_head),
+        edges=call(score_edges=edges, value_edges=edges),
+        score_edges=call(score_edges=edges),
+        half=call(heads=first_half),
+    )
+
+
+def ids_in_runs(shape: Shape) -> Tensor:  # [B, S]
+    """Random routes of random runs of tokens, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    least, most = shape.run
+    runs = -(-shape.length // least)
+    rows = []
+    for _ in range(shape.batch):
+        lengths = torch.randint(least, most + 1, (runs,), generator=generator)
+        of_runs = torch.randint(NUM_ROUTES, (runs,), generator=generator)
+        rows.append(of_runs.repeat_interleave(lengths)[: shape.length])
+    return torch.stack(rows)
+
+
+class Variant(NamedTuple):
+    """One way to make a call.
+
+    Attributes:
+        call: what it has to compute.
+        forward: (q, k, v) → z `[B, H, S, D]`, differentiable.
+        explain: what runs the call, and why; None: a rival.
+        may_be_wrong: whether wrong numbers are a finding about a rival, not a failure of the run.
+    """
+
+    call: Sample
+    forward: Callable[..., Tensor]
+    explain: Callable[[], Plan] | None = None
+    may_be_wrong: bool = False
+
+    def forward_step(self) -> Callable[[], Any]:
+        """As in training: what backward needs is kept until it returns."""
+        leaves = self.call.leaves()
+        return lambda: self.forward(**leaves)
+
+    def backward_step(self) -> Callable[[], Any]:
+        """Forward, and the gradients of q, k and v."""
+        leaves = self.call.leaves()
+        wanted = tuple(leaf for leaf in leaves.values() if leaf is not None)
+        return lambda: torch.autograd.grad(self.forward(**leaves), wanted, self.call.upstream)
+
+
+class Limit(NamedTuple):
+    """What must be reached, forward and backward: `variant` takes at most `most` times what `rival` takes.
+
+    Attributes:
+        variant, rival: names of variants.
+        quantity: of QUANTITIES.
+        most: the largest ratio allowed.
+    """
+
+    variant: str
+    rival: str
+    quantity: str
+    most: float
+
+
+QUANTITIES = ("time", "memory")
+
+
+class Case(NamedTuple):
+    """Variants that are timed in the same rounds.
+
+    Attributes:
+        variants: by name.
+        rivals: names of those whose times divide everyone's; the first is the base.
+        limits: what must be reached.
+    """
+
+    variants: dict[str, Variant]
+    rivals: tuple[str, ...]
+    limits: tuple[Limit, ...] = ()
+
+
+def routed(call: Sample, backend: str | None = None) -> Variant:
+    """routed_attention itself; on None: the automatic choice."""
+    explain = partial(
+        attention.explain, **call.tensors, routes=call.routes, sites=call.sites, backend=backend
+    )
+    return Variant(call, lambda **tensors: call.call(tensors, backend), explain)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
+    """PyTorch's own; `kernel`: on that one or not at all."""
+    if kernel is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    with sdpa_kernel(kernel):
+        return sdpa(q, k, v)
+
+
+def detach_idiom(call: Sample, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`m*x + (1-m)*x.detach()` by head, around SDPA."""
+    marks = Marks(call.routes, call.tables, copies=True)
+    o = sdpa(marks.by_head("query", q), marks.by_head("key", k), marks.by_head("value", v))
+    return marks.by_head("heads", o)
+
+
+class Flex:
+    """FlexAttention, compiled; edges between scores are `torch.where(edge, s, s.detach())`.
+
+    An edge is a bit of its query token, as own kernels have it: quicker than an element of a table of two routes.
+    """
+
+    def __init__(self, call: Sample) -> None:
+        self.call = call
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attend(q, k, v, score_mod=self.score_mod, block_mask=self.block_mask, enable_gqa=True)
+
+    @cached_property
+    def attend(self) -> Callable[..., Any]:
+        """Compiled at the first call."""
+        return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    @cached_property
+    def block_mask(self) -> Any:
+        """Causal."""
+        length, device = self.call.upstream.shape[2], self.call.upstream.device
+        return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device)
+
+    @cached_property
+    def score_mod(self) -> Callable[..., Tensor] | None:
+        """None where there are no edges."""
+        routes, table = self.call.routes, self.call.tables.get("score_edges")
+        if routes is None or table is None:
+            return None
+        ids = routes.ids.view(routes.shape)  # [B, S]
+        powers = 1 << torch.arange(routes.num_routes, device=ids.device)
+        by_route = ((table.on(ids.device) != 0) * powers).sum(-1).int()  # [R]
+        bits = by_route[ids.long()]  # [B, S]
+
+        def with_edges(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            edge = ((bits[b, i] >> ids[b, j]) & 1) != 0
+            return torch.where(edge, s, s.detach())
+
+        return with_edges
+
+
+def cudnn(calls: Calls) -> Variant:
+    """The fastest unmasked attention on Hopper: the base of the CUDA cases."""
+    return Variant(calls.ordinary, partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION))
+
+
+def edges_on_cpu(calls: Calls) -> Case:
+    return Case(
+        {
+            "reference": routed(calls.edges, "reference"),
+            "torch": routed(calls.edges, "torch"),
+            "cpu": routed(calls.edges, "cpu"),
+            "SDPA, unmasked": Variant(calls.ordinary, sdpa),
+        },
+        rivals=("reference", "SDPA, unmasked"),
+        limits=(Limit("cpu", "reference", "time", 0.5), Limit("cpu", "reference", "memory", 1 / 8)),
+    )
+
+
+def masks_on_cpu(calls: Calls) -> Case:
+    return Case(
+        {
+            "SDPA, unmasked": Variant(calls.ordinary, sdpa),
+            "detach": Variant(calls.masks, partial(detach_idiom, calls.masks)),
+            "torch": routed(calls.masks, "torch"),
+            "cpu": routed(calls.masks, "cpu"),
+        },
+        rivals=("SDPA, unmasked", "detach"),
+    )
+
+
+def unmasked_on_cuda(calls: Calls) -> Case:
+    return Case(
+        {
+            "cuDNN": cudnn(calls),
+            "flash": Variant(calls.ordinary, partial(sdpa, kernel=SDPBackend.FLASH_ATTENTION)),
+            "SDPA": Variant(calls.ordinary, sdpa),
+            "Flex": Variant(calls.ordinary, Flex(calls.ordinary)),
+            "triton": routed(calls.ordinary, "triton"),
+        },
+        rivals=("cuDNN", "flash", "SDPA", "Flex"),
+        limits=(Limit("triton", "cuDNN", "time", 1.5),),
+    )
+
+
+def masks_on_cuda(calls: Calls) -> Case:
+    return Case(
+        {
+            "cuDNN, unmasked": cudnn(calls),
+            "automatic": routed(calls.masks),
+            "cuda": routed(calls.masks, "cuda"),
+            "torch": routed(calls.masks, "torch"),
+            "triton": routed(calls.masks, "triton"),
+        },
+        rivals=("cuDNN, unmasked",),
+        limits=(Limit("automatic", "cuDNN, unmasked", "time", 1.05),),
+    )
+
+
+def edges_on_cuda(calls: Calls) -> Case:
+    return Case(
+        {
+            "cuDNN, unmasked": cudnn(calls),
+            "Flex, score edges alone": Variant(calls.score_edges, Flex(calls.score_edges), may_be_wrong=True),
+            "triton": routed(calls.edges, "triton"),
+        },
+        rivals=("cuDNN, unmasked", "Flex, score edges alone"),
+        limits=(
+            Limit("triton", "cuDNN, unmasked", "time", 2.0),
+            Limit("triton", "Flex, score edges alone", "time", 1.0),
+        ),
+    )
+
+
+def half_on_cuda(calls: Calls) -> Case:
+    return Case(
+        {
+            "triton, unmasked": routed(calls.ordinary, "triton"),
+            "triton": routed(calls.half, "triton"),
+            "cuDNN, unmasked": cudnn(calls),
+        },
+        rivals=("triton, unmasked", "cuDNN, unmasked"),
+        limits=(Limit("triton", "triton, unmasked", "time", 0.75),),
+    )
+
+
+CASES: dict[str, dict[str, Callable[[Calls], Case]]] = {
+    "cpu": {"both edges": edges_on_cpu, "masks by head": masks_on_cpu},
+    "cuda": {
+        "unmasked": unmasked_on_cuda,
+        "masks by head": masks_on_cuda,
+        "both edges": edges_on_cuda,
+        "half of the heads off": half_on_cuda,
+    },
+}
+
+
+def warm_step_on_cpu(shape: Shape, case: str, variant: str) -> Callable[[], Any]:
+    """A step, after a short one of its kind: what is loaded once is not what it costs."""
+    short, whole = (
+        CASES["cpu"][case](calls(some, torch.device("cpu"))).variants[variant].backward_step()
+        for some in (shape._replace(length=min(64, shape.length)), shape)
+    )
+    short()
+    return whole
