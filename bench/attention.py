@@ -24,15 +24,20 @@ def flops(shape: Shape, pass_: str) -> float:
     return forward if pass_ == FORWARD else 3.5 * forward
 
 
-def run(rounds: int, rivals: tuple[str, ...] = (), shape: Shape | None = None) -> dict[str, Any]:
-    """Checks and times every case of this machine's device.
+def run(
+    rounds: int,
+    rivals: tuple[str, ...] = (),
+    device: torch.device | None = None,
+    shape: Shape | None = None,
+) -> dict[str, Any]:
+    """Checks and times every case of a device; default: CUDA where there is one.
 
     Returns:
         By case and pass: the limits, and by variant milliseconds, the ratios to rivals of the same rounds, TFLOP/s and
         the peak of extra memory; or why it was not timed: "error", or "wrong". Beside them how all this was measured,
         and under "failures" what is wrong and may not be.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape or SHAPES[device.type]
     clock = timing.device_clock() if device.type == "cuda" else timing.host_seconds
     the_calls = calls(shape, device)
@@ -66,9 +71,8 @@ def run(rounds: int, rivals: tuple[str, ...] = (), shape: Shape | None = None) -
 
 def device_environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
-        return {"device": "cpu"}
+        return {}
     return {
-        "device": "cuda",
         "gpu": torch.cuda.get_device_name(),
         "cudnn": torch.backends.cudnn.version(),
     }

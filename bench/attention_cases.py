@@ -133,7 +133,7 @@ class Limit(NamedTuple):
 
     Attributes:
         variant, rival: names of variants.
-        quantity: of QUANTITIES.
+        quantity: "time" or "memory".
         most: the largest ratio allowed.
     """
 
@@ -141,9 +141,6 @@ class Limit(NamedTuple):
     rival: str
     quantity: str
     most: float
-
-
-QUANTITIES = ("time", "memory")
 
 
 class Case(NamedTuple):
@@ -186,7 +183,7 @@ def detach_idiom(call: Sample, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Flex:
     """FlexAttention, compiled; edges between scores are `torch.where(edge, s, s.detach())`.
 
-    An edge is a bit of its query token, as own kernels have it: quicker than an element of a table of two routes.
+    An edge is a bit of its query token, as own kernels have it: a load by row and one by column, none by element.
     """
 
     def __init__(self, call: Sample) -> None:

@@ -8,6 +8,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .cpu import ALONE
 
@@ -68,7 +69,49 @@ def suite_table(file: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-FILES: dict[str, Callable[[Path], str]] = {"cpu.json": suite_table, "demo.json": demo_table}
+def attention_table(file: Path) -> str:
+    """Every variant of every case of the suite `attention`, its time relative to that of the case's base."""
+    run = json.loads(file.read_text(encoding="utf-8"))
+    environment, shape = run["environment"], run["shape"]
+    processor = f"{environment['threads']} threads, {environment['instruction_set']}"
+    where = f"{file.parent.name} ({environment.get('gpu', processor)})"
+    sizes = (
+        f"B = {shape['batch']}, H = {shape['heads']}, G = {shape['kv_heads']}, S = {shape['length']}, "
+        f"D = {shape['head_dim']}"
+    )
+    lines = [
+        f"`python -m bench attention` on {where}, {run['dtype']}, causal, {sizes}, medians; memory beyond the inputs:",
+        "",
+        "| | | time | relative | TFLOP/s | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, case in run["cases"].items():
+        for name, measured in case["variants"].items():
+            lines.append(
+                f"| {title} | {name} | " + " | ".join(attention_cells(measured, case["base"])) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def attention_cells(measured: dict[str, Any], base: str) -> list[str]:
+    """Time, ratio, rate and memory of a variant; or why there are none."""
+    for reason, words in {"error": "does not run", "wrong": "wrong"}.items():
+        if reason in measured:
+            return [words, "–", "–", "–"]
+    size, relative = measured["extra_bytes"], measured["ratios"].get(base)
+    return [
+        f"{measured['milliseconds']['p50']:.2f} ms",
+        "–" if relative is None else f"{relative:.2f}",
+        f"{measured['tflops_per_second']:.3g}",
+        "–" if size is None else f"{size / 1e6:.0f} MB",
+    ]
+
+
+FILES: dict[str, Callable[[Path], str]] = {
+    "cpu.json": suite_table,
+    "attention.json": attention_table,
+    "demo.json": demo_table,
+}
 
 
 def with_table(readme: str, results: Path) -> str:

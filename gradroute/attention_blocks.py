@@ -72,6 +72,7 @@ def attention_backward(
     score_edges: Table | None,
     value_edges: Table | None,
     pattern: Pattern,
+    delta: Tensor | None = None,
     *,
     want_query: bool,
     want_key_value: bool,
@@ -93,6 +94,7 @@ def attention_backward(
         score_edges: `[R, R]`, by [query's route, key's route]; None: ones.
         value_edges: `[R, R]`; None: ones.
         pattern: which keys a query sees; no dropout.
+        delta: `[B, H, S_q]` in fp32 (fp64 for fp64), rowsum(do ⊙ o), where it is known already.
         want_query: compute dq.
         want_key_value: compute dk and dv.
 
@@ -110,6 +112,7 @@ def attention_backward(
         lse,
         routes.ids if routes is not None and has_edges else None,
         *(None if table is None else table.on(q.device) for table in edges),
+        delta,
         pattern.causal,
         pattern.window,
         pattern.scale,
@@ -160,7 +163,7 @@ def forward_op(
 
 @kernel_op(
     "attention_blocks_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? ids, "
-    f"Tensor? score_edges, Tensor? value_edges, {PATTERN_SCHEMA}, bool want_query, bool want_key_value) "
+    f"Tensor? score_edges, Tensor? value_edges, Tensor? delta, {PATTERN_SCHEMA}, bool want_query, bool want_key_value) "
     "-> (Tensor, Tensor, Tensor)"
 )
 @outside_autocast
@@ -174,6 +177,7 @@ def backward_op(
     ids: Tensor | None,
     score_edges: Tensor | None,
     value_edges: Tensor | None,
+    delta: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
@@ -200,7 +204,7 @@ def backward_op(
         if blockwise.picks:
             parts = list(_parts(sight, edges, want_key_value))
         for fold in blockwise.folds(batch):
-            rows = Rows.of(fold, blockwise, d_o, q, o, lse, want_query)
+            rows = Rows.of(fold, blockwise, d_o, q, o, lse, delta, want_query)
             keys = Keys.of(fold, blockwise, k, v, want_key_value)
             taught = (rows.d_o != 0).any(-1) if blockwise.picks else None
             for part in parts:
@@ -564,21 +568,31 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(
-        fold: Fold, blockwise: Blockwise, d_o: Tensor, q: Tensor, o: Tensor, lse: Tensor, want_query: bool
+        fold: Fold,
+        blockwise: Blockwise,
+        d_o: Tensor,
+        q: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        delta: Tensor | None,
+        want_query: bool,
     ) -> Rows:
-        """The rows of a fold, from tensors `[B, H, S_q, D]` and lse `[B, H, S_q]`."""
+        """The rows of a fold, from tensors `[B, H, S_q, D]`, and lse and delta (if known) `[B, H, S_q]`."""
         wide = product_dtype(q.dtype)
         lse_rows = fold.rows(lse.unsqueeze(-1)).to(wide)
         sees_none = lse_rows.isinf()
         d_o_rows = fold.rows(d_o).to(wide)
-        delta = (d_o_rows * fold.rows(o)).sum(-1, keepdim=True)
+        if delta is None:
+            delta_rows = (d_o_rows * fold.rows(o)).sum(-1, keepdim=True)
+        else:
+            delta_rows = fold.rows(delta.unsqueeze(-1))
         q_rows = blockwise.scaled(fold.rows(q))
         positions = torch.arange(q_rows.shape[-2], device=q.device)[:, None] // blockwise.group
         return Rows(
             q_rows,
             blockwise.operand(d_o_rows),
             lse_rows.masked_fill(sees_none, math.inf),
-            delta.masked_fill_(sees_none, 0),
+            delta_rows.masked_fill(sees_none, 0),
             positions,
             torch.zeros(q_rows.shape, dtype=wide, device=q.device) if want_query else None,
         )

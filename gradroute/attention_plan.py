@@ -26,8 +26,8 @@ class Plan(NamedTuple):
 
     Attributes:
         backend: of `gradroute.backends.BACKENDS`.
-        vendor: the vendor's kernel, of `gradroute.attention_vendor.VENDORS`; None: the backend's own kernels, on
-            backends torch and cpu blocks of torch's products.
+        vendor: the vendor's kernel, of `gradroute.attention_vendor.VENDORS` (with edges its forward alone); None: the
+            backend's own kernels, on backends torch and cpu blocks of torch's products.
         reason: why.
     """
 
@@ -70,6 +70,8 @@ def plan(
         elif work < SKIP_BELOW:
             why = "masks leave so little of the backward's work that own kernels, which make no more, are faster"
         return Plan(backend, None, why)
+    if has_edges and vendor is not None:
+        return Plan(backend, vendor, f"{vendor_reason}; edges between routes need a backward in blocks")
     return Plan(backend, vendor, vendor_reason)
 
 

@@ -387,6 +387,28 @@ def attention_forward(
     return product(o, routes, sites.forward_heads), (o, *saved)
 
 
+def attention_output_grad(
+    dz: Tensor, o: Tensor, routes: Routes | None, sites: Any, *, want_delta: bool
+) -> tuple[Tensor, Tensor | None]:
+    """do = m_heads ⊙ m_forward_heads ⊙ dz, dz itself where neither has a table; delta is left to who needs it.
+
+    Args:
+        dz: `[B, H, S, D]`.
+        o: `[B, H, S, D]`, attention's output, not masked.
+        routes: of the tokens; None: no masks.
+        sites: effective sites.
+        want_delta: rowsum(do ⊙ o) is needed.
+
+    Returns:
+        do `[B, H, S, D]`; delta `[B, H, S]` in fp32 (fp64 for fp64), or None.
+    """
+    if sites.forward_heads is None:
+        return masked_heads(dz, routes, sites.heads), None
+    d_o = masked_heads(dz, routes, sites.forward_heads)
+    masked_heads_(d_o, routes, sites.heads)
+    return d_o, None
+
+
 def attention_backward(
     dz: Tensor,
     q: Tensor,
@@ -401,7 +423,7 @@ def attention_backward(
     *,
     want_query: bool,
     want_key_value: bool,
-    product: Callable[..., Tensor] = masked_heads,
+    output_grad: Callable[..., tuple[Tensor, Tensor | None]] = attention_output_grad,
     product_: Callable[..., None] = masked_heads_,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk and dv of attention with every mask: around a vendor's backward, or, with edges, in blocks.
@@ -419,18 +441,19 @@ def attention_backward(
         vendor: as for attention_forward.
         want_query: compute dq.
         want_key_value: compute dk and dv.
-        product: the masked product of heads.
-        product_: the same in place.
+        output_grad: as attention_output_grad.
+        product_: the masked product of heads in place.
 
     Returns:
         dq, dk, dv, in the shapes of q, k, v; None for what is not wanted.
     """
     o, *rest = (z, *saved) if sites.forward_heads is None else saved
-    d_o = _masked_by_both(dz, routes, sites, product, product_)
+    in_blocks = vendor is None or sites.score_edges is not None or sites.value_edges is not None
+    d_o, delta = output_grad(dz, o, routes, sites, want_delta=in_blocks)
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
-    if vendor is None or sites.score_edges is not None or sites.value_edges is not None:
+    if in_blocks:
         dq, dk, dv = attention_blocks.attention_backward(
             d_o,
             q,
@@ -442,10 +465,12 @@ def attention_backward(
             sites.score_edges,
             sites.value_edges,
             pattern,
+            delta,
             want_query=want_query,
             want_key_value=want_key_value,
         )
     else:
+        assert vendor is not None
         dq, dk, dv = VENDORS[vendor].backward(d_o, q, k, v, (o, *rest), pattern)
     if want_query:
         product_(dq, routes, sites.query)
@@ -453,18 +478,3 @@ def attention_backward(
         product_(dk, routes, sites.key)
         product_(dv, routes, sites.value)
     return wanted((dq, want_query), (dk, want_key_value), (dv, want_key_value))
-
-
-def _masked_by_both(
-    dz: Tensor,
-    routes: Routes | None,
-    sites: Any,
-    product: Callable[..., Tensor],
-    product_: Callable[..., None],
-) -> Tensor:
-    """m_heads ⊙ m_forward_heads ⊙ dz; dz itself where neither has a table."""
-    if sites.forward_heads is None:
-        return product(dz, routes, sites.heads)
-    d_o = product(dz, routes, sites.forward_heads)
-    product_(d_o, routes, sites.heads)
-    return d_o

@@ -492,6 +492,49 @@ def attention_forward(
     return composed.attention_forward(q, k, v, routes, sites, pattern, vendor, masked_heads)
 
 
+def attention_output_grad(
+    dz: Tensor, o: Tensor, routes: Routes | None, sites: Any, *, want_delta: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `gradroute.composed.attention_output_grad`: both masks, and delta, in one pass."""
+    has_both = sites.heads is not None and sites.forward_heads is not None
+    if routes is None or not (want_delta or has_both):
+        return composed.attention_output_grad(dz, o, routes, sites, want_delta=False)
+    has_any = sites.heads is not None or sites.forward_heads is not None
+    tables = weights_on(dz.device, sites.heads, sites.forward_heads)
+    d_o, delta = attention_delta_op(dz, o, *tokens_of(routes), *tables)
+    return d_o if has_any else dz, delta
+
+
+@kernel_op(
+    "native_attention_delta(Tensor dz, Tensor o, Tensor ids, Tensor? strength, Tensor? heads, Tensor? forward_heads) "
+    "-> (Tensor, Tensor)"
+)
+def attention_delta_op(
+    dz: Tensor,
+    o: Tensor,
+    ids: Tensor,
+    strength: Tensor | None,
+    heads: Tensor | None,
+    forward_heads: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """do has no elements where there is no table."""
+    has_tables = heads is not None or forward_heads is not None
+    d_o = torch.empty_like(dz) if has_tables else dz.new_empty(0)
+    delta = dz.new_empty(dz.shape[:3], dtype=product_dtype(dz.dtype))
+    routing = Routing(ids, strength)
+    launch(
+        "attention_delta",
+        dz,
+        o,
+        d_o if has_tables else None,
+        delta.flatten(0, 1),
+        routing,
+        Weights(heads),
+        Weights(forward_heads),
+    )
+    return d_o, delta
+
+
 def attention_backward(
     dz: Tensor,
     q: Tensor,
@@ -521,6 +564,6 @@ def attention_backward(
         vendor,
         want_query=want_query,
         want_key_value=want_key_value,
-        product=masked_heads,
+        output_grad=attention_output_grad,
         product_=masked_heads_,
     )
