@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
+GPU_WORKERS ?= 8
 OUT ?= bench/results/local
 
 VENV := .venv
@@ -57,13 +58,14 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	$(VENV)/bin/python tests/sanitized.py $(SANITIZED)/_native*.so -q -p no:cacheprovider tests/test_native.py
 
-# A failing test does not cost the demo's numbers; the target fails in the end all the same.
+# A failing test does not cost the demo's numbers; the target fails in the end all the same. Most of a test's time is
+# the compilation of its kernels, which goes side by side; tests that need all of the GPU's memory go one by one.
 gpu:
 	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: no CUDA device')"
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	mkdir -p "$(OUT)"
 	status=0; \
-	$(PYTHON) -m pytest -m gpu -q --junitxml="$(OUT)/gpu-tests.xml" || status=$$?; \
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu -q -n $(GPU_WORKERS) --dist loadgroup --junitxml="$(OUT)/gpu-tests.xml" || status=$$?; \
 	$(PYTHON) -m bench cuda --out "$(OUT)" || status=$$?; \
 	$(PYTHON) -m bench attention --out "$(OUT)" || status=$$?; \
 	$(PYTHON) examples/demo.py --out "$(OUT)" || status=$$?; \

@@ -1193,8 +1193,10 @@ def _block_d(q: Tensor) -> int:
 
 
 def _config(kernel: Any, q: Tensor, edges: str = "", masked: bool = False) -> dict[str, int]:
-    """The shipped configuration for q's head dimension and dtype, and for what else needs registers."""
-    variant = f".{max(64, _block_d(q))}{edges}" + (".masked" if masked else "")
+    """The shipped configuration for q's head dimension and dtype, and, of halves, for what else needs registers."""
+    variant = f".{max(64, _block_d(q))}"
+    if q.element_size() == 2:
+        variant += edges + (".masked" if masked else "")
     return config_of(kernel, q.device, q.dtype, variant)
 
 

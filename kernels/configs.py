@@ -44,19 +44,23 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     # Attention, by head dimension (padded to a power of two; 64 serves the smaller), and by what else needs registers:
     # edges of one value each (edges), of several (edges.masked) or gathered; masks, padding or documents (masked).
     "attention_delta_kernel": {80: {"num_warps": 4}},
-    "attention_tiles_kernel": {80: {"CHUNK": 256, "num_warps": 4}},
+    "attention_tiles_kernel": {80: {"CHUNK": 256, "num_warps": 4, "maxnreg": 255}},
     "attention_fwd_kernel.64": {
         80: _tiles(128, 64, 8, 3),
         90: _tiles(128, 128, 8, 3),
         100: _tiles(128, 64, 8, 3),
     },
+    "attention_fwd_kernel.64.float32": {80: _tiles(32, 32, 4, 2)},
     "attention_fwd_kernel.128": {80: _tiles(128, 32, 8, 3), 90: _tiles(128, 64, 8, 3)},
+    "attention_fwd_kernel.128.float32": {80: _tiles(16, 32, 4, 2)},
     "attention_fwd_kernel.256": {80: _tiles(64, 64, 8, 2)},
+    "attention_fwd_kernel.256.float32": {80: _tiles(16, 16, 4, 2)},
     "attention_dkdv_kernel.64": {80: _tiles(64, 128, 8, 2), 90: _tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.masked": {80: _tiles(32, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.edges": {80: _tiles(64, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.edges.masked": {80: _tiles(32, 64, 8, 2), 90: _tiles(64, 64, 8, 2)},
     "attention_dkdv_kernel.64.gather": {80: _tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.float32": {80: _tiles(32, 32, 8, 2), 100: _tiles(16, 32, 4, 2)},
     "attention_dkdv_kernel.128": {
         80: _tiles(64, 64, 8, 2),
         90: _tiles(64, 128, 8, 2),
@@ -82,6 +86,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: _tiles(32, 128, 8, 2),
         100: _tiles(64, 128, 8, 2),
     },
+    "attention_dkdv_kernel.128.float32": {80: _tiles(16, 32, 4, 2), 90: _tiles(16, 16, 8, 2)},
     "attention_dkdv_kernel.256": {
         80: _tiles(32, 64, 8, 2),
         90: _tiles(16, 64, 8, 2),
@@ -99,9 +104,19 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: _tiles(16, 64, 8, 2),
         100: _tiles(32, 64, 8, 2),
     },
+    "attention_dkdv_kernel.256.float32": {
+        80: _tiles(16, 16, 8, 2),
+        90: _tiles(16, 16, 16, 2),
+        100: _tiles(16, 16, 8, 2),
+    },
     "attention_dq_kernel.64": {80: _tiles(128, 64, 8, 3)},
     "attention_dq_kernel.64.edges": {80: _tiles(128, 64, 8, 3)},
     "attention_dq_kernel.64.gather": {80: _tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.64.float32": {
+        80: _tiles(32, 16, 4, 2),
+        90: _tiles(32, 32, 4, 2),
+        100: _tiles(16, 16, 4, 2),
+    },
     "attention_dq_kernel.128": {
         80: _tiles(128, 32, 8, 3),
         90: _tiles(128, 64, 8, 2),
@@ -113,6 +128,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: _tiles(128, 64, 8, 2),
         100: _tiles(128, 64, 8, 3),
     },
+    "attention_dq_kernel.128.float32": {80: _tiles(32, 16, 4, 2)},
     "attention_dq_kernel.256": {80: _tiles(64, 32, 8, 2), 90: _tiles(64, 64, 8, 2)},
     "attention_dq_kernel.256.edges": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
     "attention_dq_kernel.256.gather": {
@@ -120,7 +136,5 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: _tiles(64, 64, 8, 2),
         100: _tiles(64, 32, 8, 2),
     },
-    "attention_fwd_kernel": {80: _tiles(32, 32, 4, 2)},
-    "attention_dkdv_kernel": {80: _tiles(16, 16, 4, 1)},
-    "attention_dq_kernel": {80: _tiles(16, 16, 4, 1)},
+    "attention_dq_kernel.256.float32": {80: _tiles(16, 16, 8, 2)},
 }

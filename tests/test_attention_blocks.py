@@ -287,6 +287,17 @@ def test_padding_and_rows_without_gradient_are_left_out_exactly(way, take):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_a_delta_that_is_known(way, take):
+    take(way)
+    call = make(batch=2, score="fractional", value="binary", padding=0.3)
+    o, lse = attention_blocks.attention_forward(call.q, call.k, call.v, call.pattern)
+    expected = call.backward(o, lse)
+    actual = call.backward(torch.full_like(o, math.nan), lse, delta=(call.d_o * o).sum(-1))
+    for pair in zip(actual, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=2**-40, atol=2**-40)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_gradients_that_are_not_wanted(way, take):
     take(way)
     call = make(batch=2, score="fractional", value="binary")
@@ -444,7 +455,7 @@ def test_a_device_is_never_waited_for(monkeypatch):
         shared = (pattern.causal, pattern.window, pattern.scale, *masks.values())
         o, lse = attention_blocks.forward_op(*flat, *shared)
         edges = (call.routes.ids.to("meta"), call.score.to("meta"), call.value.to("meta"))
-        gradients = attention_blocks.backward_op(o, *flat, o, lse, *edges, *shared, True, True)
+        gradients = attention_blocks.backward_op(o, *flat, o, lse, *edges, None, *shared, True, True)
         assert [gradient.shape for gradient in gradients] == [t.shape for t in flat]
         assert all(gradient.is_meta for gradient in gradients)
 
@@ -497,7 +508,7 @@ def test_ops_pass_opcheck(device):
         edges = [t.to(device) for t in (call.routes.ids, call.score, call.value)]
         gradient = call.d_o.to(device)
         calls = {attention_blocks.forward_op: (*flat, *shared)}
-        calls[attention_blocks.backward_op] = (gradient, *flat, o, lse, *edges, *shared, True, True)
+        calls[attention_blocks.backward_op] = (gradient, *flat, o, lse, *edges, None, *shared, True, True)
         for op, arguments in calls.items():
             outcome = torch.library.opcheck(op, arguments)
             assert set(outcome.values()) == {"SUCCESS"}, outcome

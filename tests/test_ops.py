@@ -574,6 +574,7 @@ def test_tokens_without_gradient_change_nothing(op, backend, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 @every_function_backend
 def test_more_elements_than_int32_counts(op, backend):
     """The last tokens of tensors of more than 2³¹ elements."""
