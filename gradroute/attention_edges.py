@@ -30,7 +30,8 @@ class EdgeBits(NamedTuple):
     Attributes:
         bits: `[levels, B * S]`, int32 up to 32 routes and else int64: bit c says that the edge to keys of route c has
             the level's value. Without levels: the ids `[B * S]`.
-        values: `[levels]` fp32, the levels' values; all other edges are 0. Without levels: the table `[R, R]`.
+        values: `[levels]` fp32, the levels' values; None where the only one is 1. All other edges are 0. Without
+            levels: the table `[R, R]`.
         levels: how many there are; 0: weights are gathered.
     """
 
@@ -54,7 +55,9 @@ def _edge_bits(routes: Routes, table: Table) -> EdgeBits:
         return EdgeBits(routes.ids, weights, 0)
     dtype = torch.int32 if routes.num_routes <= 32 else torch.int64
     by_route = torch.stack([_packed(weights == value, dtype) for value in levels])  # [levels, R]
-    values = torch.stack([weights.new_full((), value) for value in levels])
+    values = None
+    if not table.binary:
+        values = torch.stack([weights.new_full((), value) for value in levels])
     return EdgeBits(by_route[:, routes.ids.long()], values, len(levels))
 
 

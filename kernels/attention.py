@@ -161,7 +161,8 @@ def edged(
     Args:
         x: [queries, keys], or [keys, queries] where BY_KEY.
         edges: (bits, values). bits [LEVELS, B * S] has for each query token a bit per key's route; where a level's
-            bit is set the edge is values[level]. LEVELS = 0: (ids [B * S], the table [R, R]). (None, None): no edges.
+            bit is set the edge is values[level], or 1 (None). LEVELS = 0: (ids [B * S], the table [R, R]). (None,
+            None): no edges.
         num_routes: R.
         num_tokens: B * S.
         tokens: of the queries, as far as `present`.
@@ -174,7 +175,9 @@ def edged(
     if bits is not None:
         if LEVELS == 1:
             row = tl.load(bits + tokens, mask=present, other=0)
-            x = tl.where(_has_edge(row, key_routes, BY_KEY), x * tl.load(values), 0.0)
+            if values is not None:
+                x *= tl.load(values)
+            x = tl.where(_has_edge(row, key_routes, BY_KEY), x, 0.0)
         else:
             e = tl.zeros(x.shape, dtype=tl.float32)
             if LEVELS == 0:
@@ -555,11 +558,9 @@ def attention_dkdv_kernel(
     tokens = batch * num_keys + keys
     m_key = head_weights(key, key_cols, ids, strength, strength_stride, tokens, present, kv_head)
     m_value = head_weights(value, value_cols, ids, strength, strength_stride, tokens, present, kv_head)
-    is_live = tl.maximum(tl.max(tl.abs(m_key)), tl.max(tl.abs(m_value))) > 0.0
     key_routes = keys * 0
     if score_bits is not None or value_bits is not None:
         key_routes = tl.load(ids + tokens, mask=present, other=0)
-    is_present = present
     if key_mask is not None:
         is_present = is_key(key_mask + batch * num_keys, keys, num_keys)
     begin, end = tiles_of_queries(start, span, CAUSAL, BLOCK_Q, BLOCK_K)
@@ -586,8 +587,11 @@ def attention_dkdv_kernel(
     steps = count
     if not LISTED_BY_HEAD:
         steps *= group
+    if (key is not None) and (value is not None):  # nothing to compute where neither learns
+        is_live = tl.maximum(tl.max(tl.abs(m_key)), tl.max(tl.abs(m_value))) > 0.0
+        steps = tl.where(is_live, steps, 0)
     count = tl.maximum(count, 1)
-    for step in range(tl.where(is_live, steps, 0)):
+    for step in range(steps):
         if LISTED_BY_HEAD:
             item = tl.load(tiles + step).to(tl.int32)
             member = (item // num_tiles).to(tl.int64)
@@ -605,18 +609,15 @@ def attention_dkdv_kernel(
         log_sum = tl.load(lse + row + rows, mask=exists, other=float("inf")) * LOG2_E
         p = tl.exp2(dot(k_tile, tl.trans(q_tile), None, PRECISION) * (scale * LOG2_E) - log_sum[None, :])
         seen = is_seen(keys[:, None], rows[None, :], span, CAUSAL)
-        p = tl.where(seen & is_present[:, None], p, 0.0)
-        weight = exists.to(tl.float32)
+        if key_mask is not None:
+            seen = seen & is_present[:, None]
+        p = tl.where(seen, p, 0.0)
+        learns = exists
         if weights is not None:
             weight = tl.load(weights + row + rows, mask=exists, other=0.0)
-        dz_tile = load_rows(
-            (dz + member * dz_stride_h, dz_stride_s, dz_stride_d),
-            tile * BLOCK_Q,
-            weight != 0.0,
-            HEAD_DIM,
-            BLOCK_Q,
-            BLOCK_D,
-        )
+            learns = weight != 0.0
+        dz_head = (dz + member * dz_stride_h, dz_stride_s, dz_stride_d)
+        dz_tile = load_rows(dz_head, tile * BLOCK_Q, learns, HEAD_DIM, BLOCK_Q, BLOCK_D)
         dp = dot(v_tile, tl.trans(dz_tile), None, PRECISION)
         taught = edged(
             p,
@@ -899,7 +900,8 @@ def attention_forward(
     f"{PATTERN_SCHEMA}) -> (Tensor, Tensor)"
 )
 def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    call = Forward(*rest)
+    call, head_dim = Forward(*rest), q.shape[3]
+    q, k, v = map(_readable, (q, k, v))
     z = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     config = _config(attention_fwd_kernel, q)
@@ -923,7 +925,7 @@ def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[T
         CAUSAL=call.causal,
         **_constants(q),
     )
-    return z, lse
+    return z.narrow(3, 0, head_dim), lse
 
 
 class Backward(NamedTuple):
@@ -985,7 +987,8 @@ def attention_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.attention_backward`."""
     by_head = (sites.heads, sites.forward_heads)
-    is_binary = all(table is None or table.binary for table in by_head)
+    strength = None if routes is None else routes.strength
+    is_binary = all(table is None or (table.binary and strength is None) for table in by_head)
     shape = (q.shape[0], q.shape[2])
     dq, dk, dv = attention_backward_op(
         dz,
@@ -1001,7 +1004,7 @@ def attention_backward(
         *TileBits.of(routes, shape, sites.score_edges, sites.value_edges),
         *TileBits.of(routes, shape, sites.score_edges),
         1 if routes is None else routes.num_routes,
-        is_binary and (routes is None or routes.strength is None),
+        is_binary,
         *pattern,
         want_query,
         want_key_value,
@@ -1020,14 +1023,15 @@ def attention_backward_op(
     dz: Tensor, q: Tensor, k: Tensor, v: Tensor, z: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
-    call = Backward(*rest)
+    call, head_dim = Backward(*rest), q.shape[3]
+    dz, q, k, v, z = map(_readable, (dz, q, k, v, z))
     delta, weights, live = _delta(dz, q, z, call)
     queries = {"q": q, "dz": dz, "lse": lse, "delta": delta, "weights": weights}
     dq, dk, dv = (x.new_empty(0) for x in (q, k, v))
     if call.want_key_value:
-        dk, dv = _dkdv(queries, k, v, live, call)
+        dk, dv = (gradient.narrow(3, 0, head_dim) for gradient in _dkdv(queries, k, v, live, call))
     if call.want_query:
-        dq = _dq(queries, k, v, call)
+        dq = _dq(queries, k, v, call).narrow(3, 0, head_dim)
     return dq, dk, dv
 
 
@@ -1187,6 +1191,20 @@ def _tokens(routes: Routes | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if routes is None else tokens_of(routes)
 
 
+def _readable(t: Tensor) -> Tensor:
+    """t `[B, H, S, D]` as the kernels read it, 16 bytes at a time: features dense, rows apart by multiples of 16.
+
+    Triton sees such multiples and no others; without them loads are of single elements, and spill registers. D is
+    padded with zeros, which change no score and no value.
+    """
+    if t.shape[3] % 16:
+        return torch.nn.functional.pad(t, (0, -t.shape[3] % 16))
+    is_aligned = t.stride(3) == 1 and all(
+        stride % 16 == 0 for stride in (*t.stride()[:3], t.storage_offset())
+    )
+    return t if is_aligned else t.clone(memory_format=torch.contiguous_format)
+
+
 def _block_d(q: Tensor) -> int:
     """Columns of a tile: the head dimension, padded."""
     return max(16, triton.next_power_of_2(q.shape[3]))
@@ -1209,6 +1227,7 @@ def _edges(*levels: tuple[Tensor | None, int]) -> str:
 
 
 def _dkdv_config(q: Tensor, call: Backward) -> dict[str, int]:
+    """Masks, padding, documents, edges of several values or of many routes need more registers than the plain call."""
     edges = _edges((call.score_bits, call.score_levels), (call.value_bits, call.value_levels))
     others = (
         call.strength,
@@ -1219,7 +1238,12 @@ def _dkdv_config(q: Tensor, call: Backward) -> dict[str, int]:
         call.cu_seqlens,
         call.key_mask,
     )
-    masked = any(other is not None for other in others) or max(call.score_levels, call.value_levels) > 1
+    masked = (
+        any(other is not None for other in others)
+        or max(call.score_levels, call.value_levels) > 1
+        or (edges == ".edges" and call.num_routes > 32)
+        or q.shape[3] < _block_d(q)
+    )
     return _config(attention_dkdv_kernel, q, edges, masked and edges != ".gather")
 
 

@@ -10,9 +10,10 @@ All of them compile for sm_80, sm_90 and sm_100 without spills (tests/test_offli
 ARCHITECTURES = (80, 90, 100)
 
 
-def _tiles(block_q: int, block_k: int, num_warps: int, num_stages: int) -> dict[str, int]:
+def _tiles(block_q: int, block_k: int, num_warps: int, num_stages: int, **options: int) -> dict[str, int]:
     """A configuration of attention: queries and keys of a tile."""
-    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
+    tiles = {"BLOCK_Q": block_q, "BLOCK_K": block_k}
+    return tiles | {"num_warps": num_warps, "num_stages": num_stages} | options
 
 
 CONFIGS: dict[str, dict[int, dict[str, int]]] = {
@@ -42,7 +43,8 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         80: {"BLOCK_T": 64, "BLOCK_I": 32, "BLOCK_O": 16, "num_warps": 4, "num_stages": 2},
     },
     # Attention, by head dimension (padded to a power of two; 64 serves the smaller), and by what else needs registers:
-    # edges of one value each (edges), of several (edges.masked) or gathered; masks, padding or documents (masked).
+    # edges of the value 1 (edges), of other values or many routes (edges.masked), or gathered; masks, padding or
+    # documents (masked). fp32 products are sums of FMAs in registers, as above.
     "attention_delta_kernel": {80: {"num_warps": 4}},
     "attention_tiles_kernel": {80: {"CHUNK": 256, "num_warps": 4, "maxnreg": 255}},
     "attention_fwd_kernel.64": {
@@ -50,19 +52,26 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: _tiles(128, 128, 8, 3),
         100: _tiles(128, 64, 8, 3),
     },
-    "attention_fwd_kernel.64.float32": {80: _tiles(32, 32, 4, 2)},
+    "attention_fwd_kernel.64.float32": {80: _tiles(32, 32, 4, 2, maxnreg=255)},
     "attention_fwd_kernel.128": {80: _tiles(128, 32, 8, 3), 90: _tiles(128, 64, 8, 3)},
-    "attention_fwd_kernel.128.float32": {80: _tiles(16, 32, 4, 2)},
+    "attention_fwd_kernel.128.float32": {80: _tiles(16, 32, 4, 2, maxnreg=255)},
     "attention_fwd_kernel.256": {80: _tiles(64, 64, 8, 2)},
-    "attention_fwd_kernel.256.float32": {80: _tiles(16, 16, 4, 2)},
-    "attention_dkdv_kernel.64": {80: _tiles(64, 128, 8, 2), 90: _tiles(64, 128, 8, 3)},
+    "attention_fwd_kernel.256.float32": {80: _tiles(16, 16, 4, 2, maxnreg=255)},
+    "attention_dkdv_kernel.64": {80: _tiles(64, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.masked": {80: _tiles(32, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
-    "attention_dkdv_kernel.64.edges": {80: _tiles(64, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
-    "attention_dkdv_kernel.64.edges.masked": {80: _tiles(32, 64, 8, 2), 90: _tiles(64, 64, 8, 2)},
-    "attention_dkdv_kernel.64.gather": {80: _tiles(64, 128, 8, 3)},
-    "attention_dkdv_kernel.64.float32": {80: _tiles(32, 32, 8, 2), 100: _tiles(16, 32, 4, 2)},
+    "attention_dkdv_kernel.64.edges": {80: _tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.edges.masked": {
+        80: _tiles(32, 64, 8, 2),
+        90: _tiles(64, 128, 8, 2),
+        100: _tiles(64, 128, 8, 3),
+    },
+    "attention_dkdv_kernel.64.gather": {80: _tiles(64, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.float32": {
+        80: _tiles(32, 32, 8, 2, maxnreg=255),
+        100: _tiles(16, 32, 4, 2, maxnreg=255),
+    },
     "attention_dkdv_kernel.128": {
-        80: _tiles(64, 64, 8, 2),
+        80: _tiles(32, 128, 8, 2),
         90: _tiles(64, 128, 8, 2),
         100: _tiles(64, 128, 8, 3),
     },
@@ -76,46 +85,29 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: _tiles(64, 128, 8, 2),
         100: _tiles(64, 128, 8, 3),
     },
-    "attention_dkdv_kernel.128.edges.masked": {
-        80: _tiles(32, 32, 4, 2),
-        90: _tiles(32, 64, 8, 2),
-        100: _tiles(64, 64, 8, 2),
-    },
+    "attention_dkdv_kernel.128.edges.masked": {80: _tiles(32, 64, 8, 2), 100: _tiles(32, 128, 8, 2)},
     "attention_dkdv_kernel.128.gather": {
-        80: _tiles(64, 64, 8, 2),
+        80: _tiles(32, 64, 8, 2),
         90: _tiles(32, 128, 8, 2),
         100: _tiles(64, 128, 8, 2),
     },
-    "attention_dkdv_kernel.128.float32": {80: _tiles(16, 32, 4, 2), 90: _tiles(16, 16, 8, 2)},
-    "attention_dkdv_kernel.256": {
-        80: _tiles(32, 64, 8, 2),
-        90: _tiles(16, 64, 8, 2),
-        100: _tiles(32, 64, 8, 2),
+    "attention_dkdv_kernel.128.float32": {
+        80: _tiles(16, 32, 4, 2, maxnreg=255),
+        90: _tiles(16, 16, 8, 2, maxnreg=255),
     },
-    "attention_dkdv_kernel.256.masked": {80: _tiles(16, 64, 8, 2), 100: _tiles(32, 32, 8, 2)},
-    "attention_dkdv_kernel.256.edges": {80: _tiles(16, 64, 8, 2)},
-    "attention_dkdv_kernel.256.edges.masked": {
-        80: _tiles(32, 32, 8, 2),
-        90: _tiles(16, 64, 8, 2),
-        100: _tiles(32, 32, 8, 2),
-    },
-    "attention_dkdv_kernel.256.gather": {
-        80: _tiles(32, 64, 8, 2),
-        90: _tiles(16, 64, 8, 2),
-        100: _tiles(32, 64, 8, 2),
-    },
-    "attention_dkdv_kernel.256.float32": {
-        80: _tiles(16, 16, 8, 2),
-        90: _tiles(16, 16, 16, 2),
-        100: _tiles(16, 16, 8, 2),
-    },
+    "attention_dkdv_kernel.256": {80: _tiles(32, 32, 8, 2), 100: _tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.masked": {80: _tiles(32, 32, 8, 2)},
+    "attention_dkdv_kernel.256.edges": {80: _tiles(32, 32, 8, 2), 100: _tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.edges.masked": {80: _tiles(32, 32, 8, 2), 100: _tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.gather": {80: _tiles(32, 32, 8, 2), 100: _tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.float32": {80: _tiles(16, 16, 8, 2, maxnreg=255)},
     "attention_dq_kernel.64": {80: _tiles(128, 64, 8, 3)},
     "attention_dq_kernel.64.edges": {80: _tiles(128, 64, 8, 3)},
     "attention_dq_kernel.64.gather": {80: _tiles(128, 64, 8, 3)},
     "attention_dq_kernel.64.float32": {
-        80: _tiles(32, 16, 4, 2),
-        90: _tiles(32, 32, 4, 2),
-        100: _tiles(16, 16, 4, 2),
+        80: _tiles(32, 16, 4, 2, maxnreg=255),
+        90: _tiles(32, 32, 4, 2, maxnreg=255),
+        100: _tiles(16, 16, 4, 2, maxnreg=255),
     },
     "attention_dq_kernel.128": {
         80: _tiles(128, 32, 8, 3),
@@ -124,17 +116,13 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     },
     "attention_dq_kernel.128.edges": {80: _tiles(128, 32, 8, 3), 90: _tiles(128, 64, 8, 3)},
     "attention_dq_kernel.128.gather": {
-        80: _tiles(64, 64, 8, 2),
+        80: _tiles(128, 32, 8, 3),
         90: _tiles(128, 64, 8, 2),
         100: _tiles(128, 64, 8, 3),
     },
-    "attention_dq_kernel.128.float32": {80: _tiles(32, 16, 4, 2)},
-    "attention_dq_kernel.256": {80: _tiles(64, 32, 8, 2), 90: _tiles(64, 64, 8, 2)},
+    "attention_dq_kernel.128.float32": {80: _tiles(32, 16, 4, 2, maxnreg=255)},
+    "attention_dq_kernel.256": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
     "attention_dq_kernel.256.edges": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
-    "attention_dq_kernel.256.gather": {
-        80: _tiles(64, 32, 8, 2),
-        90: _tiles(64, 64, 8, 2),
-        100: _tiles(64, 32, 8, 2),
-    },
-    "attention_dq_kernel.256.float32": {80: _tiles(16, 16, 8, 2)},
+    "attention_dq_kernel.256.gather": {80: _tiles(64, 64, 8, 2), 100: _tiles(32, 32, 8, 2)},
+    "attention_dq_kernel.256.float32": {80: _tiles(16, 16, 8, 2, maxnreg=255)},
 }

@@ -65,31 +65,40 @@ def samples(op):
 
 
 # For every configuration of attention's kernels (kernels/configs.py) the calls that need most registers.
-ATTENTION = (
-    {"sites": (), "causal": False, "window": 50},
-    {"sites": ("heads", "forward_heads", "query", "key", "value"), "strength": "token", "padding": 7},
-    {"sites": ("heads", "key"), "tables": "blocks", "documents": 3, "window": 50},
-    {"sites": ("score_edges", "value_edges")},
-    {"sites": ("score_edges", "value_edges"), "tables": "blocks", "num_routes": 40},
-    {"strength": "token", "padding": 7},
-    {"tables": "blocks", "num_routes": 40, "documents": 3, "causal": False, "window": 50},
-)
-HEAD_DIMS = (64, 128, 256, 40)
+PLAIN = {"sites": (), "causal": False, "window": 50}
+MASKED = {"sites": ("heads", "forward_heads", "query", "key", "value"), "strength": "token", "padding": 7}
+DOCUMENTS = {"sites": ("heads", "key"), "tables": "blocks", "documents": 3, "window": 50}
+BINARY = {"sites": ("score_edges", "value_edges"), "tables": "blocks"}
+LEVELS = {"sites": ("score_edges", "value_edges")}
+EVERYTHING = {"strength": "token", "padding": 7}
+MANY_ROUTES = {"tables": "blocks", "num_routes": 40, "documents": 3, "causal": False, "window": 50}
+GATHERED = EVERYTHING | {"gathered": True}
+ATTENTION = {
+    torch.bfloat16: (PLAIN, MASKED, DOCUMENTS, BINARY, LEVELS, EVERYTHING, MANY_ROUTES, GATHERED),
+    torch.float32: (PLAIN, MASKED, EVERYTHING, GATHERED),
+}
+PADDED = (PLAIN, MASKED, EVERYTHING, GATHERED)
+HEAD_DIMS = {64: 48, 128: 112, 256: 240}  # and one that is padded to it
 
 
 def attention_samples():
-    """Those calls, in every head dimension that has a configuration, one that is padded, and both widths of dtypes."""
-    for head_dim, dtype in itertools.product(HEAD_DIMS, (torch.bfloat16, torch.float32)):
-        sizes = testing.Sizes(heads=4, kv_heads=2, head_dim=head_dim)
-        options = {"dtype": dtype, "tokens": (1, 256), "sizes": sizes}
-        for call in ATTENTION:
-            yield testing.sample("routed_attention", **options, **call)
-        generator = torch.Generator().manual_seed(0)
-        edges = {
-            name: torch.randn(4, 4, generator=generator) for name in ("score_edges", "value_edges")
-        }  # of too many values for levels: gathered
-        call = testing.sample("routed_attention", strength="token", padding=7, **options)
-        yield call.with_sites(AttentionSites(**call.tables | edges))
+    """Those calls in every head dimension that has a configuration; of halves also in one that is padded to it."""
+    for (head_dim, smaller), (dtype, calls) in itertools.product(HEAD_DIMS.items(), ATTENTION.items()):
+        for call in calls:
+            yield attention_sample(head_dim, dtype, **call)
+        for call in PADDED if dtype == torch.bfloat16 else ():
+            yield attention_sample(smaller, dtype, **call)
+
+
+def attention_sample(head_dim, dtype, gathered=False, **options):
+    """One call; `gathered`: with edges of too many different values for levels of bits."""
+    sizes = testing.Sizes(heads=4, kv_heads=2, head_dim=head_dim)
+    call = testing.sample("routed_attention", dtype=dtype, tokens=(1, 256), sizes=sizes, **options)
+    if not gathered:
+        return call
+    generator = torch.Generator().manual_seed(0)
+    edges = {name: torch.randn(4, 4, generator=generator) for name in ("score_edges", "value_edges")}
+    return call.with_sites(AttentionSites(**call.tables | edges))
 
 
 def recorded(architecture):
