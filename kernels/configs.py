@@ -65,7 +65,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: _tiles(64, 128, 8, 2),
         100: _tiles(64, 128, 8, 3),
     },
-    "attention_dkdv_kernel.64.gather": {80: _tiles(64, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.gather": {80: _tiles(32, 32, 4, 2), 90: _tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.float32": {
         80: _tiles(32, 32, 8, 2, maxnreg=255),
         100: _tiles(16, 32, 4, 2, maxnreg=255),
@@ -120,7 +120,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: _tiles(128, 64, 8, 2),
         100: _tiles(128, 64, 8, 3),
     },
-    "attention_dq_kernel.128.float32": {80: _tiles(32, 16, 4, 2, maxnreg=255)},
+    "attention_dq_kernel.128.float32": {80: _tiles(32, 16, 8, 2, maxnreg=255)},
     "attention_dq_kernel.256": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
     "attention_dq_kernel.256.edges": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
     "attention_dq_kernel.256.gather": {80: _tiles(64, 64, 8, 2), 100: _tiles(32, 32, 8, 2)},
