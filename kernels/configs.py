@@ -123,6 +123,10 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_dq_kernel.128.float32": {80: _tiles(32, 16, 8, 2, maxnreg=255)},
     "attention_dq_kernel.256": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
     "attention_dq_kernel.256.edges": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
-    "attention_dq_kernel.256.gather": {80: _tiles(64, 64, 8, 2), 100: _tiles(32, 32, 8, 2)},
+    "attention_dq_kernel.256.gather": {
+        80: _tiles(64, 32, 8, 2),
+        90: _tiles(64, 64, 8, 2),
+        100: _tiles(32, 32, 8, 2),
+    },
     "attention_dq_kernel.256.float32": {80: _tiles(16, 16, 8, 2, maxnreg=255)},
 }

@@ -67,17 +67,15 @@ def samples(op):
 # For every configuration of attention's kernels (kernels/configs.py) the calls that need most registers.
 PLAIN = {"sites": (), "causal": False, "window": 50}
 MASKED = {"sites": ("heads", "forward_heads", "query", "key", "value"), "strength": "token", "padding": 7}
-DOCUMENTS = {"sites": ("heads", "key"), "tables": "blocks", "documents": 3, "window": 50}
 BINARY = {"sites": ("score_edges", "value_edges"), "tables": "blocks"}
-LEVELS = {"sites": ("score_edges", "value_edges")}
 EVERYTHING = {"strength": "token", "padding": 7}
 MANY_ROUTES = {"tables": "blocks", "num_routes": 40, "documents": 3, "causal": False, "window": 50}
 GATHERED = EVERYTHING | {"gathered": True}
 ATTENTION = {
-    torch.bfloat16: (PLAIN, MASKED, DOCUMENTS, BINARY, LEVELS, EVERYTHING, MANY_ROUTES, GATHERED),
-    torch.float32: (PLAIN, MASKED, EVERYTHING, GATHERED),
+    torch.bfloat16: (PLAIN, MASKED, BINARY, EVERYTHING, MANY_ROUTES, GATHERED),
+    torch.float32: (EVERYTHING, GATHERED),
 }
-PADDED = (PLAIN, MASKED, EVERYTHING, GATHERED)
+PADDED = (MASKED, EVERYTHING)
 HEAD_DIMS = {64: 48, 128: 112, 256: 240}  # and one that is padded to it
 
 
