@@ -80,7 +80,7 @@ def test_budget_over_several_runs_of_tokens(op, backend, strength, device):
     """More tokens than backend torch masks at a time (1024), or a program sums into one partial (512)."""
     cases.require(backend, device)
     sizes = testing.Sizes(d_model=5, d_ff=7)
-    tokens = 300 if op == "routed_attention" else 1100  # its detach idiom has a value for every query
+    tokens = 200 if op == "routed_attention" else 1100  # its detach idiom has a value for every query
     cases.make(op, tokens=tokens, strength=strength, sizes=sizes, device=device).assert_within_budget(backend)
 
 
@@ -289,7 +289,8 @@ def test_nothing_that_it_was_given_or_saved_is_written(op, backend, tables, devi
 @every_op_backend
 def test_two_runs_and_two_backwards_give_the_same_bits(op, backend, device):
     cases.require(backend, device)
-    call = cases.make(op, tokens=130, strength="token", device=device)
+    tokens = 70 if op == "routed_attention" else 130
+    call = cases.make(op, tokens=tokens, strength="token", device=device)
     first = call.run(backend)
     assert_same_bits(call.run(backend), first, "second run")
     leaves = call.leaves()
