@@ -4,6 +4,7 @@ PYTHON ?= python3
 PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
 GPU_WORKERS ?= 8
+BENCH_ARGS ?=
 OUT ?= bench/results/local
 
 VENV := .venv
@@ -20,7 +21,8 @@ help:
 	@echo "make test   lint, then every test this machine can run (PYTEST_WORKERS, PYTEST_ARGS)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make sanitize  the native module's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make gpu    tests that need CUDA, the benchmarks on it, the demo; offline, with the packages of PYTHON (OUT)"
+	@echo "make gpu    tests that need CUDA, the benchmarks on it, the demo; offline, with the packages of PYTHON (OUT,"
+	@echo "            BENCH_ARGS=--resume goes on with a run that was cut short)"
 	@echo "make wheel  one wheel in dist/, for PYTHON; no torch is needed"
 	@echo "make check-wheel  install that wheel into an empty environment, test it there, and see what it links"
 	@echo "make clean  remove what building and testing leave behind; .venv stays"
@@ -66,9 +68,7 @@ gpu:
 	mkdir -p "$(OUT)"
 	status=0; \
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu -q -n $(GPU_WORKERS) --dist loadgroup --junitxml="$(OUT)/gpu-tests.xml" || status=$$?; \
-	$(PYTHON) -m bench cuda --out "$(OUT)" || status=$$?; \
-	$(PYTHON) -m bench attention --out "$(OUT)" || status=$$?; \
-	$(PYTHON) -m bench model --rounds 11 --out "$(OUT)" || status=$$?; \
+	$(PYTHON) -m bench run h200 --out "$(OUT)" $(BENCH_ARGS) || status=$$?; \
 	$(PYTHON) examples/demo.py --out "$(OUT)" || status=$$?; \
 	exit $$status
 

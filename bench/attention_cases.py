@@ -15,6 +15,10 @@ from gradroute.attention_plan import Plan
 from gradroute.tables import localize
 from gradroute.testing import Marks, Sample
 
+from . import memory
+from .cases import FORWARD, FULL, Limit, Step
+from .rivals import compiled
+
 NUM_ROUTES = 4
 
 
@@ -101,68 +105,52 @@ def ids_in_runs(shape: Shape) -> Tensor:  # [B, S]
     return torch.stack(rows)
 
 
-class Variant(NamedTuple):
+class Way(NamedTuple):
     """One way to make a call.
 
     Attributes:
         call: what it has to compute.
         forward: (q, k, v) → z `[B, H, S, D]`, differentiable.
         explain: what runs the call, and why; None: a rival.
-        may_be_wrong: whether wrong numbers are a finding about a rival, not a failure of the run.
     """
 
     call: Sample
     forward: Callable[..., Tensor]
     explain: Callable[[], Plan] | None = None
-    may_be_wrong: bool = False
 
-    def forward_step(self) -> Callable[[], Any]:
-        """As in training: what backward needs is kept until it returns."""
+    def steps(self, mode: str) -> list[Step]:
+        """On one set of inputs: no cache holds them."""
         leaves = self.call.leaves()
-        return lambda: self.forward(**leaves)
-
-    def backward_step(self) -> Callable[[], Any]:
-        """Forward, and the gradients of q, k and v."""
-        leaves = self.call.leaves()
+        if mode == FORWARD:  # as in training: what backward needs is kept until it returns
+            return [lambda: self.forward(**leaves)]
         wanted = tuple(leaf for leaf in leaves.values() if leaf is not None)
-        return lambda: torch.autograd.grad(self.forward(**leaves), wanted, self.call.upstream)
+        return [lambda: torch.autograd.grad(self.forward(**leaves), wanted, self.call.upstream)]
+
+    def saved_bytes(self) -> int:
+        leaves = self.call.leaves()
+        return memory.saved(lambda: self.forward(**leaves), ())
 
 
-class Limit(NamedTuple):
-    """What must be reached, forward and backward: `variant` takes at most `most` times what `rival` takes.
-
-    Attributes:
-        variant, rival: names of variants.
-        quantity: "time" or "memory".
-        most: the largest ratio allowed.
-    """
-
-    variant: str
-    rival: str
-    quantity: str
-    most: float
-
-
-class Case(NamedTuple):
-    """Variants that are timed in the same rounds.
+class Entry(NamedTuple):
+    """Ways that are timed in the same rounds.
 
     Attributes:
-        variants: by name.
+        ways: by name.
         rivals: names of those whose times divide everyone's; the first is the base.
         limits: what must be reached.
     """
 
-    variants: dict[str, Variant]
+    ways: dict[str, Way]
     rivals: tuple[str, ...]
     limits: tuple[Limit, ...] = ()
 
 
-def routed(call: Sample, backend: str | None = None) -> Variant:
+def routed(call: Sample, backend: str | None = None) -> Way:
     """routed_attention itself; on None: the automatic choice."""
     explain = partial(
         attention.explain, **call.tensors, routes=call.routes, sites=call.sites, backend=backend
     )
-    return Variant(call, lambda **tensors: call.call(tensors, backend), explain)
+    return Way(call, lambda **tensors: call.call(tensors, backend), explain)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
@@ -221,29 +209,35 @@ class Flex:
         return with_edges
 
 
-def cudnn(calls: Calls) -> Variant:
+def cudnn(calls: Calls) -> Way:
     """The fastest unmasked attention on Hopper: the base of the CUDA cases."""
-    return Variant(calls.ordinary, partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION))
+    return Way(calls.ordinary, partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION))
 
 
-def edges_on_cpu(calls: Calls) -> Case:
-    return Case(
+def flash(calls: Calls) -> Way:
+    """PyTorch's own FlashAttention 2."""
+    return Way(calls.ordinary, partial(sdpa, kernel=SDPBackend.FLASH_ATTENTION))
+
+
+def edges_on_cpu(calls: Calls) -> Entry:
+    return Entry(
         {
             "reference": routed(calls.edges, "reference"),
             "torch": routed(calls.edges, "torch"),
             "cpu": routed(calls.edges, "cpu"),
-            "SDPA, unmasked": Variant(calls.ordinary, sdpa),
+            "SDPA, unmasked": Way(calls.ordinary, sdpa),
         },
         rivals=("reference", "SDPA, unmasked"),
-        limits=(Limit("cpu", "reference", "time", 0.5), Limit("cpu", "reference", "memory", 1 / 8)),
+        limits=(Limit("cpu", "reference", 0.5), Limit("cpu", "reference", 1 / 8, "memory")),
     )
 
 
-def masks_on_cpu(calls: Calls) -> Case:
-    return Case(
+def masks_on_cpu(calls: Calls) -> Entry:
+    return Entry(
         {
-            "SDPA, unmasked": Variant(calls.ordinary, sdpa),
-            "detach": Variant(calls.masks, partial(detach_idiom, calls.masks)),
+            "SDPA, unmasked": Way(calls.ordinary, sdpa),
+            "detach": Way(calls.masks, partial(detach_idiom, calls.masks)),
+            "detach, compiled": Way(calls.masks, compiled(partial(detach_idiom, calls.masks))),
             "torch": routed(calls.masks, "torch"),
             "cpu": routed(calls.masks, "cpu"),
         },
@@ -251,62 +245,65 @@ def masks_on_cpu(calls: Calls) -> Case:
     )
 
 
-def unmasked_on_cuda(calls: Calls) -> Case:
-    return Case(
+def unmasked_on_cuda(calls: Calls) -> Entry:
+    return Entry(
         {
             "cuDNN": cudnn(calls),
-            "flash": Variant(calls.ordinary, partial(sdpa, kernel=SDPBackend.FLASH_ATTENTION)),
-            "SDPA": Variant(calls.ordinary, sdpa),
-            "Flex": Variant(calls.ordinary, Flex(calls.ordinary)),
+            "flash": flash(calls),
+            "SDPA": Way(calls.ordinary, sdpa),
+            "Flex": Way(calls.ordinary, Flex(calls.ordinary)),
             "triton": routed(calls.ordinary, "triton"),
         },
         rivals=("cuDNN", "flash", "SDPA", "Flex"),
-        limits=(Limit("triton", "cuDNN", "time", 1.5),),
+        limits=(Limit("triton", "cuDNN", 1.5),),
     )
 
 
-def masks_on_cuda(calls: Calls) -> Case:
-    return Case(
+def masks_on_cuda(calls: Calls) -> Entry:
+    return Entry(
         {
             "cuDNN, unmasked": cudnn(calls),
+            "flash, unmasked": flash(calls),
+            "detach": Way(calls.masks, partial(detach_idiom, calls.masks)),
+            "detach, compiled": Way(calls.masks, compiled(partial(detach_idiom, calls.masks))),
             "automatic": routed(calls.masks),
             "cuda": routed(calls.masks, "cuda"),
             "torch": routed(calls.masks, "torch"),
             "triton": routed(calls.masks, "triton"),
         },
-        rivals=("cuDNN, unmasked",),
-        limits=(Limit("automatic", "cuDNN, unmasked", "time", 1.05),),
+        rivals=("cuDNN, unmasked", "detach"),
+        limits=(Limit("automatic", "cuDNN, unmasked", 1.05),),
     )
 
 
-def edges_on_cuda(calls: Calls) -> Case:
-    return Case(
+def edges_on_cuda(calls: Calls) -> Entry:
+    return Entry(
         {
             "cuDNN, unmasked": cudnn(calls),
-            "Flex, score edges alone": Variant(calls.score_edges, Flex(calls.score_edges), may_be_wrong=True),
+            "Flex, score edges alone": Way(calls.score_edges, Flex(calls.score_edges)),
             "triton": routed(calls.edges, "triton"),
         },
         rivals=("cuDNN, unmasked", "Flex, score edges alone"),
         limits=(
-            Limit("triton", "cuDNN, unmasked", "time", 2.0),
-            Limit("triton", "Flex, score edges alone", "time", 1.0),
+            Limit("triton", "cuDNN, unmasked", 2.0),
+            Limit("triton", "Flex, score edges alone", 1.0),
         ),
     )
 
 
-def half_on_cuda(calls: Calls) -> Case:
-    return Case(
+def half_on_cuda(calls: Calls) -> Entry:
+    return Entry(
         {
             "triton, unmasked": routed(calls.ordinary, "triton"),
             "triton": routed(calls.half, "triton"),
             "cuDNN, unmasked": cudnn(calls),
         },
         rivals=("triton, unmasked", "cuDNN, unmasked"),
-        limits=(Limit("triton", "triton, unmasked", "time", 0.75),),
+        limits=(Limit("triton", "triton, unmasked", 0.75),),
     )
 
 
-CASES: dict[str, dict[str, Callable[[Calls], Case]]] = {
+CASES: dict[str, dict[str, Callable[[Calls], Entry]]] = {
     "cpu": {"both edges": edges_on_cpu, "masks by head": masks_on_cpu},
     "cuda": {
         "unmasked": unmasked_on_cuda,
@@ -317,10 +314,10 @@ CASES: dict[str, dict[str, Callable[[Calls], Case]]] = {
 }
 
 
-def warm_step_on_cpu(shape: Shape, case: str, variant: str) -> Callable[[], Any]:
+def warm_step_on_cpu(shape: Shape, case: str, way: str) -> Callable[[], Any]:
     """A step, after a short one of its kind: what is loaded once is not what it costs."""
     short, whole = (
-        CASES["cpu"][case](calls(some, torch.device("cpu"))).variants[variant].backward_step()
+        CASES["cpu"][case](calls(some, torch.device("cpu"))).ways[way].steps(FULL)[0]
         for some in (shape._replace(length=min(64, shape.length)), shape)
     )
     short()

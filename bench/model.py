@@ -1,132 +1,102 @@
 """The suite `model`: one training step of a whole Llama, routed in every layer, beside unrouted, detached and Liger."""
 
+from __future__ import annotations
+
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import attention, memory, model_check, timing
+from . import memory, model_check
+from .cases import STEP, Case, Findings, Limit, Plan, Step, Variant, attempt
 from .model_cases import (
     BY_HAND,
     DTYPES,
     SHAPES,
     Batch,
     Shape,
-    Variant,
-    absent,
+    Training,
     make_batch,
     make_model,
     make_optimizer,
-    variants,
+    trainings,
     warm_step_on_cpu,
 )
-from .timing import Step
-
-Found = dict[str, Any]  # of one variant
 
 BASE = "unrouted"
 RIVALS = (BASE, "detach, hidden units", "detach, SGTM", "Liger")
+SEEDS = (0, 1)  # of the batches that the rounds take in turn
+
+#: On CUDA; on the CPU the demo's model has limits, see end_to_end.py.
+LIMITS = (
+    Limit("routed, hidden units", BASE, 1.0, mode=STEP),
+    Limit("routed, hidden units", BASE, 1.01, "memory", STEP),
+    Limit("routed, hidden units", "detach, hidden units", 1 / 1.15, mode=STEP),
+    Limit("routed, SGTM", "detach, SGTM", 1 / 1.15, mode=STEP),
+)
 
 
-def run(
-    rounds: int,
-    rivals: tuple[str, ...] = (),
-    device: torch.device | None = None,
-    shape: Shape | None = None,
-) -> dict[str, Any]:
-    """Checks and times a training step of every variant; default: on CUDA where there is one.
+def plans(device: torch.device) -> list[Plan]:
+    """The one case of a device; none where there is no transformers."""
+    shape = SHAPES[device.type]
+    dtype = str(DTYPES[device.type]).removeprefix("torch.")
+    name = f"training step of a Llama of {shape.layers} layers"
+    axes = shape._asdict() | {"dtype": dtype, "tokens": shape.tokens}
+    limits = LIMITS if device.type == "cuda" else ()
+    return [Plan("model", name, "Llama", axes, partial(case, shape, device, limits))]
 
-    Returns:
-        By variant milliseconds, the ratios to rivals of the same rounds, tokens per second, bytes at the peak (with
-        "held_bytes", which are there between steps) and bytes saved for backward; or why it was not timed: the package
-        that is "missing", "error", or "wrong". Beside them how all this was measured, and under "failures" what is
-        wrong and may not be.
-    """
-    if not importlib.util.find_spec("transformers"):
-        return {"suite": "model", "missing": "transformers"}
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = shape or SHAPES[device.type]
-    model, batch = make_model(shape, device), make_batch(shape, device)
-    made = variants(model, shape)
-    found, plain_errors = examined(made, model, shape, batch)
+
+def why_missing() -> str | None:
+    """Why there is no such suite on this machine."""
+    return None if importlib.util.find_spec("transformers") else "transformers is not installed"
+
+
+def case(shape: Shape, device: torch.device, limits: tuple[Limit, ...] = ()) -> Case:
+    model = make_model(shape, device)
+    batches = [make_batch(shape, device, seed) for seed in SEEDS]
+    made, absent = trainings(model, shape)
     optimizer = make_optimizer(model)
-    held = held_bytes(model, optimizer)
-    steps = {name: variant.step(batch, optimizer) for name, variant in made.items()}
-    for name, step in right_only(steps, found).items():
-        found[name] |= attempt(partial(saved_bytes, made[name], model, batch))
-        found[name] |= attempt(partial(peak_bytes, device, shape, name, step, held))
-    clock = timing.device_clock() if device.type == "cuda" else timing.host_seconds
-    right = right_only(steps, found)
-    summarize(found, timing.interleaved(right, rounds, "training step", clock), shape)
-    return {
-        "suite": "model",
-        "rounds": rounds,
-        "environment": timing.environment() | versions() | attention.device_environment(device),
-        "shape": shape._asdict(),
-        "dtype": str(DTYPES[device.type]).removeprefix("torch."),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "held_bytes": held,
-        "checked": model_check.HOW,
-        "plain_errors": plain_errors,
-        "base": BASE,
-        "variants": found | {name: {"missing": package} for name, package in absent().items()},
-        "failures": failures(made, found),
-    }
+    return Case(
+        variants={
+            name: Variant(
+                steps=partial(steps, one, batches, optimizer),
+                saved_bytes=partial(saved_bytes, one, model, batches[0]),
+                memory_bytes=partial(memory_bytes, shape, name),
+                is_rival=one.is_rival,
+            )
+            for name, one in made.items()
+        },
+        rivals=RIVALS,
+        examine=partial(examine, made, model, shape, batches),
+        checked=model_check.HOW,
+        modes=(STEP,),
+        limits=limits,
+        missing=absent,
+        tokens=shape.tokens,
+        held_bytes=held_bytes(model, optimizer),
+        facts={"parameters": sum(weight.numel() for weight in model.parameters())},
+    )
 
 
-def versions() -> dict[str, str | None]:
-    return {name: timing.machine.version(name) for name in ("transformers", "liger_kernel")}
+def steps(
+    training: Training, batches: list[Batch], optimizer: torch.optim.Optimizer, mode: str
+) -> list[Step]:
+    return [training.step(batch, optimizer) for batch in batches]
 
 
-def examined(
-    made: Mapping[str, Variant], model: nn.Module, shape: Shape, batch: Batch
-) -> tuple[dict[str, Found], dict[str, float]]:
-    """By variant the share of its budget, or why it is not timed; by meaning the relative error of plain PyTorch."""
-    found: dict[str, Found] = {}
-    plain_errors = {}
-    unrouted = model_check.numbers(model, made[BASE].loss, batch)
-    for meaning in BY_HAND:
-        by_hand = made[BASE if meaning == BASE else f"detach, {meaning}"]
-        want = model_check.expected(model, shape, meaning, by_hand.loss, batch, unrouted)
-        plain_errors[meaning] = want.plain_error
-        for name, variant in made.items():
-            if variant.meaning == meaning:
-                examine = partial(model_check.examine, variant, model, batch, want, unrouted.loss)
-                found[name] = attempt(examine)
-        del want, examine  # gradients of the whole model, before those of the next meaning
-    return {name: found[name] for name in made}, plain_errors
-
-
-def attempt(measure: Callable[[], Found]) -> Found:
-    try:
-        return measure()
-    except (
-        Exception
-    ) as error:  # a machine may refuse a variant in any way, and the report is there to tell it
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
-def is_right(found: Found) -> bool:
-    return "error" not in found and "wrong" not in found
-
-
-def right_only(steps: Mapping[str, Step], found: Mapping[str, Found]) -> dict[str, Step]:
-    return {name: step for name, step in steps.items() if is_right(found[name])}
-
-
-def saved_bytes(variant: Variant, model: nn.Module, batch: Batch) -> Found:
+def saved_bytes(training: Training, model: nn.Module, batch: Batch) -> int:
     """What autograd keeps between forward and backward."""
-    return {"saved_bytes": memory.saved(partial(variant.loss, batch), model.parameters())}
+    return memory.saved(partial(training.loss, batch), model.parameters())
 
 
-def peak_bytes(device: torch.device, shape: Shape, name: str, step: Step, held: int) -> Found:
-    """The peak of a step's memory, with what is there between steps; on the CPU in a process of its own."""
-    on_device = device.type == "cuda"
-    extra = memory.on_device(step) if on_device else memory.on_cpu(partial(warm_step_on_cpu, shape, name))
-    return {"peak_bytes": None if extra is None else held + extra}
+def memory_bytes(shape: Shape, name: str, mode: str, step: Step) -> int | None:
+    """The peak of a step's memory beyond what is there between steps; on the CPU in a process of its own."""
+    if torch.cuda.is_available():
+        return memory.on_device(step)
+    return memory.on_cpu(partial(warm_step_on_cpu, shape, name))
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -135,55 +105,24 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *state))
 
 
-def summarize(found: Mapping[str, Found], milliseconds: Mapping[str, list[float]], shape: Shape) -> None:
-    """Enters what was timed."""
-    for name, times in milliseconds.items():
-        measured = timing.timing(times)
-        found[name].update(
-            milliseconds=measured._asdict(),
-            ratios={
-                rival: timing.ratio(times, milliseconds[rival]) for rival in RIVALS if rival in milliseconds
-            },
-            tokens_per_second=shape.tokens / measured.p50 * 1e3,
-        )
-
-
-def failures(made: Mapping[str, Variant], found: Mapping[str, Found]) -> list[str]:
-    """What is wrong or does not run, rivals aside."""
-    return [
-        f"{name}: {entry.get('wrong') or entry.get('error')}"
-        for name, entry in found.items()
-        if not is_right(entry) and not made[name].is_rival
-    ]
-
-
-def lines(report: dict[str, Any]) -> list[str]:
-    """The report as text."""
-    if "missing" in report:
-        return [f"missing: {report['missing']}"]
-    return ["", title(report), *(f"  {name:<22} {text(entry)}" for name, entry in report["variants"].items())]
-
-
-def title(report: dict[str, Any]) -> str:
-    """What was trained, for the report and for the README."""
-    shape = report["shape"]
-    return (
-        f"one training step of a Llama of {report['parameters'] / 1e6:.0f} M parameters, {report['dtype']}, "
-        f"fused AdamW, {shape['batch']} × {shape['length']} tokens, {shape['forget_share']:.1%} of them confined"
-    )
-
-
-def text(entry: Found) -> str:
-    for reason in ("missing", "error", "wrong"):
-        if reason in entry:
-            return f"{reason}: {entry[reason]}"
-    p50, p20, p80 = timing.Timing(**entry["milliseconds"])
-    sizes = "   ".join(
-        f"{words} {entry[name] / 1e9:.2f} GB"
-        for name, words in {"peak_bytes": "peak", "saved_bytes": "saved"}.items()
-        if entry[name] is not None
-    )
-    ratios = "   ".join(f"{value:.3f} × {rival}" for rival, value in entry["ratios"].items())
-    return (
-        f"{p50:8.1f} ms ({p20:.1f}–{p80:.1f}) {entry['tokens_per_second']:9.0f} tokens/s   {sizes}   {ratios}"
-    )
+def examine(
+    made: Mapping[str, Training],
+    model: nn.Module,
+    shape: Shape,
+    batches: list[Batch],
+    variants: Mapping[str, Any],
+) -> Findings:
+    """By variant the share of its budget that its error takes, the largest of all batches, or what is wrong."""
+    found: Findings = {name: {} for name in variants}
+    for batch in batches:
+        unrouted = model_check.numbers(model, made[BASE].loss, batch)
+        for meaning in BY_HAND:
+            by_hand = made[BASE if meaning == BASE else f"detach, {meaning}"]
+            want = model_check.expected(model, shape, meaning, by_hand.loss, batch, unrouted)
+            for name in variants:
+                if made[name].meaning == meaning and not {"error", "wrong"} & found[name].keys():
+                    one = attempt(partial(model_check.examine, made[name], model, batch, want, unrouted.loss))
+                    if one.get("budget_share", 0) >= found[name].get("budget_share", 0):
+                        found[name] = one
+            del want  # gradients of the whole model, before those of the next meaning
+    return found

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gradroute.models import localize_mlp, route, sgtm
 from gradroute.tables import localize
 
-from .timing import Step
+from .cases import Step
+from .rivals import LIGER_MISSING
 
 TIMES_PLAIN = (
     2.0  # as in gradroute.testing: routed backwards round as often as plain PyTorch, at other places
@@ -85,9 +86,9 @@ class Batch(NamedTuple):
             yield Batch(*(ids[row : row + 1] for ids in self))
 
 
-def make_batch(shape: Shape, device: torch.device) -> Batch:
+def make_batch(shape: Shape, device: torch.device, seed: int = 0) -> Batch:
     """Random tokens; in every row one document of confined tokens, anywhere."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(shape.vocabulary, (shape.batch, shape.length), generator=generator)
     confined = round(shape.forget_share * shape.length)
     starts = torch.randint(shape.length - confined + 1, (shape.batch, 1), generator=generator)
@@ -164,20 +165,37 @@ def detach_hidden(model: Any, shape: Shape, objective: Objective = own_loss) -> 
     return loss
 
 
+class Confined(NamedTuple):
+    """The forget part of a model, by the last part of a module's name.
+
+    Attributes:
+        rows: of weights, the last ones, which alone the confined tokens update.
+        columns: of weights, likewise.
+        unseen: features at a module's input, the last ones, which only the confined tokens see.
+    """
+
+    rows: dict[str, int]
+    columns: dict[str, int]
+    unseen: dict[str, int]
+
+
+def confined_by_sgtm(shape: Shape) -> Confined:
+    query, key = (shape.head_dim * heads for heads in (shape.forget_heads, 1))
+    rows = {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": shape.units, "up_proj": shape.units}
+    columns = {"o_proj": query, "down_proj": shape.units}
+    return Confined(rows, columns, unseen=columns)
+
+
 def detach_sgtm(model: Any, shape: Shape, objective: Objective = own_loss) -> Loss:
+    """SGTM for each token by hooks, see `detach_confined`."""
+    return detach_confined(model, confined_by_sgtm(shape), objective)
+
+
+def detach_confined(model: Any, confined: Confined, objective: Objective) -> Loss:
     """SGTM for each token by hooks: products with 0 or 1 in forward; weights that are detached but for the forget part.
 
     A parameter has one gradient for all tokens, so the detach idiom needs a second product for the confined tokens'.
     """
-    query, key = (shape.head_dim * heads for heads in (shape.forget_heads, 1))
-    forget_rows = {
-        "q_proj": query,
-        "k_proj": key,
-        "v_proj": key,
-        "gate_proj": shape.units,
-        "up_proj": shape.units,
-    }
-    forget_columns = {"o_proj": query, "down_proj": shape.units}
     masks: dict[str, Tensor] = {}
 
     def hidden_from_others(name: str) -> Callable[..., Tensor]:
@@ -188,21 +206,22 @@ def detach_sgtm(model: Any, shape: Shape, objective: Objective = own_loss) -> Lo
             masks["forget"], F.linear(arguments[0], weight_of(module.weight)), output
         )
 
-    for name, module in model.model.layers.named_modules():
-        name = name.rpartition(".")[2]
-        if name in forget_columns:
+    features = {}
+    for full_name, module in model.named_modules():
+        name = full_name.rpartition(".")[2]
+        if name in confined.unseen:
+            features[name] = module.in_features
             module.register_forward_pre_hook(hidden_from_others(name))
-            module.register_forward_hook(
-                confined_to(lambda w, n=forget_columns[name]: last_trained(w.mT, n).mT)
-            )
-        if name in forget_rows:
-            module.register_forward_hook(confined_to(lambda w, n=forget_rows[name]: last_trained(w, n)))
+        if name in confined.columns:
+            last = confined.columns[name]
+            module.register_forward_hook(confined_to(lambda w, n=last: last_trained(w.mT, n).mT))
+        if name in confined.rows:
+            module.register_forward_hook(confined_to(lambda w, n=confined.rows[name]: last_trained(w, n)))
 
     def loss(batch: Batch) -> Tensor:
         masks["forget"] = forget = batch.route_ids.unsqueeze(-1) == FORGET  # [B, S, 1]
-        for name, last in forget_columns.items():
-            features = shape.d_model if name == "o_proj" else shape.d_ff
-            seen = torch.arange(features, device=forget.device) < features - last
+        for name, last in confined.unseen.items():
+            seen = torch.arange(features[name], device=forget.device) < features[name] - last
             masks[name] = (forget | seen).to(model.dtype)  # [B, S, features]
         value = objective(model, batch)
         masks.clear()
@@ -213,6 +232,8 @@ def detach_sgtm(model: Any, shape: Shape, objective: Objective = own_loss) -> Lo
 
 def last_trained(weight: Tensor, rows: int) -> Tensor:
     """The same weight, of which only the last rows have a gradient."""
+    if rows == 0:
+        return weight.detach()
     return torch.cat((weight[:-rows].detach(), weight[-rows:]))
 
 
@@ -224,7 +245,7 @@ BY_HAND: dict[str, Callable[..., Loss]] = {
 }
 
 
-class Variant(NamedTuple):
+class Training(NamedTuple):
     """One way to train the model.
 
     Attributes:
@@ -252,26 +273,21 @@ class Variant(NamedTuple):
         return run
 
 
-def variants(model: nn.Module, shape: Shape) -> dict[str, Variant]:
-    """By name, all around the same parameters; without Liger where it is not installed."""
+def trainings(model: nn.Module, shape: Shape) -> tuple[dict[str, Training], dict[str, str]]:
+    """By name, all around the same parameters; and those that cannot be, each with the reason."""
     made = {
-        "unrouted": Variant("unrouted", unrouted(model, shape)),
+        "unrouted": Training("unrouted", unrouted(model, shape), is_rival=True),
         "routed, hidden units": routed_hidden(with_shared_weights(model), shape),
         "routed, SGTM": routed_sgtm(with_shared_weights(model), shape),
     }
     for meaning in ("hidden units", "SGTM"):
         loss = BY_HAND[meaning](with_shared_weights(model), shape)
-        made[f"detach, {meaning}"] = Variant(meaning, loss)
-    if not absent():
-        made["Liger"] = Variant(
-            "unrouted", liger(with_shared_weights(model)), times_plain=TIMES_PLAIN_OF_LIGER, is_rival=True
-        )
-    return made
-
-
-def absent() -> dict[str, str]:
-    """The variants that cannot be: by name the package that is missing."""
-    return {} if importlib.util.find_spec("liger_kernel") else {"Liger": "liger_kernel"}
+        made[f"detach, {meaning}"] = Training(meaning, loss, is_rival=True)
+    if LIGER_MISSING is not None:
+        return made, {"Liger": LIGER_MISSING}
+    loss = liger(with_shared_weights(model))
+    made["Liger"] = Training("unrouted", loss, times_plain=TIMES_PLAIN_OF_LIGER, is_rival=True)
+    return made, {}
 
 
 def routed_loss(model: Any) -> Loss:
@@ -280,16 +296,16 @@ def routed_loss(model: Any) -> Loss:
     )
 
 
-def routed_hidden(model: nn.Module, shape: Shape) -> Variant:
+def routed_hidden(model: nn.Module, shape: Shape) -> Training:
     plan = localize_mlp(range(shape.layers), slice(shape.d_ff - shape.units, shape.d_ff), route=FORGET)
     loss = routed_loss(route(model, plan))
-    return Variant("hidden units", loss, same_losses=(loss, unrouted(model, shape)))
+    return Training("hidden units", loss, same_losses=(loss, unrouted(model, shape)))
 
 
-def routed_sgtm(model: Any, shape: Shape) -> Variant:
+def routed_sgtm(model: Any, shape: Shape) -> Training:
     plan = sgtm(model.config, shape.forget_heads, shape.units, forget=FORGET)
     loss = routed_loss(route(model, plan))
-    return Variant("SGTM", loss, same_losses=(unrouted(model, shape),))
+    return Training("SGTM", loss, same_losses=(unrouted(model, shape),))
 
 
 def liger(model: nn.Module) -> Loss:
@@ -340,7 +356,7 @@ def warm_step_on_cpu(shape: Shape, name: str) -> Step:
     """A step, after a short one: what is loaded once is not what it costs."""
     device = torch.device("cpu")
     model = make_model(shape, device)
-    variant, optimizer = variants(model, shape)[name], make_optimizer(model)
+    training, optimizer = trainings(model, shape)[0][name], make_optimizer(model)
     short = shape._replace(length=min(64, shape.length))
-    variant.step(make_batch(short, device), optimizer)()
-    return variant.step(make_batch(shape, device), optimizer)
+    training.step(make_batch(short, device), optimizer)()
+    return training.step(make_batch(shape, device), optimizer)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model_cases import BY_HAND, TIMES_PLAIN, Batch, Loss, Shape, Variant
+from .model_cases import BY_HAND, TIMES_PLAIN, Batch, Loss, Shape, Training
 
 HOW = (
     "every variant, before it is timed, with the weights and the batch that are timed: the loss, and the gradient of "
@@ -100,18 +100,18 @@ def loss_in_own_dtype(model: Any, batch: Batch) -> Tensor:
 
 
 def examine(
-    variant: Variant, model: nn.Module, batch: Batch, want: Expected, unrouted_loss: Tensor
+    training: Training, model: nn.Module, batch: Batch, want: Expected, unrouted_loss: Tensor
 ) -> dict[str, Any]:
     """The largest share of its budget that a variant's error takes, and where; or what is wrong."""
     if not want.tells:
         return {"wrong": "plain PyTorch is so far off here that the unrouted model would pass for it"}
-    for loss in variant.same_losses:
+    for loss in training.same_losses:
         with torch.no_grad():
             got = loss(batch)
         if not torch.equal(got, unrouted_loss):
             return {"wrong": f"loss: got {got.item()!r}, the unrouted model's is {unrouted_loss.item()!r}"}
-    got = numbers(model, variant.loss, batch)
-    where, share = worst(got, want.exact, want.plain, variant.times_plain)
+    got = numbers(model, training.loss, batch)
+    where, share = worst(got, want.exact, want.plain, training.times_plain)
     if not share <= 1:  # a NaN fails too
         return {"wrong": f"{where}: the error is {share:.3g} of what is allowed"}
     return {"budget_share": share, "budget_share_of": where}

@@ -1,30 +1,29 @@
 """Paired, interleaved timing: every round times each variant once, so what else the machine does slows all alike."""
 
+from __future__ import annotations
+
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
-from gradroute import __main__ as machine
+from .cases import Step
+from .results import Figure
 
 WARMUP_ROUNDS = 2
 FLUSH_BYTES = 1 << 28  # more than any second-level cache holds
 
-Step = Callable[[], Any]
+METHOD = (
+    "every round runs each variant once, every other round in the opposite order, on sets of random inputs in turn; "
+    "speed: the median and the 20th and 80th percentile of the rounds, on CUDA by events around the pass after a write "
+    f"of {FLUSH_BYTES >> 20} MiB has emptied the second-level cache, on the CPU by the host's clock; relative speed: "
+    f"of the ratios of the same rounds; {WARMUP_ROUNDS} rounds before them are not counted; memory: the peak beyond "
+    "what there was before the pass, on the CPU in a process of its own"
+)
+
 Clock = Callable[[Step], float]  # runs a step and returns its seconds
-
-
-class Timing(NamedTuple):
-    """Milliseconds of one variant: the median, and the 20th and 80th percentile of its rounds."""
-
-    p50: float
-    p20: float
-    p80: float
 
 
 def host_seconds(step: Step) -> float:
@@ -50,44 +49,32 @@ def device_clock() -> Clock:
     return seconds
 
 
+def clock_of(device: torch.device) -> Clock:
+    return device_clock() if device.type == "cuda" else host_seconds
+
+
 def interleaved(
-    variants: Mapping[str, Step], rounds: int, name: str, clock: Clock = host_seconds
+    variants: Mapping[str, Sequence[Step]], rounds: int, name: str, clock: Clock = host_seconds
 ) -> dict[str, list[float]]:
     """Milliseconds of each round after warming up, by variant."""
     milliseconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for round_ in tqdm(
-        range(WARMUP_ROUNDS + rounds), desc=f"{name:<44}", unit="round", leave=False, disable=None
-    ):
-        for variant, step in variants.items():
-            elapsed = clock(step)
+    for round_ in tqdm(range(WARMUP_ROUNDS + rounds), desc=name, unit="round", leave=False, disable=None):
+        for variant in list(variants)[:: 1 if round_ % 2 == 0 else -1]:
+            steps = variants[variant]
+            elapsed = clock(steps[round_ % len(steps)])
             if round_ >= WARMUP_ROUNDS:
                 milliseconds[variant].append(1e3 * elapsed)
     return milliseconds
 
 
-def timing(milliseconds: list[float]) -> Timing:
-    p20, *_, p80 = statistics.quantiles(milliseconds, n=5)
-    return Timing(statistics.median(milliseconds), p20, p80)
+def figure(values: Sequence[float]) -> Figure:
+    """The median of the rounds, and their 20th and 80th percentile."""
+    if len(values) == 1:
+        return Figure.single(values[0])
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return Figure(statistics.median(values), p20, p80)
 
 
-def ratio(milliseconds: list[float], base: list[float]) -> float:
-    """The median over the rounds of one variant's time divided by another's in the same round."""
-    return statistics.median(own / other for own, other in zip(milliseconds, base, strict=True))
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on beside the code's own version."""
-    commit = {
-        "commit": _git("rev-parse", "HEAD"),
-        "clean": _git("status", "--porcelain", "--untracked-files=no") == "",
-    }
-    return machine.versions() | machine.cpu() | commit
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says of this checkout; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def ratio(own: Sequence[float], base: Sequence[float]) -> Figure:
+    """Of one variant's time divided by another's in the same round."""
+    return figure([one / other for one, other in zip(own, base, strict=True)])

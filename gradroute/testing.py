@@ -309,7 +309,8 @@ class Draw:
     """Random values, the same on every device and in every dtype up to rounding, for one call of an op.
 
     Attributes:
-        generator: their source.
+        generator: their source; on the CPU, or with `on_device` where the values are wanted: large ones come sooner, and
+            differ from device to device.
         tokens, sizes, layout: the activations' leading shape, the widths, and one of LAYOUTS for activations.
     """
 
@@ -320,10 +321,11 @@ class Draw:
         device: torch.device | str,
         tokens: tuple[int, ...],
         sizes: Sizes,
-        layout: str,
-        with_bias: bool,
+        layout: str = "contiguous",
+        with_bias: bool = True,
+        on_device: bool = False,
     ) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device if on_device else "cpu").manual_seed(seed)
         self.dtype, self.device = dtype, device
         self.tokens, self.sizes, self.layout, self.with_bias = tokens, sizes, layout, with_bias
 
@@ -353,10 +355,13 @@ class Draw:
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Integers in [0, high)."""
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
+        source = self.generator.device
+        return torch.randint(high, shape, generator=self.generator, device=source).to(self.device)
 
     def _values(self, shape: tuple[int, ...], scale: float) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        source = self.generator.device
+        dtype = torch.float64 if source.type == "cpu" else torch.float32
+        values = torch.randn(shape, generator=self.generator, dtype=dtype, device=source) * scale
         return values.to(device=self.device, dtype=self.dtype)
 
 

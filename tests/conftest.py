@@ -45,6 +45,16 @@ def _automatic_backend_and_seed():
         yield
 
 
+@pytest.fixture
+def quick_bench(monkeypatch):
+    """Benchmarks without the ceilings of this machine, and without processes of their own: everything takes 1 MB."""
+    from bench import machine, memory
+
+    monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 10})
+    monkeypatch.setattr(machine, "GEMM_WIDTH", {"cpu": 8})
+    monkeypatch.setattr(memory, "on_cpu", lambda make: 10**6)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """The device of a test that also proves something on a GPU: `pytest -m gpu` runs those cases."""

@@ -1,236 +1,437 @@
-"""The benchmarks: rivals compute the same, what is wrong is not timed, ratios are those of the same rounds."""
+"""The benchmarks of ops: rivals compute the same, what is wrong is not timed, ratios are those of the same rounds."""
 
+import dataclasses
 import functools
 import json
-import sys
+import math
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import attention, attention_cases, attention_check, cpu, memory, timing
-from bench import report as readme
-from gradroute import MLPSites, Routes, backends, native
-from gradroute.tables import localize
+from bench import memory, ops, rivals, runner, suites, timing, work
+from bench.cases import BACKWARD, FORWARD, FULL, Case, Limit, Plan, Variant, Work
+from bench.results import MISSED, NOT_MEASURED, REACHED, RELATIVE, Figure, Run
+from bench.settings import ACTIVATION_SITES, SITES, TABLES, UPDATE_SITES, Setting, make_routes, samples
+from gradroute import backends, native, testing
 
-pytestmark = pytest.mark.skipif(native.module is None, reason=str(native.load_error))
+pytestmark = [
+    pytest.mark.skipif(native.module is None, reason=str(native.load_error)),
+    pytest.mark.usefixtures("quick_bench"),
+]
 
 CPU = torch.device("cpu")
-SHAPE = attention_cases.Shape(batch=2, heads=4, kv_heads=2, length=48, head_dim=16, run=(4, 12))
+EAGER = ops.Options(CPU, with_compiled=False)
+OPS = tuple(ops.SUITE_OF)
 
 
-@pytest.fixture
-def case():
-    """A small case with a limit that cannot be missed and one that cannot be reached."""
-    ids = torch.arange(64) % 2
-    table = localize(2, 16, {1: slice(12, 16)})
-    sample = cpu.gated_mlp(64, 8, 16, Routes.of(ids, 2), MLPSites(hidden=table))
-    return cpu.Case("tiny", sample, table, (("unmasked", 1e9), ("detach", 0.0)))
+def setting_of(op, **values):
+    """Small, and with an odd number of everything."""
+    return suites.with_sites(Setting(op, **({"tokens": 37, "d_model": 20, "d_ff": 72} | values)))
 
 
-def test_rivals_and_backends_have_the_same_gradients(case):
-    steps = cpu.variants(case, ())
-    assert list(steps) == ["unmasked", "detach", "hook", "torch", "cpu"]
-    expected = steps["detach"]()
-    for name in ("hook", "torch", "cpu"):
-        for got, want in zip(steps[name](), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(steps["unmasked"]()[0], expected[0])
+# --- what there is
 
 
-def test_the_report_has_every_ratio_and_verdict(case, monkeypatch):
-    monkeypatch.setattr(cpu, "CASES", (lambda: case,))
-    report = cpu.run(rounds=3)
-    measured = report["cases"]["tiny"]["variants"]
-    assert measured["unmasked"]["ratios"]["unmasked"] == 1
-    assert all(0 < one["milliseconds"]["p20"] <= one["milliseconds"]["p80"] for one in measured.values())
-    text = "\n".join(cpu.lines(report))
-    assert "cpu must be at most 1000000000.0 × unmasked" in text
-    assert text.count("reached") == 1
-    assert text.count("MISSED") == 1
+def test_every_op_is_in_a_suite():
+    assert {*ops.SUITE_OF, "routed_attention"} == set(backends.OPS) == set(testing.OPS)
+    assert set(ACTIVATION_SITES) | set(UPDATE_SITES) == set(ops.SUITE_OF)
 
 
-def test_a_wrong_kernel_is_not_timed(case, monkeypatch):
-    monkeypatch.setattr(native, "masked_product_", lambda g, routes, table: None)
-    monkeypatch.setattr(
-        native, "glu_backward", lambda dz, gate, *rest, **keywords: (gate, gate, gate, None, None)
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_every_suite_has_cases_with_names_of_their_own(suite):
+    for device in ("cpu", "cuda"):
+        plans = suites.suite_plans(suite, ops.Options(torch.device(device)))
+        names = [plan.name for plan in plans]
+        assert names
+        assert len(set(names)) == len(names)
+        assert all(plan.suite == suite and plan.x in plan.axes for plan in plans)
+
+
+def test_groups_have_the_limits_of_their_device(capsys):
+    names = {plan.name for plan in suites.available("cpu", EAGER)}
+    assert {plan.name for plan in suites.cpu_limits(EAGER)} < names
+    assert "training step of the demo" in names
+    cuda = ops.Options(torch.device("cuda"))
+    assert {plan.name for plan in suites.cuda_limits(cuda)} < {
+        plan.name for plan in suites.available("h200", cuda)
+    }
+    with pytest.raises(ValueError, match="'h200', which is for cuda, on cpu"):
+        suites.available("h200", EAGER)
+
+
+# --- settings
+
+
+@pytest.mark.parametrize("tables", TABLES)
+def test_tables_are_what_they_say(tables):
+    call = samples(setting_of("routed_activation", tables=tables, tokens=500), CPU, 1)[0]
+    weights = call.sites.hidden.weights
+    if tables == "block":
+        assert weights[1, :-64].eq(0).all()
+        assert weights[1, -64:].eq(1).all()
+        assert weights[0].eq(1).all()
+    if tables == "interval":
+        assert weights.eq(1).sum(1).tolist() == [18] * 4  # a quarter of 72
+        assert weights.sum(0).eq(1).all()
+    if tables == "refuse":
+        assert weights.tolist() == [[1.0], [0.0]]
+    assert call.routes.ids.unique().tolist() == list(range(len(weights)))
+
+
+def test_orders_and_shares():
+    mixed, ordered, runs = (
+        make_routes(setting_of("route_grad", tokens=5000, order=order, share=0.25))
+        for order in ("mixed", "sorted", "runs")
     )
-    monkeypatch.setattr(cpu, "CASES", (lambda: case,))
-    with pytest.raises(AssertionError, match="tiny on cpu: d"):
-        cpu.run(rounds=3)
+    assert mixed.ids.float().mean() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(mixed.ids.sort()[0], ordered.ids)
+    _, lengths = runs.ids.unique_consecutive(return_counts=True)
+    assert lengths[:-1].min() >= 64
+
+
+def test_sets_of_inputs_differ_and_routes_do_not():
+    one, two = samples(setting_of("routed_linear"), CPU, 2)
+    assert not torch.equal(one.tensors["x"], two.tensors["x"])
+    assert not torch.equal(one.upstream, two.upstream)
+    assert one.routes is two.routes
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tables": "blok"}, "tables: got 'blok', expected one of block"),
+        ({"dtype": "float31"}, "dtype: got 'float31'"),
+        ({"share": 1.5}, "share: got 1.5, expected a share"),
+        ({"tokens": 0}, "tokens: got 0"),
+        ({"order": "random"}, "order: got 'random'"),
+        ({"strength": "tokens"}, "strength: got 'tokens'"),
+    ],
+)
+def test_values_that_an_axis_has_not(values, message):
+    with pytest.raises(ValueError, match=message):
+        ops.plan(setting_of("routed_linear", **values), EAGER)
+
+
+# --- rivals
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("sites", SITES)
+@pytest.mark.parametrize("tables", ["block", "interval", "fractional", "negative"])
+def test_every_way_of_an_op_is_right(op, sites, tables):
+    setting = setting_of(op, sites=sites, tables=tables)
+    if not setting.site_names:
+        setting = setting._replace(sites="update" if op in UPDATE_SITES else "activation")
+    made = ops.ways(samples(setting, CPU, 2), with_compiled=False)
+    assert {"unmasked", "detach", "hook", "torch", "cpu"} <= set(made)
+    variants = {name: Variant(way.steps) for name, way in made.items()}
+    assert ops.examine(made, variants) == {name: {} for name in made}
+    for way in made.values():
+        for mode in (FORWARD, BACKWARD, FULL):
+            for step in way.steps(mode):
+                step()
+
+
+def test_rivals_in_half_precision():
+    setting = setting_of("routed_gated_mlp", dtype="bfloat16", sites="both", tables="block")
+    made = ops.ways(samples(setting, CPU, 1), with_compiled=False)
+    assert {"detach, fp32 mask", "homogeneous steps"} <= set(made)
+    assert ops.examine(made, {name: Variant(way.steps) for name, way in made.items()}) == {
+        name: {} for name in made
+    }
+
+
+@pytest.mark.slow
+def test_compiled_rivals_are_right():
+    calls = samples(setting_of("routed_gated_mlp", sites="both"), CPU, 1)
+    made = {name: way for name, way in ops.ways(calls).items() if "compiled" in name}
+    assert set(made) == {"unmasked, compiled", "detach, compiled"}
+    assert ops.examine(made, {name: Variant(way.steps) for name, way in made.items()}) == {
+        name: {} for name in made
+    }
+    for way in made.values():
+        (step,) = way.steps(BACKWARD)
+        assert all(map(torch.equal, step(), step()))
+
+
+def test_a_rival_that_computes_something_else_is_found():
+    calls = samples(setting_of("routed_gated_mlp", tables="interval"), CPU, 1)
+    wrong = ops.Way(calls, rivals.unmasked(calls[0]))
+    found = ops.examine({"unmasked": wrong}, {"unmasked": Variant(wrong.steps)})
+    assert found["unmasked"]["wrong"].startswith("unmasked: dx: RMS error")
+
+
+def test_a_rival_that_does_not_run_is_told():
+    def fails(**tensors):
+        raise RuntimeError("no such device\nand more")
+
+    calls = samples(setting_of("routed_linear"), CPU, 1)
+    found = ops.examine({"rival": ops.Way(calls, fails)}, {"rival": Variant(list)})
+    assert found == {"rival": {"error": "RuntimeError: no such device"}}
+
+
+def test_homogeneous_steps_have_a_label_each():
+    calls = samples(setting_of("routed_linear", sites="update", tables="refuse", share=0.5), CPU, 1)
+    made = ops.ways(calls, with_compiled=False)["homogeneous steps"]
+    assert made.steps(FORWARD) == made.steps(BACKWARD) == []
+    (step,) = made.steps(FULL)
+    outputs, of_tokens, of_parameters = step()
+    counts = calls[0].routes.ids.bincount().tolist()
+    assert [len(output) for output in outputs] == [len(one["x"]) for one in of_tokens] == counts
+    allowed = calls[0].routes.ids == 0
+    expected = calls[0].upstream[allowed].T @ calls[0].tensors["x"][allowed]
+    torch.testing.assert_close(of_parameters["weight"], expected)
+
+
+def test_liger_is_named_where_it_is_missing(monkeypatch):
+    call = samples(setting_of("routed_rms_norm"), CPU, 1)[0]
+    monkeypatch.setattr(rivals, "LIGER_MISSING", "liger_kernel is not installed")
+    assert ops.missing(call) == {"Liger, unmasked": "liger_kernel is not installed"}
+    monkeypatch.setattr(rivals, "LIGER_MISSING", None)
+    assert ops.missing(call) == {"Liger, unmasked": "Liger-Kernel needs a GPU"}
+    assert ops.missing(samples(setting_of("route_grad"), CPU, 1)[0]) == {}
+
+
+# --- work
+
+
+def test_useful_work_is_what_masks_leave():
+    quarters = setting_of("routed_gated_mlp", tokens=400, tables="interval", density=0.25, sites="both")
+    found = work.work_of(samples(quarters, CPU, 1)[0])
+    product = 2.0 * 400 * 20 * 72
+    assert found[FORWARD] == Work(3 * product, 3 * product)
+    assert found[BACKWARD] == Work(6 * product, pytest.approx(6 * product / 4))
+    assert found[FULL] == Work(9 * product, pytest.approx(3 * product + 6 * product / 4))
+    # Masks of activations leave the gradient of the output weight whole.
+    hidden = work.work_of(samples(quarters._replace(sites="activation"), CPU, 1)[0])
+    assert hidden[BACKWARD].useful_flops == pytest.approx(product * (1 + 5 / 4))
+
+
+def test_a_strength_brings_route_0_in():
+    setting = setting_of("routed_linear", tables="refuse", sites="update", share=0.5)
+    plain, strong = (
+        work.work_of(samples(setting._replace(strength=s), CPU, 1)[0])[FULL] for s in (None, "token")
+    )
+    assert strong.useful_flops == strong.dense_flops > plain.useful_flops
+
+
+def test_bytes_that_must_be_moved():
+    call = samples(setting_of("route_grad", tables="interval", density=0.5, tokens=100), CPU, 1)[0]
+    size = 4 * 100 * 20
+    assert work.work_of(call)[BACKWARD].moved_bytes == pytest.approx(1.5 * size)
+    assert work.work_of(call)[FORWARD].moved_bytes == 0
+    glu = samples(setting_of("routed_glu", tokens=100), CPU, 1)[0]
+    assert work.work_of(glu)[FULL].moved_bytes == 8 * 4 * 100 * 72
+
+
+# --- the run
+
+
+def wrong_glu_backward(dz, gate, *rest, **keywords):
+    return (*[gate.detach()] * 3, None, None)
+
+
+def plan_of(name="tiny", limits=(), **values):
+    setting = setting_of("routed_linear", sites="update", tables="refuse", share=0.5, **values)
+    make = functools.partial(ops.case, setting, EAGER, (FORWARD, FULL), limits, True)
+    return Plan("linear", name, "routed_linear", setting.axes, make)
+
+
+def test_a_run_has_every_figure(tmp_path, capsys):
+    limits = (
+        Limit("cpu", "unmasked", 1e9),
+        Limit("cpu", "detach", 0.0),
+        Limit("cpu", "detach", 1.0, "memory"),
+        Limit("cpu", "detach", 1.0, "saved"),
+        Limit("cpu", "no such", 1.0),
+        Limit("detach", "hook", 1e9, added="unmasked"),
+    )
+    done = runner.run("linear", [plan_of(limits=limits)], 3, CPU, tmp_path, command="the command")
+    loaded = Run.load(tmp_path / "linear.csv")
+    assert loaded.rows == done.rows
+    assert loaded.description == json.loads(json.dumps(done.description))
+    case = loaded.cases["tiny"]
+    assert [limit["verdict"] for limit in case["limits"]][:5] == [
+        REACHED,
+        MISSED,
+        REACHED,
+        REACHED,
+        NOT_MEASURED,
+    ]
+    assert case["limits"][2]["got"] == 1
+    assert case["limits"][3]["got"] < 1
+    own = [name for name, one in case["variants"].items() if not one["is_rival"]]
+    assert own == list(backends.available_backends("routed_linear", CPU))[:-1]
+    names = ["unmasked", "detach", "hook", "homogeneous steps", *own]
+    assert list(case["variants"]) == names
+    for name in names:
+        speed = loaded.figure("tiny", name, FULL)
+        assert 0 < speed.p20 <= speed.p50 <= speed.p80
+        assert loaded.figure("tiny", name, FULL, RELATIVE + "unmasked").p50 > 0
+        rate = loaded.figure("tiny", name, FULL, "dense-equivalent rate").p50
+        assert rate == pytest.approx(6 * 37 * 20 * 72 / speed.p50 / 1e9)
+        assert loaded.figure("tiny", name, FULL, "useful rate").p50 < rate
+    assert loaded.figure("tiny", "unmasked", FULL, RELATIVE + "unmasked") == Figure(1, 1, 1)
+    assert loaded.figure("tiny", "homogeneous steps", FORWARD) is None
+    assert {"copy", "gemm"} == set(loaded.description["ceilings"])
+    assert loaded.description["command"] == "the command"
+    assert {"torch", "commit", "clean", "threads"} <= set(loaded.description["environment"])
+    config = loaded.rows[0].config
+    assert (config["suite"], config["case"], config["tokens"], config["share"]) == ("linear", "tiny", 37, 0.5)
+    assert loaded.missed() == [
+        f"tiny: cpu at most 0 x detach in speed, full: {case['limits'][1]['got']:.3f}, MISSED"
+    ]
+
+
+def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "glu_backward", wrong_glu_backward)
+    plan = ops.plan(setting_of("routed_glu", tables="interval"), EAGER, (FULL,), name="tiny")
+    done = runner.run("primitive", [plan], 3, CPU, tmp_path)
+    assert done.figure("tiny", "cpu", FULL) is None
+    assert done.figure("tiny", "torch", FULL) is not None
+    (failure,) = done.failures()
+    assert failure.startswith("tiny, cpu: cpu: dgate: maximum error")
+
+
+def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    first, second = plan_of("first"), plan_of("second")
+    runner.run("linear", [first], 2, CPU, tmp_path)
+    rows = Run.load(tmp_path / "linear.json").rows
+    broken = dataclasses.replace(first, make=lambda: pytest.fail("timed again"))
+    done = runner.run("linear", [broken, second], 2, CPU, tmp_path, resume=True)
+    assert list(done.cases) == ["first", "second"]
+    assert done.rows[: len(rows)] == rows
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.raises(ValueError, match=r"resume: .*json was measured with .*, and this is {'threads': 77}"):
+        runner.run("linear", [first, second], 2, CPU, tmp_path, resume=True)
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    plans = [plan_of("first"), dataclasses.replace(plan_of("second"), make=interrupted), plan_of("third")]
+    done = runner.run("linear", plans, 2, CPU, tmp_path)
+    assert done.description["interrupted"]
+    assert list(Run.load(tmp_path / "linear.json").cases) == ["first"]
+
+
+def test_a_variant_that_fails_while_it_is_measured_is_told(tmp_path):
+    def refused():
+        raise MemoryError("too large")
+
+    def case():
+        steps = {
+            "fine": Variant(lambda mode: [lambda: None], is_rival=True),
+            "large": Variant(lambda mode: [lambda: None], saved_bytes=refused),
+            "broken": Variant(lambda mode: refused()),
+        }
+        return Case(steps, ("fine",), lambda variants: {name: {} for name in variants}, "not at all")
+
+    done = runner.run("x", [Plan("x", "case", "x", {"tokens": 1}, case)], 2, CPU, tmp_path)
+    assert done.failures() == ["case, large: MemoryError: too large", "case, broken: MemoryError: too large"]
+    assert done.figure("case", "large", FULL) is None
 
 
 def test_a_ratio_is_the_median_over_paired_rounds():
-    assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
+    assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]).p50 == 3.0
 
 
-@pytest.fixture
-def attention_calls():
-    return attention_cases.calls(SHAPE, CPU)
-
-
-def test_every_case_of_attention_is_timed_beside_its_rivals(monkeypatch):
-    monkeypatch.setattr(memory, "on_cpu", lambda make: 10**6)
-    report = attention.run(rounds=3, device=CPU, shape=SHAPE)
-    assert report["failures"] == []
-    assert list(report["cases"]) == [f"{name}, forward and backward" for name in attention_cases.CASES["cpu"]]
-    for case in report["cases"].values():
-        assert case["variants"][case["base"]]["ratios"][case["base"]] == 1
-        for name, measured in case["variants"].items():
-            assert measured["milliseconds"]["p50"] > 0
-            flops = 3.5 * 2 * 2 * 4 * 48**2 * 16
-            rate = flops / (measured["milliseconds"]["p50"] / 1e3)
-            assert measured["tflops_per_second"] * 1e12 == pytest.approx(rate)
-            assert ("plan" in measured) == (name in ("reference", "torch", "cpu"))
-    time, memory_ = report["cases"]["both edges, forward and backward"]["limits"]
-    assert time["got"] > 0
-    assert (memory_["got"], memory_["verdict"]) == (1, "MISSED")
-    text = "\n".join(attention.lines(report))
-    assert "cpu must be at most 0.125 × reference in memory: 1.000, MISSED" in text
-    assert json.loads(json.dumps(report))["cases"] == report["cases"]
-
-
-def fails(**_):
-    raise RuntimeError("no such device")
-
-
-def test_wrong_attention_is_not_timed(monkeypatch):
-    def case(calls):
-        unmasked, wrong = attention_cases.sdpa, attention_cases.Variant(calls.edges, attention_cases.sdpa)
-        variants = {
-            "base": attention_cases.Variant(calls.ordinary, unmasked),
-            "wrong": wrong,
-            "wrong rival": wrong._replace(may_be_wrong=True),
-            "absent": attention_cases.Variant(calls.edges, fails),
-        }
-        limits = (attention_cases.Limit("wrong", "base", "time", 1e9),)
-        return attention_cases.Case(variants, ("base", "wrong rival"), limits)
-
-    monkeypatch.setattr(memory, "on_cpu", lambda make: None)
-    monkeypatch.setitem(attention_cases.CASES, "cpu", {"tiny": case})
-    report = attention.run(rounds=3, device=CPU, shape=SHAPE)
-    (measured,) = report["cases"].values()
-    (failure,) = report["failures"]
-    assert failure.startswith("tiny, wrong: dq: maximum error")
-    variants = measured["variants"]
-    assert [name for name, one in variants.items() if "milliseconds" in one] == ["base"]
-    assert "wrong" in variants["wrong rival"]
-    assert variants["absent"] == {"error": "RuntimeError: no such device"}
-    assert variants["base"]["ratios"] == {"base": 1}
-    assert measured["limits"][0]["verdict"] == "not measured"
-    text = "\n".join(attention.lines(report))
-    assert "error: RuntimeError: no such device" in text
-    assert "wrong must be at most 1000000000.000 × base in time: not measured" in text
-
-
-@pytest.mark.parametrize("name", attention_cases.CASES["cuda"])
-def test_cases_for_cuda_are_right_on_the_cpu(name, attention_calls):
-    """Less what needs CUDA: cuDNN, Flex's backward, backend cuda."""
-    if "triton" not in backends.available_backends("routed_attention", CPU):
-        pytest.skip("triton runs on the GPU of this machine, not on its CPU")
-    case = attention_cases.CASES["cuda"][name](attention_calls)
-    assert set(case.rivals) <= set(case.variants)
-    assert all({limit.variant, limit.rival} <= set(case.variants) for limit in case.limits)
-    able = {
-        variant: one
-        for variant, one in case.variants.items()
-        if variant != "cuda" and not variant.startswith("Flex")
+def test_rounds_take_inputs_in_turn_and_reverse_their_order():
+    calls = []
+    variants = {
+        name: [functools.partial(calls.append, f"{name}{turn}") for turn in range(2)] for name in "ab"
     }
-    found = attention.examined(name, case._replace(variants=able))
-    assert not any("wrong" in one for one in found.values())
-    refused = [variant for variant, one in found.items() if "error" in one]
-    assert all(variant.startswith("cuDNN") for variant in refused)
-    assert found["triton"]["plan"]["backend"] == "triton"
+    times = timing.interleaved(variants, 2, "", lambda step: step() or 1.0)
+    assert calls == ["a0", "b0", "b1", "a1"] * 2
+    assert times == {"a": [1e3, 1e3], "b": [1e3, 1e3]}
 
 
-def test_the_score_edges_of_flex_attention(attention_calls):
-    call = attention_calls.score_edges
-    assert attention_cases.Flex(attention_calls.ordinary).score_mod is None
-    s = torch.randn(2, 4, 48, 48, requires_grad=True)
-    b, h, i, j = (torch.arange(extent) for extent in s.shape)
-    indices = b.view(-1, 1, 1, 1), h.view(-1, 1, 1), i.view(-1, 1), j
-    z = attention_cases.Flex(call).score_mod(s, *indices)
-    assert torch.equal(z, s)
-    z.sum().backward()
-    ids = call.routes.ids.view(2, 48).long()
-    edges = call.sites.score_edges.weights[ids[:, :, None], ids[:, None, :]]
-    assert torch.equal(s.grad, edges.unsqueeze(1).expand_as(s))
-
-
-def test_a_part_of_a_call_is_what_the_whole_has_there(attention_calls):
-    exact, plain = attention_check.exact_and_plain(attention_calls.masks)
-    whole = attention_calls.masks.in_float64().run("reference")
-    torch.testing.assert_close(exact.output, whole.output)
-    for name, gradient in whole.gradients.items():
-        torch.testing.assert_close(exact.gradients[name], gradient)
-        torch.testing.assert_close(plain.gradients[name], gradient.float(), rtol=1e-4, atol=1e-5)
-
-
-def test_runs_of_routes_are_as_long_as_they_should_be():
-    shape = SHAPE._replace(length=4096, run=(64, 512))
-    ids = attention_cases.ids_in_runs(shape)
-    assert ids.shape == (2, 4096)
-    for row in ids:
-        _, lengths = row.unique_consecutive(return_counts=True)
-        assert lengths[:-1].min() >= 64
-        assert len(lengths) > 4
-    assert torch.equal(ids, attention_cases.ids_in_runs(shape))
+def test_added_time_is_beyond_the_floor():
+    limit = Limit("own", "rival", 0.5, added="floor")
+    times = {"own": [3.0, 3.0], "rival": [6.0, 6.0], "floor": [1.0, 1.0]}
+    assert runner.verdict(limit, times, {})["got"] == pytest.approx(0.4)
 
 
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="only Linux says how much memory was resident")
-def test_the_memory_of_a_step_is_measured():
+def test_the_memory_of_a_step_is_measured(monkeypatch):
+    monkeypatch.undo()
     size = 1 << 26
     make = functools.partial(functools.partial, torch.ones, size // 4)
     assert size <= memory.on_cpu(make) < size + (8 << 20)
 
 
-def test_a_failed_check_fails_the_command(monkeypatch, tmp_path, capsys):
-    class Suite:
-        @staticmethod
-        def run(rounds, rivals):
-            return {"rounds": rounds, "failures": ["triton is wrong"]}
-
-        @staticmethod
-        def lines(report):
-            return ["a report"]
-
-    monkeypatch.setitem(command.SUITES, "attention", Suite)
-    monkeypatch.setattr(sys, "argv", ["bench", "attention", "--rounds", "5", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="triton is wrong"):
-        command.main()
-    assert "a report" in capsys.readouterr().out
-    assert json.loads((tmp_path / "attention.json").read_text())["rounds"] == 5
+def test_a_step_for_the_memory_of_its_own_process():
+    step = ops.warm_step_on_cpu(setting_of("routed_linear"), "cpu", FULL)
+    assert all(math.isfinite(gradient.sum()) for gradient in step())
 
 
-def test_the_table_of_attention(tmp_path):
-    def measured(p50, relative, size):
-        milliseconds = {"p50": p50, "p20": p50, "p80": p50}
-        rate = {"tflops_per_second": 1234 / p50}
-        return {"milliseconds": milliseconds, "ratios": {"cuDNN": relative}, "extra_bytes": size} | rate
+def test_bytes_saved_for_backward():
+    weight = torch.ones(4, 4, requires_grad=True)
+    x = torch.ones(2, 4, requires_grad=True)
+    assert memory.saved(lambda: torch.nn.functional.linear(x.exp(), weight), [weight]) == x.nbytes
 
-    variants = {
-        "cuDNN": measured(4.0, 1.0, 2 * 10**8),
-        "triton": measured(6.0, 1.5, None),
-        "Flex": {"wrong": "dq"},
-        "flash": {"error": "RuntimeError"},
-    }
-    run = {
-        "environment": {"threads": 2, "instruction_set": "avx512", "gpu": "NVIDIA H200"},
-        "shape": SHAPE._asdict(),
-        "dtype": "bfloat16",
-        "cases": {"unmasked, forward": {"base": "cuDNN", "limits": [], "variants": variants}},
-    }
-    folder = tmp_path / "h200"
-    folder.mkdir()
-    (folder / "attention.json").write_text(json.dumps(run), encoding="utf-8")
-    assert readme.table(tmp_path).splitlines() == [
-        "`python -m bench attention` on h200 (NVIDIA H200), bfloat16, causal, B = 2, H = 4, G = 2, S = 48, D = 16, "
-        "medians; memory beyond the inputs:",
-        "",
-        "| | | time | relative | TFLOP/s | memory |",
-        "|---|---|---|---|---|---|",
-        "| unmasked, forward | cuDNN | 4.00 ms | 1.00 | 308 | 200 MB |",
-        "| unmasked, forward | triton | 6.00 ms | 1.50 | 206 | – |",
-        "| unmasked, forward | Flex | wrong | – | – | – |",
-        "| unmasked, forward | flash | does not run | – | – | – |",
+
+# --- the command
+
+
+def test_the_command_runs_a_product_of_axes(tmp_path, capsys):
+    arguments = [
+        "run",
+        "norm",
+        "--op",
+        "routed_rms_norm",
+        "--tokens",
+        "8",
+        "9",
+        "--d-model",
+        "4",
+        "--no-compiled",
     ]
+    assert command.main([*arguments, "--rounds", "2", "--out", str(tmp_path)]) == 0
+    run = Run.load(tmp_path / "norm.json")
+    assert [case["axes"]["tokens"] for case in run.cases.values()] == [8, 9]
+    said = capsys.readouterr().out
+    assert "Liger, unmasked" in said
+    assert "missing: " in said
+
+
+def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native, "glu_backward", wrong_glu_backward)
+    arguments = ["run", "primitive", "--op", "routed_glu", "--tokens", "8", "--d-ff", "8", "--no-compiled"]
+    assert command.main([*arguments, "--rounds", "2", "--out", str(tmp_path)]) == 1
+    assert "cpu: dgate: maximum error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nothing"], "suite: got 'nothing', expected one of primitive"),
+        (["run", "model", "--density", "0.5"], "density: the suite model has no such axis"),
+        (["run", "cpu", "--tokens", "5"], "tokens: the group cpu has cases of its own"),
+        (["run", "linear", "--case", "no such"], "case: got 'no such'"),
+        (["run", "linear", "--op", "routed_mlp"], "op: got routed_mlp, expected one of routed_linear"),
+        (["run", "norm", "--sites", "both"], "sites: got 'both', which routed_rms_norm has not"),
+        (["run", "linear", "--device", "meta"], "device: got 'meta', expected cpu or cuda"),
+        (["list", "nothing"], "suite: got 'nothing'"),
+    ],
+)
+def test_what_the_command_refuses(arguments, message, tmp_path, capsys):
+    out = ["--out", str(tmp_path)] if arguments[0] == "run" else []
+    assert command.main([*arguments, *out]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_group_for_cuda_needs_one(capsys):
+    assert command.main(["run", "h200"]) == 2
+    assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_the_command_lists_suites_and_cases(capsys):
+    assert command.main(["list"]) == 0
+    assert capsys.readouterr().out.split()[: len(suites.SUITES)] == list(suites.SUITES)
+    assert command.main(["list", "cpu"]) == 0
+    assert "linear       linear, one token in 16 may not update\n" in capsys.readouterr().out

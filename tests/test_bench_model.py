@@ -1,15 +1,16 @@
-"""The suite `model`: variants share weights and compute what they should, and what is wrong is not timed."""
+"""The suites `model` and `end-to-end`: variants share weights, compute what they should, and only then are timed."""
 
 import importlib.util
-import json
 import sys
 import types
 
 import pytest
 import torch
 
-from bench import memory, model, model_cases, model_check, timing
-from bench import report as readme
+from bench import __main__ as command
+from bench import end_to_end, model, model_cases, model_check, runner
+from bench.cases import STEP
+from bench.results import RELATIVE
 
 pytest.importorskip("transformers")
 
@@ -26,75 +27,71 @@ SHAPE = model_cases.Shape(
     units=8,
     forget_share=0.25,
 )
-OURS = ["unrouted", "routed, hidden units", "routed, SGTM", "detach, hidden units", "detach, SGTM"]
+OURS = ["routed, hidden units", "routed, SGTM"]
+RIVALS = ["unrouted", "detach, hidden units", "detach, SGTM"]
 
 
 @pytest.fixture(autouse=True)
-def _without_processes_of_its_own(monkeypatch):
-    monkeypatch.setattr(memory, "on_cpu", lambda make: 10**6)
+def _small(monkeypatch, quick_bench):
+    monkeypatch.setitem(model_cases.SHAPES, "cpu", SHAPE)
+    monkeypatch.setattr(model_cases, "LIGER_MISSING", "liger_kernel is not installed")
 
 
-@pytest.fixture
-def _without_liger(monkeypatch):
-    monkeypatch.setattr(model_cases, "absent", lambda: {"Liger": "liger_kernel"})
-    monkeypatch.setattr(model, "absent", model_cases.absent)
+def test_every_variant_is_checked_and_timed(tmp_path):
+    (plan,) = model.plans(CPU)
+    done = runner.run("model", [plan], 2, CPU, tmp_path)
+    assert done.failures() == []
+    case = done.cases[plan.name]
+    assert set(case["variants"]) == {*OURS, *RIVALS, "Liger"}
+    assert case["variants"]["Liger"] == {"is_rival": True, "missing": "liger_kernel is not installed"}
+    # AdamW keeps two moments, and the step of each of 21 parameters.
+    held = 3 * 4 * case["facts"]["parameters"] + 4 * 21
+    for name in OURS + RIVALS:
+        assert case["variants"][name]["is_rival"] == (name in RIVALS)
+        assert 0 < case["variants"][name]["budget_share"] <= 1
+        speed = done.figure(plan.name, name, STEP)
+        assert done.figure(plan.name, name, STEP, "tokens").p50 == pytest.approx(32e3 / speed.p50)
+        assert done.figure(plan.name, name, STEP, "memory").p50 == pytest.approx((held + 10**6) / 1e6)
+        assert all(done.figure(plan.name, name, STEP, RELATIVE + rival) for rival in RIVALS)
+    hidden, detach = (
+        done.figure(plan.name, f"{kind}, hidden units", STEP, "saved") for kind in ("routed", "detach")
+    )
+    assert hidden.p50 < detach.p50
 
 
-@pytest.mark.usefixtures("_without_liger")
-def test_every_variant_is_checked_and_timed():
-    report = model.run(rounds=2, device=CPU, shape=SHAPE)
-    assert report["failures"] == []
-    assert list(report["variants"]) == [*OURS, "Liger"]
-    assert report["variants"]["Liger"] == {"missing": "liger_kernel"}
-    held = (
-        3 * 4 * report["parameters"] + 4 * 21
-    )  # AdamW keeps two moments, and the step of each of 21 parameters
-    assert report["held_bytes"] == held
-    for name in OURS:
-        measured = report["variants"][name]
-        assert 0 < measured["budget_share"] <= 1
-        assert measured["tokens_per_second"] == pytest.approx(32e3 / measured["milliseconds"]["p50"])
-        assert measured["peak_bytes"] == held + 10**6
-        assert list(measured["ratios"]) == ["unrouted", "detach, hidden units", "detach, SGTM"]
-    assert report["variants"]["unrouted"]["ratios"]["unrouted"] == 1
-    hidden, detach = (report["variants"][f"{kind}, hidden units"] for kind in ("routed", "detach"))
-    assert hidden["saved_bytes"] < detach["saved_bytes"]
-    text = "\n".join(model.lines(report))
-    assert "missing: liger_kernel" in text
-    assert json.loads(json.dumps(report))["variants"] == report["variants"]
-
-
-def test_what_is_wrong_is_not_timed(monkeypatch):
-    def variants(whole, shape):
+def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
+    def trainings(whole, shape):
         plain = model_cases.unrouted(whole, shape)
         hidden = model_cases.detach_hidden(model_cases.with_shared_weights(whole), shape)
         sgtm = model_cases.detach_sgtm(model_cases.with_shared_weights(whole), shape)
         return {
-            "unrouted": model_cases.Variant("unrouted", plain),
-            "detach, hidden units": model_cases.Variant("hidden units", hidden),
-            "detach, SGTM": model_cases.Variant("SGTM", sgtm),
-            "unmasked": model_cases.Variant("hidden units", plain),
-            "another forward": model_cases.Variant("SGTM", sgtm, same_losses=(sgtm,)),
-            "rival": model_cases.Variant("unrouted", refuses, is_rival=True),
-        }
+            "unrouted": model_cases.Training("unrouted", plain),
+            "detach, hidden units": model_cases.Training("hidden units", hidden),
+            "detach, SGTM": model_cases.Training("SGTM", sgtm),
+            "unmasked": model_cases.Training("hidden units", plain),
+            "another forward": model_cases.Training("SGTM", sgtm, same_losses=(sgtm,)),
+            "rival": model_cases.Training("unrouted", refuses, is_rival=True),
+        }, {}
 
     def refuses(batch):
         raise RuntimeError("no such device")
 
-    monkeypatch.setattr(model, "variants", variants)
-    report = model.run(rounds=2, device=CPU, shape=SHAPE)
-    timed = [name for name, one in report["variants"].items() if "milliseconds" in one]
+    monkeypatch.setattr(model, "trainings", trainings)
+    (plan,) = model.plans(CPU)
+    done = runner.run("model", [plan], 2, CPU, tmp_path)
+    variants = done.cases[plan.name]["variants"]
+    timed = [name for name in variants if done.figure(plan.name, name, STEP)]
     assert timed == ["unrouted", "detach, hidden units", "detach, SGTM"]
-    assert report["variants"]["rival"] == {"error": "RuntimeError: no such device"}
-    unmasked, another = report["failures"]
-    assert unmasked.startswith("unmasked: ")
+    assert variants["rival"]["error"] == "RuntimeError: no such device"
+    unmasked, another = done.failures()
+    assert unmasked.startswith(f"{plan.name}, unmasked: ")
     assert "of what is allowed" in unmasked
-    assert another.startswith("another forward: loss: got ")
+    assert another.startswith(f"{plan.name}, another forward: loss: got ")
 
 
 def test_a_budget_that_says_nothing_lets_nothing_pass():
     whole, batch = model_cases.make_model(SHAPE, CPU), model_cases.make_batch(SHAPE, CPU)
-    unrouted = model_cases.Variant("hidden units", model_cases.unrouted(whole, SHAPE))
+    unrouted = model_cases.Training("hidden units", model_cases.unrouted(whole, SHAPE))
     numbers = model_check.numbers(whole, unrouted.loss, batch)
     want = model_check.expected(whole, SHAPE, "hidden units", unrouted.loss, batch, numbers)
     assert not want.tells
@@ -153,50 +150,36 @@ def test_liger_patches_for_its_own_forward_alone(monkeypatch):
     assert modeling.apply_rotary_pos_emb is ordinary
 
 
-def test_without_transformers_it_is_named(monkeypatch):
+def test_without_transformers_it_is_named(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    report = model.run(rounds=2)
-    assert model.lines(report) == ["missing: transformers"]
-    assert not report.get("failures")
+    assert command.main(["run", "model"]) == 2
+    assert "suite: model cannot run here: transformers is not installed" in capsys.readouterr().err
+    assert end_to_end.why_missing() == "transformers and tokenizers not installed"
 
 
-def test_bytes_saved_for_backward():
-    weight = torch.ones(4, 4, requires_grad=True)
-    x = torch.ones(2, 4, requires_grad=True)
-    assert memory.saved(lambda: torch.nn.functional.linear(x.exp(), weight), [weight]) == x.nbytes
+def test_a_step_for_the_memory_of_its_own_process():
+    before = model_cases.warm_step_on_cpu(SHAPE, "routed, SGTM")
+    assert before() is None
 
 
-def test_the_table_of_a_model(tmp_path):
-    def measured(p50, relative, peak):
-        milliseconds = timing.Timing(p50, p50, p50)._asdict()
-        rate = {"tokens_per_second": 32e3 / p50}
-        sizes = {"peak_bytes": peak, "saved_bytes": 5 * 10**8}
-        return {"milliseconds": milliseconds, "ratios": {"unrouted": relative}} | rate | sizes
-
-    run = {
-        "environment": {"threads": 2, "instruction_set": "avx512", "gpu": "NVIDIA H100"},
-        "shape": SHAPE._asdict(),
-        "dtype": "bfloat16",
-        "parameters": 1_104_000_000,
-        "base": "unrouted",
-        "variants": {
-            "unrouted": measured(4.0, 1.0, 2 * 10**9),
-            "routed, SGTM": measured(6.0, 1.5, None),
-            "detach": {"wrong": "loss"},
-            "Liger": {"missing": "liger_kernel"},
-        },
-    }
-    folder = tmp_path / "h100"
-    folder.mkdir()
-    (folder / "model.json").write_text(json.dumps(run), encoding="utf-8")
-    assert readme.table(tmp_path).splitlines() == [
-        "`python -m bench model` on h100 (NVIDIA H100), one training step of a Llama of 1104 M parameters, bfloat16, "
-        "fused AdamW, 2 × 16 tokens, 25.0% of them confined, medians:",
-        "",
-        "| | tokens/s | time | relative | peak memory | saved for backward |",
-        "|---|---|---|---|---|---|",
-        "| unrouted | 8000 | 4.0 ms | 1.00 | 2.00 GB | 0.50 GB |",
-        "| routed, SGTM | 5333 | 6.0 ms | 1.50 | – | 0.50 GB |",
-        "| detach | wrong | – | – | – | – |",
-        "| Liger | not installed | – | – | – | – |",
+@pytest.mark.slow
+def test_the_step_of_the_demo(tmp_path, monkeypatch):
+    """Every way to train it has the gradients of its meaning: homogeneous steps and masks by hand those of the plan."""
+    pytest.importorskip("tokenizers")
+    (plan,) = end_to_end.plans(CPU)
+    done = runner.run("end-to-end", [plan], 1, CPU, tmp_path)
+    variants = done.cases[plan.name]["variants"]
+    assert done.failures() == []
+    assert all(0 < one["largest_error"] <= end_to_end.TOLERANCE for one in variants.values())
+    assert [name for name, one in variants.items() if not one["is_rival"]] == [
+        "routed",
+        "routed, hidden units",
     ]
+    assert all(done.figure(plan.name, name, STEP) for name in variants)
+    # What SGTM confines is seen: the unrouted model would not pass for a routed one.
+    whole = end_to_end.make_model()
+    (batch,) = end_to_end.batches(1)
+    made = end_to_end.trainings(whole)
+    exact = end_to_end.exact_gradients(whole, "SGTM", batch)
+    wrong = end_to_end._examine(made["unrouted"], whole, batch, exact)
+    assert "of the largest entry" in wrong["wrong"]

@@ -22,5 +22,5 @@ def test_there_are_snippets():
 
 
 def test_results_are_those_of_the_files():
-    done = subprocess.run([sys.executable, "-m", "bench.report", "--check"], cwd=README.parent)
-    assert done.returncode == 0, "run `python -m bench.report`"
+    done = subprocess.run([sys.executable, "-m", "bench", "report", "--check"], cwd=README.parent)
+    assert done.returncode == 0, "run `python -m bench report`"

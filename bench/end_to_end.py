@@ -1,0 +1,363 @@
+"""The suite `end-to-end`: the training step of `make demo`, optimizer and all, beside the same model trained otherwise.
+
+The demo's model (examples/unlearning) is routed by SGTM without forget heads, on real text packed into mixed rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradroute import MLPSites
+from gradroute.models import RoutingPlan, route
+
+from . import memory
+from .cases import STEP, Case, Findings, Limit, Plan, Step, Variant, attempt
+from .model_cases import Confined, detach_confined, transformers, with_shared_weights
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BASE = "unrouted"
+RIVALS = (BASE, "detach", "detach, hidden units")
+LEARNING_RATE = 1e-7  # so small that the model stays what it was checked as
+ROWS, LENGTH, FORGET_SHARE = 4, 256, 0.4  # as the demo has them
+SETS = 2  # batches that the rounds take in turn
+TOLERANCE = 1e-4  # of a gradient's largest entry: sums over a thousand tokens, in another order, in fp32
+
+CHECKED = (
+    "every variant, before it is timed, with the weights and the batches that are timed: the gradient of every "
+    f"parameter by its largest error, at most {TOLERANCE:g} of the largest entry, against the detach idiom in fp64"
+)
+
+#: The step at which all parameters' gradients are there, in `grad`: a batch → its loss.
+Accumulate = Callable[[Any], Tensor]
+
+
+class Training(NamedTuple):
+    """One way to train the demo's model.
+
+    Attributes:
+        meaning: "unrouted", "SGTM" or "hidden units".
+        accumulate: forward and backward.
+        is_rival: whether it is others' way.
+        loss: the forward alone, where there is one.
+    """
+
+    meaning: str
+    accumulate: Accumulate
+    is_rival: bool
+    loss: Callable[[Any], Tensor] | None = None
+
+
+def plans(device: torch.device) -> list[Plan]:
+    """The one case."""
+    limits = (Limit("routed", BASE, 1.02, mode=STEP), Limit("routed", "detach", 0.85, mode=STEP))
+    axes = {"tokens": ROWS * LENGTH, "dtype": "float32", "share": FORGET_SHARE}
+    make = partial(case, device, limits if device.type == "cpu" else ())
+    return [Plan("end-to-end", "training step of the demo", "Llama", axes, make)]
+
+
+def why_missing() -> str | None:
+    """Why there is no such suite on this machine."""
+    missing = [name for name in ("transformers", "tokenizers") if not importlib.util.find_spec(name)]
+    return f"{' and '.join(missing)} not installed" if missing else None
+
+
+@cache
+def unlearning(module: str) -> Any:
+    """A module of the example."""
+    transformers()
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    return importlib.import_module(f"unlearning.{module}")
+
+
+@cache
+def batches(number: int) -> tuple[Any, ...]:
+    """Those on which the demo trains first."""
+    corpus = unlearning("corpus")
+    texts = corpus.load_corpus(0)
+    tokenizer = corpus.train_tokenizer(texts, unlearning("model").Shape().vocabulary)
+    documents = [corpus.encode(tokenizer, of_route) for of_route in texts.train]
+    packed = corpus.pack(corpus.mixture(documents, FORGET_SHARE, 0), number * ROWS, LENGTH)
+    return tuple(packed.rows(ROWS * step, ROWS) for step in range(number))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return unlearning("model").build(unlearning("model").Shape())
+
+
+def case(device: torch.device, limits: tuple[Limit, ...]) -> Case:
+    model = make_model().to(device)
+    the_batches = [batch.to(device) for batch in batches(SETS)]
+    made = trainings(model)
+    optimizer = make_optimizer(model)
+    return Case(
+        variants={
+            name: Variant(
+                steps=partial(steps, one, model, the_batches, optimizer),
+                saved_bytes=None
+                if one.loss is None
+                else partial(saved_bytes, one.loss, model, the_batches[0]),
+                memory_bytes=partial(memory_bytes, name, the_batches[0]),
+                is_rival=one.is_rival,
+            )
+            for name, one in made.items()
+        },
+        rivals=RIVALS,
+        examine=partial(examine, made, model, the_batches),
+        checked=CHECKED,
+        modes=(STEP,),
+        limits=limits,
+        tokens=the_batches[0].input_ids.numel(),
+        facts={"parameters": sum(weight.numel() for weight in model.parameters())},
+    )
+
+
+def trainings(model: nn.Module) -> dict[str, Training]:
+    """By name, all around the same parameters."""
+    example, cost = unlearning("model"), unlearning("cost")
+    shape = example.Shape()
+    plan = example.routing_plan(model, shape)
+    routed = route(with_shared_weights(model), plan)
+    sites = cost.hidden_units_only(routed)
+    hidden = route(with_shared_weights(model), RoutingPlan(plan.num_routes, mlp=sites))
+    forwards = {
+        "unrouted": ("unrouted", partial(example.loss_of, model, routed=False), True),
+        "routed": ("SGTM", partial(example.loss_of, routed, routed=True), False),
+        "detach": ("SGTM", detach_sgtm(with_shared_weights(model), shape), True),
+        "routed, hidden units": ("hidden units", partial(example.loss_of, hidden, routed=True), False),
+        "detach, hidden units": ("hidden units", detach_hidden(with_shared_weights(model), sites), True),
+    }
+    made = {
+        name: Training(meaning, partial(backward, loss), is_rival, loss)
+        for name, (meaning, loss, is_rival) in forwards.items()
+    }
+    homogeneous = Homogeneous(with_shared_weights(model), shape)
+    return made | {"homogeneous steps": Training("SGTM", homogeneous, is_rival=True)}
+
+
+def backward(loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    value = loss(batch)
+    value.backward()
+    return value
+
+
+def unrouted_loss(model: nn.Module, batch: Any) -> Tensor:
+    return unlearning("model").loss_of(model, batch, routed=False)
+
+
+def sgtm_parts(shape: Any) -> Confined:
+    """What the demo's plan confines: forget tokens train the last hidden units, embedding and norms."""
+    units = shape.forget_units
+    rows = dict.fromkeys(("q_proj", "k_proj", "v_proj", "lm_head"), 0)
+    return Confined(
+        rows | {"gate_proj": units, "up_proj": units},
+        columns={"o_proj": 0, "down_proj": units},
+        unseen={"down_proj": units},
+    )
+
+
+def detach_sgtm(model: nn.Module, shape: Any) -> Callable[[Any], Tensor]:
+    return detach_confined(model, sgtm_parts(shape), unrouted_loss)
+
+
+def detach_hidden(model: nn.Module, sites: MLPSites) -> Callable[[Any], Tensor]:
+    """`m*h + (1-m)*h.detach()` at the hidden units; the dense masks of a batch are made when it first comes."""
+    tables = [table.weights for table in (sites.forward, sites.hidden) if table is not None]
+    of_batch: dict[int, list[Tensor]] = {}
+    current: list[Tensor] = []
+
+    def masked(module: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        visible, m = current
+        h = arguments[0] * visible  # [B, S, d_ff]
+        return m * h + (1 - m) * h.detach()
+
+    for name, module in model.named_modules():
+        if name.endswith("down_proj"):
+            module.register_forward_pre_hook(masked)
+
+    def loss(batch: Any) -> Tensor:
+        ids = batch.route_ids
+        if id(ids) not in of_batch:
+            of_batch[id(ids)] = [table.to(ids.device, model.dtype)[ids] for table in tables]
+        current[:] = of_batch[id(ids)]
+        return unrouted_loss(model, batch)
+
+    return loss
+
+
+class Homogeneous:
+    """As SGTM's code trains: one label a step, gradients of parameters masked as a whole; here their sum is one step.
+
+    Every label's part of a batch is made when it first comes: its documents end to end, in one row.
+    """
+
+    def __init__(self, model: Any, shape: Any) -> None:
+        self.model, self.parts = model, sgtm_parts(shape)
+        self.batches: dict[int, list[Any]] = {}
+        self.seen: Tensor | None = None
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in self.parts.unseen:
+                module.register_forward_pre_hook(self._hide)
+
+    def __call__(self, batch: Any) -> Tensor:
+        if id(batch.route_ids) not in self.batches:
+            self.batches[id(batch.route_ids)] = by_label(batch)
+        retain, forget = self.batches[id(batch.route_ids)]
+        total = predicted(batch)
+        value = self._backward(forget, total)
+        self._confine()
+        features, last = self.model.config.intermediate_size, self.parts.unseen["down_proj"]
+        self.seen = (torch.arange(features, device=self.model.device) < features - last).to(self.model.dtype)
+        value = value + self._backward(retain, total)
+        self.seen = None
+        return value
+
+    def _hide(self, module: nn.Module, arguments: tuple[Tensor]) -> Tensor | None:
+        return None if self.seen is None else arguments[0] * self.seen
+
+    def _backward(self, batch: Any, total: int) -> Tensor:
+        loss = self.model(
+            batch.input_ids,
+            labels=batch.labels,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            num_items_in_batch=total,
+        ).loss
+        loss.backward()
+        return loss.detach()
+
+    def _confine(self) -> None:
+        """Zeroes what forget tokens may not update."""
+        for full_name, weight in self.model.named_parameters():
+            name = full_name.split(".")[-2]
+            if name in self.parts.rows:
+                weight.grad[: len(weight) - self.parts.rows[name]].zero_()
+            if name in self.parts.columns:
+                weight.grad[:, : weight.shape[1] - self.parts.columns[name]].zero_()
+
+
+def predicted(batch: Any) -> int:
+    return int((batch.labels[:, 1:] != unlearning("corpus").NO_LABEL).sum())
+
+
+def by_label(batch: Any) -> list[Any]:
+    """The batch's documents of each label, end to end in one row; a row's first token is predicted by none still."""
+    labels, positions = batch.labels.clone(), batch.position_ids.clone()
+    labels[:, 0] = unlearning("corpus").NO_LABEL
+    # A document that goes on in the next row began anew there; RoPE is relative, so it may count from 0.
+    starts = (positions == 0) | (torch.arange(positions.shape[1], device=positions.device) == 0)
+    index = torch.arange(positions.numel(), device=positions.device).view_as(positions)
+    positions = index - (index * starts).flatten().cummax(0)[0].view_as(index)
+    fields = batch._replace(labels=labels, position_ids=positions)
+    return [
+        type(batch)(*(field[batch.route_ids == label].unsqueeze(0) for field in fields)) for label in range(2)
+    ]
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """The demo's, with its state, at so small a rate that the model stays what it was."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    return optimizer
+
+
+def steps(
+    training: Training, model: nn.Module, of: list[Any], optimizer: torch.optim.Optimizer, mode: str
+) -> list[Step]:
+    """A whole step of the demo on every batch."""
+
+    def step(batch: Any) -> None:
+        optimizer.zero_grad()
+        training.accumulate(batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return [partial(step, batch) for batch in of]
+
+
+def saved_bytes(loss: Callable[[Any], Tensor], model: nn.Module, batch: Any) -> int:
+    """What autograd keeps between forward and backward."""
+    return memory.saved(partial(loss, batch), model.parameters())
+
+
+def memory_bytes(name: str, batch: Any, mode: str, step: Step) -> int | None:
+    """The peak of a step's memory beyond what is there between steps; on the CPU in a process of its own."""
+    if torch.cuda.is_available():
+        return memory.on_device(step)
+    return memory.on_cpu(partial(warm_step_on_cpu, name, tuple(batch)))
+
+
+def warm_step_on_cpu(name: str, fields: tuple[Tensor, ...]) -> Step:
+    """A step, after one on a row of the batch: what is loaded once is not what it costs."""
+    batch = unlearning("corpus").Batch(*fields)
+    model = make_model()
+    training, optimizer = trainings(model)[name], make_optimizer(model)
+    short, whole = steps(training, model, [batch.rows(0, 1), batch], optimizer, STEP)
+    short()
+    return whole
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def examine(
+    made: Mapping[str, Training], model: nn.Module, of: list[Any], variants: Mapping[str, Any]
+) -> Findings:
+    """Checks the gradients of every variant on every batch; see CHECKED."""
+    found: Findings = {name: {} for name in variants}
+    for batch in of:
+        exact = {
+            meaning: exact_gradients(model, meaning, batch)
+            for meaning in {one.meaning for one in made.values()}
+        }
+        for name in variants:
+            if not found[name]:
+                found[name] = attempt(partial(_examine, made[name], model, batch, exact[made[name].meaning]))
+    model.zero_grad()
+    return found
+
+
+def exact_gradients(model: nn.Module, meaning: str, batch: Any) -> dict[str, Tensor]:
+    """By the detach idiom in fp64 (but for what transformers computes in fp32: norms and the loss)."""
+    wide = copy.deepcopy(model).double()
+    shape = unlearning("model").Shape()
+    if meaning == "SGTM":
+        loss = detach_sgtm(wide, shape)
+    elif meaning == "hidden units":
+        plan = unlearning("model").routing_plan(model, shape)
+        sites = unlearning("cost").hidden_units_only(route(with_shared_weights(model), plan))
+        loss = detach_hidden(wide, sites)
+    else:
+        loss = partial(unrouted_loss, wide)
+    return gradients(wide, partial(backward, loss), batch)
+
+
+def gradients(model: nn.Module, accumulate: Accumulate, batch: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    accumulate(batch)
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def _examine(training: Training, model: nn.Module, batch: Any, exact: dict[str, Tensor]) -> dict[str, Any]:
+    got = gradients(model, training.accumulate, batch)
+    shares = {name: float((got[name] - want).abs().max() / want.abs().max()) for name, want in exact.items()}
+    where = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
+    if not shares[where] <= TOLERANCE:
+        return {
+            "wrong": f"{where}: the error is {shares[where]:.3g} of the largest entry, expected {TOLERANCE:g}"
+        }
+    return {"largest_error": shares[where]}

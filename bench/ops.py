@@ -1,0 +1,309 @@
+"""Cases of the ops beside attention: every backend that runs a setting, and every rival that has its meaning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradroute import backends, testing
+from gradroute.testing import OPS, Result, Sample
+
+from . import memory, rivals
+from .cases import BACKWARD, FORWARD, FULL, Case, Findings, Limit, Plan, Step, Variant, attempt
+from .settings import Setting, samples
+from .work import work_of
+
+SUITES = {
+    "primitive": ("route_grad", "routed_activation", "routed_glu", "routed_embedding"),
+    "linear": ("routed_linear",),
+    "mlp": ("routed_mlp",),
+    "gated_mlp": ("routed_gated_mlp",),
+    "norm": ("routed_rms_norm", "routed_layer_norm"),
+}
+SUITE_OF = {op: suite for suite, ops in SUITES.items() for op in ops}
+
+SETS = 2  # of random inputs, which the rounds take in turn
+BASE = "unmasked"
+OWN = ("torch", "cpu", "triton", "cuda")
+
+CHECKED = (
+    "every variant, before it is timed, on every set of inputs that is timed, output and gradients, against the "
+    "reference in fp64: backends within the budget of gradroute.testing.excess; rivals by their root mean square (RMS) "
+    "error, which may be 4 times that of plain PyTorch plus 8 eps of the values (they round more often)"
+)
+RIVAL_TIMES, RIVAL_EPS = 4.0, 8.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make the calls of a case.
+
+    Attributes:
+        calls: what it has to compute, by set of inputs.
+        forward: (**tensors) → the output, differentiable.
+        is_rival: whether it is others' code.
+    """
+
+    calls: Sequence[Sample]
+    forward: Callable[..., Tensor]
+    is_rival: bool = True
+
+    def steps(self, mode: str) -> list[Step]:
+        make = {FORWARD: self._forward, BACKWARD: self._backward, FULL: self._full}[mode]
+        return [make(call) for call in self.calls]
+
+    def _forward(self, call: Sample) -> Step:
+        """As in training: what backward needs is kept until it returns."""
+        leaves = call.leaves()
+        return lambda: self.forward(**leaves)
+
+    def _backward(self, call: Sample) -> Step:
+        leaves, wanted = _leaves(call)
+        output = self.forward(**leaves)
+        return lambda: torch.autograd.grad(output, wanted, call.upstream, retain_graph=True)
+
+    def _full(self, call: Sample) -> Step:
+        leaves, wanted = _leaves(call)
+        return lambda: torch.autograd.grad(self.forward(**leaves), wanted, call.upstream)
+
+    def result(self, call: Sample) -> Result:
+        leaves, wanted = _leaves(call)
+        output = self.forward(**leaves)
+        found = torch.autograd.grad(output, wanted, call.upstream)
+        return Result(output.detach(), dict(zip(call.differentiable, found, strict=True)))
+
+    def saved_bytes(self) -> int:
+        leaves, activations = self.calls[0].leaves(), OPS[self.calls[0].op].activations
+        parameters = [leaf for name, leaf in leaves.items() if leaf is not None and name not in activations]
+        return memory.saved(lambda: self.forward(**leaves), parameters)
+
+
+def _leaves(call: Sample) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """The tensors as leaves, and those that have gradients."""
+    leaves = call.leaves()
+    return leaves, tuple(leaf for name in call.differentiable if (leaf := leaves[name]) is not None)
+
+
+@dataclass(frozen=True)
+class Homogeneous(Way):
+    """Steps of one route each."""
+
+    steps_by_route: rivals.HomogeneousSteps | None = None
+
+    def steps(self, mode: str) -> list[Step]:
+        if mode != FULL:  # every route's forward is followed by its backward
+            return []
+        return [self._of_routes.step(call.tensors, call.upstream) for call in self.calls]
+
+    @property
+    def _of_routes(self) -> rivals.HomogeneousSteps:
+        assert self.steps_by_route is not None
+        return self.steps_by_route
+
+    def result(self, call: Sample) -> Result:
+        return Result(*self._of_routes.together(self._of_routes.step(call.tensors, call.upstream)()))
+
+    def saved_bytes(self) -> int:
+        raise NotImplementedError("a step of each route saves for itself")
+
+
+def ways(calls: Sequence[Sample], with_compiled: bool = True) -> dict[str, Way]:
+    """By name, every way that has the meaning of a case; the unmasked ones are what it is compared with."""
+    call = calls[0]
+    ordinary = [one.with_routes(None) for one in calls]
+    dtype = call.upstream.dtype
+    made = {BASE: Way(ordinary, rivals.unmasked(call)), "detach": Way(calls, rivals.detach(call, dtype))}
+    if dtype.itemsize < 4:
+        made["detach, fp32 mask"] = Way(calls, rivals.detach(call, torch.float32))
+    made["hook"] = Way(calls, rivals.hook(call))
+    if any(site.startswith("update") for site in call.tables) and call.op in rivals.UPDATES:
+        assert call.routes is not None
+        if call.routes.strength is None:
+            steps = rivals.HomogeneousSteps(call)
+            made["homogeneous steps"] = Homogeneous(calls, rivals.unmasked(call), steps_by_route=steps)
+    if with_compiled:
+        for name in (BASE, "detach"):
+            made[f"{name}, compiled"] = Way(made[name].calls, rivals.compiled(made[name].forward))
+    if rivals.has_liger(call) and not missing(call):
+        made["Liger, unmasked"] = Way(ordinary, rivals.liger(call))
+    device = call.upstream.device
+    for backend in backends.available_backends(call.op, device):
+        if backend in OWN:
+            made[backend] = Way(calls, partial(_routed, call, backend), is_rival=False)
+    return made
+
+
+def _routed(call: Sample, backend: str, **tensors: Tensor | None) -> Tensor:
+    return call.call(tensors, backend)
+
+
+def missing(call: Sample) -> dict[str, str]:
+    """Peers that this machine lacks what they need for."""
+    if not rivals.has_liger(call):
+        return {}
+    why = rivals.LIGER_MISSING or (None if call.upstream.is_cuda else "Liger-Kernel needs a GPU")
+    return {"Liger, unmasked": why} if why else {}
+
+
+def copy_steps(moved_bytes: float, device: torch.device) -> list[Step]:
+    """A copy that reads and writes as many bytes: the ceiling of what only moves."""
+    source = torch.randint(256, (max(1, int(moved_bytes) // 2),), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return [lambda: target.copy_(source)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def examine(made: Mapping[str, Way], variants: Mapping[str, Variant]) -> Findings:
+    """Checks the numbers of every way on every set of inputs; see CHECKED."""
+    found: Findings = {name: {} for name in variants}
+    by_calls: dict[int, list[str]] = {}
+    for name in variants:
+        if name in made:
+            by_calls.setdefault(id(made[name].calls), []).append(name)
+    for names in by_calls.values():
+        for call in made[names[0]].calls:
+            exact, plain = call.in_float64().run("reference"), call.run_plain()
+            for name in names:
+                if not found[name]:
+                    found[name] = attempt(partial(_examine, name, made[name], call, exact, plain))
+    return found
+
+
+def _examine(name: str, way: Way, call: Sample, exact: Result, plain: Result) -> dict[str, Any]:
+    got = way.result(call)
+    try:
+        if way.is_rival:
+            assert_rival_is_right(got, exact, plain, name)
+        else:
+            testing.assert_result_within_budget(got, exact, plain, name)
+    except AssertionError as error:
+        return {"wrong": str(error)}
+    return {}
+
+
+def assert_rival_is_right(got: Result, exact: Result, plain: Result, name: str) -> None:
+    """Raises AssertionError, naming the tensor, where a rival computes something else; see CHECKED."""
+    parts = {"output": (got.output, exact.output, plain.output)}
+    parts |= {f"d{n}": (got.gradients[n], exact.gradients[n], plain.gradients[n]) for n in exact.gradients}
+    for part, (actual, want, eager) in parts.items():
+        error, eager_error = _rms(actual - want), _rms(eager - want)
+        allowed = RIVAL_TIMES * eager_error + RIVAL_EPS * torch.finfo(actual.dtype).eps * _rms(want)
+        if not error <= allowed:  # a NaN fails too
+            raise AssertionError(f"{name}: {part}: RMS error {error:.3g}, expected at most {allowed:.3g}")
+
+
+def _rms(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.double())) / math.sqrt(max(1, x.numel()))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """How cases are made.
+
+    Attributes:
+        device: where.
+        with_compiled: whether rivals are compiled too.
+    """
+
+    device: torch.device
+    with_compiled: bool = True
+
+
+def case(
+    setting: Setting,
+    options: Options,
+    modes: tuple[str, ...],
+    limits: tuple[Limit, ...] = (),
+    with_memory: bool = False,
+) -> Case:
+    """The case of a setting; `with_memory`: on the CPU, where a step's peak of memory takes a process of its own."""
+    calls = samples(setting, options.device, SETS)
+    made = ways(calls, options.with_compiled)
+    work = work_of(calls[0])
+    on_cuda = options.device.type == "cuda"
+    variants = {
+        name: Variant(
+            steps=way.steps,
+            saved_bytes=None if isinstance(way, Homogeneous) else way.saved_bytes,
+            memory_bytes=partial(_memory_bytes, setting, name)
+            if on_cuda or (with_memory and "compiled" not in name)
+            else None,
+            is_rival=way.is_rival,
+        )
+        for name, way in made.items()
+    }
+    for mode in modes:
+        moved = work[mode].moved_bytes
+        if moved:
+            variants[copy_name(mode)] = Variant(partial(_copies, mode, moved, options.device), is_rival=True)
+    return Case(
+        variants=variants,
+        rivals=(BASE, "detach", *(copy_name(mode) for mode in modes if work[mode].moved_bytes)),
+        examine=partial(examine, made),
+        checked=CHECKED,
+        modes=modes,
+        limits=limits,
+        missing=missing(calls[0]),
+        work=work,
+    )
+
+
+def copy_name(mode: str) -> str:
+    return f"copy of the bytes of {mode}"
+
+
+def _copies(mode: str, moved: float, device: torch.device, asked: str) -> list[Step]:
+    return copy_steps(moved, device) if asked == mode else []
+
+
+def _memory_bytes(setting: Setting, name: str, mode: str, step: Step) -> int | None:
+    if torch.cuda.is_available():
+        return memory.on_device(step)
+    return memory.on_cpu(partial(warm_step_on_cpu, setting, name, mode))
+
+
+def warm_step_on_cpu(setting: Setting, name: str, mode: str) -> Step:
+    """A step, after a short one of its kind: what is loaded once is not what it costs."""
+    short = setting._replace(tokens=min(64, setting.tokens))
+    first, whole = (
+        ways(samples(one, torch.device("cpu"), 1), with_compiled=False)[name].steps(mode)[0]
+        for one in (short, setting)
+    )
+    first()
+    return whole
+
+
+def automatic(op: str, device: torch.device) -> str:
+    """The backend that the automatic choice tries first, whose times the limits are about."""
+    return backends.available_backends(op, device)[0]
+
+
+def plan(
+    setting: Setting,
+    options: Options,
+    modes: tuple[str, ...] = (),
+    limits: tuple[Limit, ...] = (),
+    name: str = "",
+    x: str = "tokens",
+) -> Plan:
+    """The case of a setting, not made yet.
+
+    Raises:
+        ValueError: a value that its axis has not.
+    """
+    setting.check()
+    suite = SUITE_OF[setting.op]
+    passes = modes or ((FORWARD, BACKWARD) if suite in ("primitive", "norm") else (FORWARD, FULL))
+    make = partial(case, setting, options, passes, limits, bool(limits))
+    return Plan(suite, name or setting.title, setting.op, setting.axes, make, x)

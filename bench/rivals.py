@@ -1,0 +1,259 @@
+"""What one would use instead of a routed op: the idioms that are published, in eager PyTorch and compiled, and peers.
+
+The idioms come from the formula by which `gradroute.testing` states an op in plain PyTorch, so they mask what the op
+masks. Their dense masks are made beforehand, outside of what is timed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradroute.testing import OPS, Marks, Sample
+
+Forward = Callable[..., Tensor]  # (**tensors) → the op's output, differentiable
+
+
+class DenseMasks(Marks):
+    """Marks with the mask of every site made beforehand: dense, `[*tokens, features]`, of a dtype on activations.
+
+    `m*x + (1-m)*x.detach()` on activations; a parameter that some tokens may not update gets a second product, which
+    adds zero and has the gradient of those that may. With `hooks` activations have a hook that masks their gradient.
+    """
+
+    def __init__(self, call: Sample, dtype: torch.dtype, hooks: bool = False) -> None:
+        super().__init__(call.routes, call.tables)
+        self.hooks = hooks
+        first = call.tensors[OPS[call.op].activations[0]]
+        assert first is not None
+        tokens = first.shape if call.op == "routed_embedding" else first.shape[:-1]
+        # Through a name of its own: `mask` gives what was made here.
+        own = (
+            call.upstream.dtype
+        )  # what masks a parameter's gradient multiplies operands of a product, of one dtype
+        self.masks = {
+            site: Marks.mask(self, table, own if site.startswith("update") else dtype, tokens)
+            for site, table in call.tables.items()
+        }
+
+    def table(self, site: str, shorthand: str | None = None) -> Any:
+        """The site's mask in place of its table."""
+        found = self.masks.get(site)
+        return self.masks.get(shorthand) if found is None and shorthand else found
+
+    def mask(self, table: Any, dtype: torch.dtype, tokens: torch.Size) -> Tensor:
+        return table
+
+    def detached(self, m: Any, x: Tensor) -> Tensor:
+        if not self.hooks:
+            return (m * x + (1 - m) * x.detach()).to(x.dtype)
+        y = x.expand(torch.broadcast_shapes(m.shape, x.shape))  # a tensor of its own, as long as the mask
+        if y.requires_grad:
+            y.register_hook(lambda g: (m * g).to(g.dtype))
+        return y
+
+
+def unmasked(call: Sample) -> Forward:
+    """Eager PyTorch without routing: the floor."""
+    ordinary = call.with_routes(None)
+    return lambda **tensors: ordinary.call_plain(tensors)
+
+
+def detach(call: Sample, dtype: torch.dtype) -> Forward:
+    """The published idiom, its masks in a dtype."""
+    return _marked(call, DenseMasks(call, dtype))
+
+
+def hook(call: Sample) -> Forward:
+    """A tensor hook that multiplies the gradient with a dense mask; parameters as the idiom has them."""
+    return _marked(call, DenseMasks(call, call.upstream.dtype, hooks=True))
+
+
+def _marked(call: Sample, marks: Marks) -> Forward:
+    formula, keywords = OPS[call.op].formula, call.keywords
+    return lambda **tensors: formula(marks, **tensors, **keywords)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Which site decides who updates a parameter's rows, and which its columns; "": nobody is kept from it."""
+
+    rows: str = ""
+    columns: str = ""
+
+
+_INPUT, _OUTPUT = Rows(rows="update_in"), Rows(columns="update_out")
+
+#: By op the parameters whose update sites confine.
+UPDATES: dict[str, dict[str, Rows]] = {
+    "routed_linear": {"weight": Rows("update_rows", "update_cols"), "bias": Rows("update_bias")},
+    "routed_mlp": {"w_in": _INPUT, "b_in": _INPUT, "w_out": _OUTPUT, "b_out": Rows("update_output_bias")},
+    "routed_gated_mlp": {
+        "w_gate": _INPUT,
+        "w_up": _INPUT,
+        "b_gate": _INPUT,
+        "b_up": _INPUT,
+        "w_down": _OUTPUT,
+        "b_down": Rows("update_output_bias"),
+    },
+    "routed_rms_norm": {"weight": Rows("update")},
+    "routed_layer_norm": {"weight": Rows("update"), "bias": Rows("update")},
+}
+_SHORTHANDS = {"update_in": "update", "update_out": "update", "update_bias": "update_rows"}
+
+
+class HomogeneousSteps:
+    """As SGTM's code trains: one label a step, so that a parameter's gradient is masked as a whole before it is summed.
+
+    Tokens are split by route before anything is timed, as a data loader would do it; what is timed is a forward and a
+    backward for every route, the masking of its parameters' gradients, and their sum.
+
+    Args:
+        call: what it has to compute; its tables without strength.
+    """
+
+    def __init__(self, call: Sample) -> None:
+        assert call.routes is not None
+        self.call = call
+        ids = call.routes.ids
+        self.indices = [(ids == route).nonzero().squeeze(-1) for route in range(call.routes.num_routes)]
+        self.routes = [route for route, index in enumerate(self.indices) if len(index)]
+        self.formulas = {route: self._formula(route) for route in self.routes}
+        self.masks = {
+            route: {name: self._mask(name, route) for name in UPDATES[call.op]} for route in self.routes
+        }
+
+    def step(self, tensors: dict[str, Tensor | None], upstream: Tensor) -> Callable[[], Any]:
+        """→ the outputs by route, and by route the gradients of what has tokens, and those of parameters, summed."""
+        activations = OPS[self.call.op].activations
+        parts = {route: self._leaves(route, tensors, activations) for route in self.routes}
+        upstreams = {route: upstream.flatten(0, -2)[self.indices[route]] for route in self.routes}
+
+        def run() -> tuple[list[Tensor], list[dict[str, Tensor]], dict[str, Tensor]]:
+            outputs, of_tokens = [], []
+            of_parameters: dict[str, Tensor] = {}
+            for route, leaves in parts.items():
+                wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+                output = self.formulas[route](**leaves)
+                found = torch.autograd.grad(output, tuple(wanted.values()), upstreams[route])
+                gradients = dict(zip(wanted, found, strict=True))
+                outputs.append(output)
+                of_tokens.append({name: gradients.pop(name) for name in activations})
+                self._add(route, gradients, of_parameters)
+            return outputs, of_tokens, of_parameters
+
+        return run
+
+    def together(self, found: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a step gave as the output and the gradients of the whole call."""
+        outputs, of_tokens, gradients = found
+        names = of_tokens[0]
+        whole = {name: self._in_order([one[name] for one in of_tokens]) for name in names} | gradients
+        return self._in_order(outputs), whole
+
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        index, sorted_by_route = torch.cat([self.indices[r] for r in self.routes]), torch.cat(parts).detach()
+        return torch.empty_like(sorted_by_route).index_copy_(0, index, sorted_by_route)
+
+    def _add(self, route: int, gradients: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            for mask in self.masks[route][name]:
+                gradient.mul_(mask)
+            sums[name] = sums[name].add_(gradient) if name in sums else gradient
+
+    def _leaves(self, route: int, tensors: dict[str, Tensor | None], activations: tuple[str, ...]) -> Any:
+        index = self.indices[route]
+        return {
+            name: tensor
+            if tensor is None
+            else (
+                tensor.detach().flatten(0, -2)[index] if name in activations else tensor.detach()
+            ).requires_grad_()
+            for name, tensor in tensors.items()
+        }
+
+    def _formula(self, route: int) -> Forward:
+        """The op on one route's tokens: sites of activations as the idiom with one row of the table."""
+        call = self.call
+        ordinary = {site: table for site, table in call.tables.items() if not site.startswith("update")}
+        index = self.indices[route]
+        part = call.of_tokens(index[:1]).with_sites(OPS[call.op].sites_class()(**ordinary))
+        return _marked(call, DenseMasks(part, call.upstream.dtype))
+
+    def _mask(self, parameter: str, route: int) -> list[Tensor]:
+        """Factors of a parameter's gradient, where they are not all one."""
+        sites, tables, factors = UPDATES[self.call.op][parameter], self.call.tables, []
+        for dimension, site in enumerate(sites):
+            table = tables.get(site, tables.get(_SHORTHANDS.get(site, "")))
+            if table is None or bool((table.weights[route] == 1).all()):
+                continue
+            row = table.weights[route].to(self.call.upstream)
+            of_rows = dimension == 0 and parameter.startswith("w") and self.call.op not in NORMS
+            factors.append(row.unsqueeze(-1) if of_rows else row)
+        return factors
+
+
+NORMS = ("routed_rms_norm", "routed_layer_norm")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+LIGER_MISSING = None if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
+
+
+def has_liger(call: Sample) -> bool:
+    """Whether Liger-Kernel has the op; its gated activation alone writes gradients over inputs, here everyone's."""
+    return call.op in _LIGER and call.keywords.get("activation", "silu") == "silu"
+
+
+def liger(call: Sample) -> Forward:
+    """Liger-Kernel's op in place of eager PyTorch's, without routing."""
+    return _LIGER[call.op]()
+
+
+def _liger_op(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name).apply
+
+
+def _liger_gated_mlp() -> Forward:
+    apply = _liger_op("swiglu", "LigerSiLUMulFunction")
+
+    def forward(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, **biases: Tensor | None) -> Tensor:
+        gate = F.linear(x, w_gate, biases.get("b_gate"))
+        up = F.linear(x, w_up, biases.get("b_up"))
+        return F.linear(apply(gate, up), w_down, biases.get("b_down"))
+
+    return forward
+
+
+def _liger_rms_norm() -> Forward:
+    apply = _liger_op("rms_norm", "LigerRMSNormFunction")
+    return lambda x, weight: apply(x, weight, 1e-6, 0.0, "llama", False)
+
+
+def _liger_layer_norm() -> Forward:
+    apply = _liger_op("layer_norm", "LigerLayerNormFunction")
+    return lambda x, weight, bias: apply(x, weight, bias, 1e-5)
+
+
+_LIGER: dict[str, Callable[[], Forward]] = {
+    "routed_gated_mlp": _liger_gated_mlp,
+    "routed_rms_norm": _liger_rms_norm,
+    "routed_layer_norm": _liger_layer_norm,
+}
+
+
+def compiled(forward: Forward) -> Forward:
+    """Under torch.compile; its graph can be run backward again, as a pass timed alone needs it."""
+    import torch._functorch.config as functorch
+
+    functorch.donated_buffer = False
+    return torch.compile(forward, dynamic=False)
