@@ -216,11 +216,14 @@ class Homogeneous:
             self.batches[id(batch.route_ids)] = by_label(batch)
         retain, forget = self.batches[id(batch.route_ids)]
         total = predicted(batch)
-        value = self._backward(forget, total)
-        self._confine()
+        value = torch.zeros((), device=self.model.device)
+        if forget.input_ids.numel():
+            value = value + self._backward(forget, total)
+            self._confine()
         features, last = self.model.config.intermediate_size, self.parts.unseen["down_proj"]
         self.seen = (torch.arange(features, device=self.model.device) < features - last).to(self.model.dtype)
-        value = value + self._backward(retain, total)
+        if retain.input_ids.numel():
+            value = value + self._backward(retain, total)
         self.seen = None
         return value
 

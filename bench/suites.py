@@ -131,13 +131,17 @@ def cpu_limits(options: Options) -> list[Plan]:
     quarters = Setting("routed_gated_mlp", 4096, 512, 2048, tables="interval", density=0.25, sites="both")
     linear = Setting("routed_linear", 8192, 1024, 1024, tables="refuse", share=1 / 16, sites="update")
     of_block = (Limit(own, "unmasked", 0.95), Limit(own, "detach", 0.78))
+    half = "gated MLP, 50% of tokens train 64 of 1024 units"
 
     def plan(setting: Setting, name: str, *limits: Limit) -> Plan:
-        return ops.plan(setting, options, (FULL,), limits, name)
+        # Compiled rivals take as long as all else; the same ones with other tokens are not compiled again.
+        compiled = options.with_compiled and name != half and setting.order != "sorted"
+        own_options = dataclasses.replace(options, with_compiled=compiled)
+        return ops.plan(setting, own_options, (FULL,), limits, name)
 
     return [
         plan(block, "gated MLP, 3.7% of tokens train 64 of 1024 units", *of_block),
-        plan(block._replace(share=0.5), "gated MLP, 50% of tokens train 64 of 1024 units", *of_block),
+        plan(block._replace(share=0.5), half, *of_block),
         *(
             plan(
                 quarters._replace(order=order),
@@ -218,6 +222,7 @@ ALONE = (
 
 
 def alone_plans(options: Options) -> list[Plan]:
+    options = dataclasses.replace(options, with_compiled=False)
     return [
         ops.plan(
             with_sites(Setting(op, 8192, 1024, 1024, tables="blocks")),

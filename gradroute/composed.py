@@ -163,6 +163,7 @@ def activation_backward(
     *,
     want_z: bool,
     want_bias: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradient of z = m_forward ⊙ act(a), and what the weights beside it need.
 
@@ -174,6 +175,9 @@ def activation_backward(
         activation: its name.
         want_z: recompute m_update_out ⊙ z.
         want_bias: sum the bias gradient.
+        overwrite: the matrices are the caller's own, and the C++ kernels leave their results there. New ones cost page
+            faults: with them a gated MLP's backward took 0.94 times the ordinary one's instead of 0.82 (1024 tokens,
+            128 × 512, fp32, 2 cores). Only for backends whose products are made in parts.
 
     Returns:
         da `[T, F]`; m_update_out ⊙ z `[T, F]`; Σ_t m_update_in ⊙ da `[F]`; None for what is not wanted.
@@ -202,6 +206,7 @@ def glu_backward(
     *,
     want_z: bool,
     want_bias: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of z = m_forward ⊙ (act(gate) * up), and what the weights beside it need.
 

@@ -65,7 +65,7 @@ def routed_embedding(
     num_embeddings, features = weight.shape
     if padding_idx is not None:
         padding_idx = _checked_row(padding_idx, num_embeddings)
-    routes.check(tokens.unsqueeze(-1).expand(*tokens.shape, features), "y")
+    routes.check_tokens(tokens.shape, tokens, "tokens", "shape")
     sites.check(routes, {"update": features})
     chosen = backends.choose("routed_embedding", backend, weight)
     if chosen == "reference":

@@ -196,10 +196,15 @@ def _address(tensor: Tensor, device: torch.device) -> int:
     return address
 
 
-def _sums(g: Tensor, wanted: bool) -> Tensor:
-    """The sums of each run of tokens: `[runs, F]`, of none where they are not wanted."""
-    runs = -(-g.shape[0] // module.TOKENS_PER_SUM) if wanted else 0
+def _sums(g: Tensor) -> Tensor:
+    """The sums of each run of tokens: `[runs, F]`."""
+    runs = -(-g.shape[0] // module.TOKENS_PER_SUM)
     return g.new_empty(runs, g.shape[1], dtype=product_dtype(g.dtype))
+
+
+def _summed(sums: Tensor | None, g: Tensor) -> Tensor:
+    """The sums over all tokens `[F]`; without elements where they are not wanted."""
+    return g.new_empty(0) if sums is None else sums.sum(0)
 
 
 splits = composed.splits
@@ -260,9 +265,9 @@ def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
 
 @kernel_op("native_bias_grad(Tensor g, Tensor ids, Tensor? strength, Tensor weights) -> Tensor")
 def bias_grad_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> Tensor:
-    sums = _sums(g, True)
+    sums = _sums(g)
     launch("bias_grad", g, sums, Routing(ids, strength), Weights(weights))
-    return sums.sum(0).to(g.dtype)
+    return _summed(sums, g).to(g.dtype)
 
 
 def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
@@ -284,10 +289,15 @@ def activation_backward(
     *,
     want_z: bool,
     want_bias: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.activation_backward`."""
     dz = None if dz is None else dz.to(a.dtype)
-    da, z, db = activation_backward_op(dz, a, *Middle.of(a, routes, sites, activation, want_z, want_bias))
+    middle = Middle.of(a, routes, sites, activation, want_z, want_bias)
+    if overwrite:
+        db = activation_backward_in_place_op(dz, a, *middle)
+        return wanted((dz, True), (a, want_z), (db, want_bias))
+    da, z, db = activation_backward_op(dz, a, *middle)
     return wanted((da, dz is not None), (z, want_z), (db, want_bias))
 
 
@@ -297,21 +307,40 @@ def activation_backward_op(
     a: Tensor,
     *rest: Any,  # of Middle
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs that are not wanted have no elements, or are zeros."""
+    """Outputs that are not wanted have no elements."""
     middle = Middle(*rest)
-    want_z, want_bias = middle.want_z, middle.want_bias
-    da, z = _like(a, dz is not None), _like(a, want_z)
-    sums = _sums(a, want_bias)
+    da, z = _like(a, dz is not None), _like(a, middle.want_z)
+    present = (da if dz is not None else None, z if middle.want_z else None)
+    return da, z, _activation_backward(dz, a, present, middle)
+
+
+@kernel_op(f"native_activation_backward_(Tensor(a!)? dz, Tensor(b!) a, {MIDDLE_SCHEMA}) -> Tensor")
+def activation_backward_in_place_op(
+    dz: Tensor | None,
+    a: Tensor,
+    *rest: Any,  # of Middle
+) -> Tensor:
+    """Leaves da in dz and, where it is wanted, z in a."""
+    middle = Middle(*rest)
+    return _activation_backward(dz, a, (dz, a if middle.want_z else None), middle)
+
+
+def _activation_backward(
+    dz: Tensor | None, a: Tensor, outputs: tuple[Tensor | None, Tensor | None], middle: Middle
+) -> Tensor:
+    """Fills the outputs da and z; the bias gradient `[F]`, without elements where it is not wanted."""
+    sums = _sums(a) if middle.want_bias else None
     launch(
         "activation_backward",
         dz,
         a,
-        *wanted((da, dz is not None), (z, want_z), (sums, want_bias)),
+        *outputs,
+        sums,
         Routing(middle.ids, middle.strength),
         *map(Weights, middle.tables.values()),
         middle.activation,
     )
-    return da, z, sums.sum(0).to(a.dtype)
+    return _summed(sums, a).to(a.dtype)
 
 
 def _like(a: Tensor, is_wanted: bool) -> Tensor:
@@ -329,13 +358,17 @@ def glu_backward(
     *,
     want_z: bool,
     want_bias: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.glu_backward`."""
     dz = None if dz is None else dz.to(gate.dtype)
-    dgate, dup, z, db_gate, db_up = glu_backward_op(
-        dz, gate, up, *Middle.of(gate, routes, sites, activation, want_z, want_bias)
-    )
+    middle = Middle.of(gate, routes, sites, activation, want_z, want_bias)
     has_grad = dz is not None
+    dgate, dup, z = dz, up, gate
+    if overwrite:
+        db_gate, db_up = glu_backward_in_place_op(dz, gate, up, *middle)
+    else:
+        dgate, dup, z, db_gate, db_up = glu_backward_op(dz, gate, up, *middle)
     return wanted((dgate, has_grad), (dup, has_grad), (z, want_z), (db_gate, want_bias), (db_up, want_bias))
 
 
@@ -349,25 +382,51 @@ def glu_backward_op(
     up: Tensor,
     *rest: Any,  # of Middle
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs that are not wanted have no elements, or are zeros."""
+    """Outputs that are not wanted have no elements."""
     middle = Middle(*rest)
-    want_z, want_bias = middle.want_z, middle.want_bias
     has_grad = dz is not None
-    dgate, dup, z = _like(gate, has_grad), _like(gate, has_grad), _like(gate, want_z)
-    gate_sums, up_sums = _sums(gate, want_bias), _sums(gate, want_bias)
+    dgate, dup, z = _like(gate, has_grad), _like(gate, has_grad), _like(gate, middle.want_z)
+    present = (dgate if has_grad else None, dup if has_grad else None, z if middle.want_z else None)
+    return dgate, dup, z, *_glu_backward(dz, gate, up, present, middle)
+
+
+@kernel_op(
+    f"native_glu_backward_(Tensor(a!)? dz, Tensor(b!) gate, Tensor(c!) up, {MIDDLE_SCHEMA}) -> (Tensor, Tensor)"
+)
+def glu_backward_in_place_op(
+    dz: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    *rest: Any,  # of Middle
+) -> tuple[Tensor, Tensor]:
+    """Leaves dgate in dz, dup in up and, where it is wanted, z in gate."""
+    middle = Middle(*rest)
+    outputs = (dz, None if dz is None else up, gate if middle.want_z else None)
+    return _glu_backward(dz, gate, up, outputs, middle)
+
+
+def _glu_backward(
+    dz: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    middle: Middle,
+) -> tuple[Tensor, Tensor]:
+    """Fills the outputs dgate, dup and z; the bias gradients `[F]`, without elements where they are not wanted."""
+    gate_sums, up_sums = (_sums(gate), _sums(gate)) if middle.want_bias else (None, None)
     launch(
         "glu_backward",
         dz,
         gate,
         up,
-        *wanted(
-            (dgate, has_grad), (dup, has_grad), (z, want_z), (gate_sums, want_bias), (up_sums, want_bias)
-        ),
+        *outputs,
+        gate_sums,
+        up_sums,
         Routing(middle.ids, middle.strength),
         *map(Weights, middle.tables.values()),
         middle.activation,
     )
-    return dgate, dup, z, gate_sums.sum(0).to(gate.dtype), up_sums.sum(0).to(gate.dtype)
+    return _summed(gate_sums, gate).to(gate.dtype), _summed(up_sums, gate).to(gate.dtype)
 
 
 @kernel_op(
@@ -389,15 +448,17 @@ def norm_backward_op(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs that are not wanted have no elements, or are zeros."""
+    """Outputs that are not wanted have no elements."""
     dx = _like(x, weight is not None)
-    weight_sums, bias_sums = _sums(x, want_weight), _sums(x, want_bias)
+    weight_sums, bias_sums = _sums(x) if want_weight else None, _sums(x) if want_bias else None
     launch(
         "norm_backward",
         dy,
         x,
         weight,
-        *wanted((dx, weight is not None), (weight_sums, want_weight), (bias_sums, want_bias)),
+        dx if weight is not None else None,
+        weight_sums,
+        bias_sums,
         Routing(ids, strength),
         Weights(update),
         eps,
@@ -405,7 +466,7 @@ def norm_backward_op(
         centered,
         round_x_hat,
     )
-    return dx, weight_sums.sum(0), bias_sums.sum(0)
+    return dx, _summed(weight_sums, x), _summed(bias_sums, x)
 
 
 rms_norm_backward, layer_norm_backward = norm_leaves(norm_backward_op)

@@ -309,8 +309,8 @@ class Draw:
     """Random values, the same on every device and in every dtype up to rounding, for one call of an op.
 
     Attributes:
-        generator: their source; on the CPU, or with `on_device` where the values are wanted: large ones come sooner, and
-            differ from device to device.
+        generator: their source; on the CPU, or with `on_device` where the values are wanted: large ones come sooner,
+            and differ from device to device.
         tokens, sizes, layout: the activations' leading shape, the widths, and one of LAYOUTS for activations.
     """
 

@@ -60,6 +60,21 @@ def test_groups_have_the_limits_of_their_device(capsys):
         suites.available("h200", EAGER)
 
 
+@pytest.mark.slow
+def test_every_limit_of_an_h200_is_measured(monkeypatch, tmp_path):
+    """On the CPU, in Triton's interpreter, with small sizes: names, passes and quantities fit."""
+    small = {"tokens": 160, "d_model": 16, "d_ff": 144, "dtype": "float32"}
+    monkeypatch.setitem(suites.BASE_POINTS, "cuda", small)
+    plans = suites.cuda_limits(EAGER)
+    done = runner.run("h200", plans, 1, CPU, tmp_path)
+    assert done.failures() == []
+    limits = [limit for case in done.cases.values() for limit in case["limits"]]
+    assert len(limits) == 11
+    unmeasured = [limit["rival"] for limit in limits if limit["verdict"] == NOT_MEASURED]
+    assert unmeasured == ["unmasked, compiled"]
+    assert {limit["variant"] for limit in limits} == {backends.available_backends("route_grad", CPU)[0]}
+
+
 # --- settings
 
 

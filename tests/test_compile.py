@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradroute
-from gradroute import Routes, Table, backends, native, routed_linear, testing
+from gradroute import MLPSites, Routes, Table, backends, native, routed_linear, testing
+from gradroute.tables import localize
 from gradroute.testing import Result, assert_result_within_budget, assert_same_bits
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -252,10 +253,21 @@ def recorded_calls(device):
                 call = cases.make(op, tokens=17, tables=tables, strength=strength, device=device, **variant)
                 call.run(backend)
                 call.run(backend, frozen=call.differentiable[:1])
+        run_in_parts()
     return {
         func.name().removesuffix(".default"): (func, list(calls.values()))
         for func, calls in recorder.calls.items()
     }
+
+
+def run_in_parts():
+    """Samples whose backward gathers the tokens of each route, which only the CPU's does."""
+    table = localize(2, 8, {0: slice(0, 4), 1: slice(4, 8)})
+    for op in ("routed_mlp", "routed_gated_mlp"):
+        if "cpu" in backends.available_backends(op, "cpu"):
+            call = cases.make(op, tokens=256, sizes=testing.Sizes(d_model=4, d_ff=8))
+            call = call.with_routes(Routes.of(torch.arange(256) % 2, 2)).with_sites(MLPSites(hidden=table))
+            call.run("cpu")
 
 
 @pytest.mark.parametrize("name", REGISTERED)

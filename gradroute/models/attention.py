@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .modules import (
     LlamaNorm,
     Norm,
     call_linear,
+    call_linears,
+    is_fusible,
     scale_columns,
     scale_rows,
     swap_linear,
@@ -259,11 +262,12 @@ class Attention(Swapped):
 
     def _project(self, x: Tensor, routes: Routes) -> tuple[Tensor, ...]:
         head_dim = self._heads()[2]
-        outputs = (
-            call_linear(getattr(self, name), x, routes, sites).unflatten(-1, (-1, head_dim))
-            for name, sites in zip(self.names[:-1], self._linear_sites()[:-1], strict=True)
-        )
-        q, k, v = outputs  # each [B, S, heads, D]
+        linears = [getattr(self, name) for name in self.names[:-1]]
+        if all(map(is_fusible, linears)) and not torch.compiler.is_compiling():
+            outputs = call_linears(linears, x, routes, self.backend)
+        else:
+            outputs = tuple(map(call_linear, linears, repeat(x), repeat(routes), self._linear_sites()))
+        q, k, v = (y.unflatten(-1, (-1, head_dim)) for y in outputs)  # each [B, S, heads, D]
         q, k = self._norm("q_norm", q, routes), self._norm("k_norm", k, routes)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 

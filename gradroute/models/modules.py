@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..embedding import EmbeddingSites, routed_embedding
 from ..layers import check_embedding
-from ..linear import LinearSites, routed_linear
+from ..linear import LinearSites, routed_linear, routed_linears
 from ..norm import NormSites, routed_layer_norm, routed_rms_norm
 from ..routes import Routes
 from ..sites import Sites
@@ -102,6 +102,19 @@ def call_linear(linear: Any, x: Tensor, routes: Routes, sites: LinearSites | Non
     return linear(x) if sites is None else linear(x, routes=routes)
 
 
+def is_fusible(linear: Any) -> bool:
+    """Whether a linear layer is routed, and may be computed together with others of the same input."""
+    return isinstance(linear, Linear) and linear._sites is not None and is_readable(linear)
+
+
+def call_linears(
+    linears: Sequence[Linear], x: Tensor, routes: Routes, backend: str | None
+) -> tuple[Tensor, ...]:
+    """The outputs of fusible linear layers of one input."""
+    layers = [(linear.matrix(), linear.bias, linear._op_sites[0]) for linear in linears]
+    return routed_linears(x, layers, routes, backend=backend)
+
+
 def is_readable(linear: Any) -> bool:
     """Whether a linear layer's parameters may be read instead of calling it: nothing else happens in a call."""
     # A tensor-parallel layer's shard reads like the layer.
@@ -148,7 +161,7 @@ def is_dtensor(tensor: Any) -> bool:
 
 def refuse_dtensor(module: nn.Module) -> None:
     """Raises where a module's parameters are distributed: the ops take local tensors."""
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in module._parameters.items():
         if is_dtensor(parameter) and is_dtensor(getattr(module, name)):  # a shard reads as a local tensor
             raise TypeError(
                 f"{full_name(module)}.{name}: got a DTensor, expected a local tensor; use "
