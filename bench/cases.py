@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 Step = Callable[[], Any]
 
+ADDED = "added"  # the quantity of a limit in microseconds
 FORWARD, BACKWARD, FULL, STEP = (
     "forward",
     "backward",
@@ -21,8 +22,8 @@ class Limit(NamedTuple):
 
     Attributes:
         variant, rival: names of variants.
-        most: the largest ratio allowed.
-        quantity: "speed", "memory" or "saved".
+        most: the largest ratio allowed; of "added" the microseconds.
+        quantity: "speed", "memory" or "saved"; "added": the time of a call beyond the rival's.
         mode: the pass.
         added: of the time that is added to that of this variant; "": of all of it.
     """
@@ -87,6 +88,7 @@ class Case:
         work: by pass.
         tokens: of one pass, where tokens per second are of interest.
         held_bytes: what is there between passes and belongs to the peak; of models.
+        calls: that a step makes, where the host's clock times many together; 0: the device's clock times a step.
         facts: what else is worth keeping.
     """
 
@@ -100,6 +102,7 @@ class Case:
     work: Mapping[str, Work] = field(default_factory=dict)
     tokens: int | None = None
     held_bytes: int = 0
+    calls: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .cases import FULL, STEP
+from .cases import ADDED, FULL, STEP
 from .results import MISSED, RELATIVE, Figure, Run, machine_name, runs
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ ANY_START = re.compile(r"<!-- results\b.*-->\n")
 
 NOTHING = "–"
 MOST_COLUMNS = 8
-QUANTITIES = {"speed": "time", "memory": "peak memory", "saved": "saved for backward"}
+QUANTITIES = {"speed": "time", "memory": "peak memory", "saved": "saved for backward", ADDED: "time"}
 REASONS = {"missing": "missing", "wrong": "wrong", "error": "does not run"}  # why a variant was not timed
 
 INTRODUCTION = """\
@@ -147,9 +147,12 @@ def limit_cells(limit: dict[str, Any]) -> list[str]:
     """What of which variant, the limit, what was got, the verdict."""
     mode = "" if limit["mode"] == FULL else f", {limit['mode']}"
     beyond = f", both beyond `{limit['added']}`" if limit.get("added") else ""
+    most = f"≤ {limit['most']:.4g} × `{limit['rival']}`{beyond}"
+    if limit["quantity"] == ADDED:
+        most = f"≤ {limit['most']:g} µs more than `{limit['rival']}`"
     return [
         f"`{limit['variant']}` {QUANTITIES[limit['quantity']]}{mode}",
-        f"≤ {limit['most']:.4g} × `{limit['rival']}`{beyond}",
+        most,
         NOTHING if limit["got"] is None else f"{limit['got']:.3f}",
         f"**{MISSED}**" if limit["verdict"] == MISSED else limit["verdict"],
     ]
@@ -160,8 +163,12 @@ def suites(run: Run) -> list[str]:
 
 
 def headline_cases(run: Run, suite: str) -> list[str]:
-    """Those in which something must be reached."""
-    return [name for name, case in run.cases.items() if case["suite"] == suite and case["limits"]]
+    """Those in which a ratio must be reached."""
+    return [
+        name
+        for name, case in run.cases.items()
+        if case["suite"] == suite and any(limit["quantity"] != ADDED for limit in case["limits"])
+    ]
 
 
 def headline_modes(run: Run, case: str) -> list[str]:

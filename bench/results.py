@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .cases import ADDED
+
 #: The units of a figure, by what was measured.
 UNITS = {
     "speed": "ms",
@@ -207,6 +209,11 @@ REACHED, MISSED, NOT_MEASURED = "reached", "MISSED", "not measured"
 def limit_text(limit: dict[str, Any]) -> str:
     """A limit, what was got, and the verdict: "cpu at most 0.95 x unmasked in speed, full: 0.84, reached"."""
     got = "" if limit["got"] is None else f" {limit['got']:.3f},"
+    if limit["quantity"] == ADDED:
+        return (
+            f"{limit['variant']} at most {limit['most']:g} µs more than {limit['rival']}, {limit['mode']}:{got} "
+            f"{limit['verdict']}"
+        )
     added = f", what is added to {limit['added']}" if limit["added"] else ""
     return (
         f"{limit['variant']} at most {limit['most']:.4g} x {limit['rival']} in {limit['quantity']}{added}, "

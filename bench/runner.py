@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from . import machine, timing
-from .cases import FULL, STEP, Case, Limit, Plan, Variant, attempt
+from .cases import ADDED, FULL, STEP, Case, Limit, Plan, Variant, attempt
 from .results import (
     MISSED,
     NOT_MEASURED,
@@ -153,7 +153,12 @@ def measure(
             name: _bytes(case, case.variants[name], mode, own, findings[name]) for name, own in steps.items()
         }
         steps = {name: own for name, own in steps.items() if _is_right(findings[name])}
-        times[mode] = timing.interleaved(steps, rounds, f"{plan.name}, {mode}", clock)
+        title = f"{plan.name}, {mode}"
+        if case.calls:
+            together = timing.interleaved(steps, rounds, title, timing.host_clock(device))
+            times[mode] = {name: [one / case.calls for one in own] for name, own in together.items()}
+        else:
+            times[mode] = timing.interleaved(steps, rounds, title, clock)
     rows = [
         row
         for mode in case.modes
@@ -284,6 +289,9 @@ def verdict(limit: Limit, times: Milliseconds, bytes_: Mapping[str, Mapping[str,
 
 
 def _got(limit: Limit, times: Milliseconds, bytes_: Mapping[str, Mapping[str, float]]) -> float | None:
+    if limit.quantity == ADDED and {limit.variant, limit.rival} <= times.keys():
+        rounds = zip(times[limit.variant], times[limit.rival], strict=True)
+        return timing.figure([1e3 * (own - rival) for own, rival in rounds]).p50
     if limit.quantity != "speed":
         own, rival = (bytes_.get(name, {}).get(limit.quantity) for name in (limit.variant, limit.rival))
         return None if own is None or not rival else own / rival

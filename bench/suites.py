@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import attention, end_to_end, model, ops
+from . import attention, end_to_end, launch, model, ops
 from .cases import BACKWARD, FORWARD, FULL, Limit, Plan
 from .ops import Options, automatic, copy_name
 from .settings import Setting
@@ -55,10 +55,10 @@ def suite_plans(suite: str, options: Options, axes: dict[str, list[Any]] | None 
     if suite == "attention":
         lengths = tuple((axes or {}).get("tokens", ()))
         return attention.plans(options.device, lengths, options.with_compiled)
-    return {"model": model, "end-to-end": end_to_end}[suite].plans(options.device)
+    return {"launch": launch, "model": model, "end-to-end": end_to_end}[suite].plans(options.device)
 
 
-SUITES = (*ops.SUITES, "attention", "model", "end-to-end")
+SUITES = (*ops.SUITES, "attention", "launch", "model", "end-to-end")
 
 
 def why_missing(suite: str) -> str | None:
@@ -249,14 +249,15 @@ def curve_plans(options: Options) -> list[Plan]:
 def cpu_group(options: Options) -> list[Plan]:
     """What must be reached on two cores, and what shows where the time goes there."""
     plans = limit_plans(options) + suite_plans("end-to-end", options) + suite_plans("attention", options)
-    plans += suite_plans("model", options) + alone_plans(options) + curve_plans(options)
+    plans += suite_plans("model", options) + suite_plans("launch", options)
+    plans += alone_plans(options) + curve_plans(options)
     return unique(plans)
 
 
 def h200_group(options: Options) -> list[Plan]:
     """What must be reached on an H200, in minutes."""
-    plans = limit_plans(options) + suite_plans("attention", options)
-    return unique(plans + suite_plans("model", options) + curve_plans(options))
+    plans = limit_plans(options) + suite_plans("attention", options) + suite_plans("model", options)
+    return unique(plans + suite_plans("launch", options) + curve_plans(options))
 
 
 #: By name: the device that a group is for, and its cases.

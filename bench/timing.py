@@ -33,6 +33,17 @@ def host_seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
+def host_clock(device: torch.device) -> Clock:
+    """The host's clock, for what it costs to launch; the device has nothing to do when it starts."""
+
+    def seconds(step: Step) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return host_seconds(step)
+
+    return seconds
+
+
 def device_clock() -> Clock:
     """The clock of the CUDA device, which times a run on a cold cache."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")

@@ -25,11 +25,6 @@ WORKSPACE_SHARE = 8
 MIN_CHUNK = 1024
 
 
-def splits(device: torch.device) -> bool:
-    """Whether products are made in parts, see `gradroute.rectangles`: on the CPU, unless traced."""
-    return device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def mask(weights: Tensor, routes: Routes, dtype: torch.dtype, tokens: slice = slice(None)) -> Tensor:
     """m for the columns `weights [R, F]`: `[T, F]` in `dtype`, interpolated from row 0 by the strength."""
     weights = weights.to(dtype)

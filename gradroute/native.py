@@ -207,9 +207,6 @@ def _summed(sums: Tensor | None, g: Tensor) -> Tensor:
     return g.new_empty(0) if sums is None else sums.sum(0)
 
 
-splits = composed.splits
-
-
 def masked_product(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> Tensor:
     """m ⊙ g in a new tensor; `g` itself without a table."""
     if table is None:

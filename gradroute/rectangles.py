@@ -4,11 +4,15 @@ A mask of zeros makes parts of dH vanish, and of the products that follow. With 
 are rectangles, so the cost of the GEMMs falls with the tables' density. On the CPU an MLP takes tokens in runs besides,
 so that what lies between two products stays in the cache: a fresh matrix of T × d_ff costs page faults (10 ms for
 33 MB, where the GEMM that fills it takes 36).
+
+How many tokens a route has must be known on the host, or the device would be waited for: routes that came from there
+know it, others have their products made whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +28,19 @@ ALL = slice(None)
 # 1.18 times as long in backward, with 128 tokens 1.45 times.
 RUN = 1024
 
-# Sorting pays from this share of skipped work on: rows must be gathered and put back.
-MIN_SAVING = 0.05
+# Sorting pays from this share of skipped work on: rows must be gathered and put back. On CUDA an estimate from bytes,
+# not yet measured: with 16384 tokens of 4096 × 14336 gathering and putting back move 0.4 ms' worth of a backward of
+# 14 ms.
+MIN_SAVING = {"cpu": 0.05, "cuda": 0.1}
 
-# More runs of features than this are taken as one; more routes than this, or fewer tokens a rectangle, as they come.
+# More runs of features than this are taken as one; more routes than this, or fewer tokens a rectangle, as they come. On
+# CUDA an estimate too: 2048 × 3584 elements are 224 tiles of 128 × 256, for 132 multiprocessors.
 MAX_SPANS = 4
 MAX_ROUTES = 64
-MIN_TOKENS = 64
+MIN_TOKENS = {"cpu": 64, "cuda": 2048}
+
+# So many areas are compared with each other at most.
+MAX_AREAS = 16
 
 
 class Span(NamedTuple):
@@ -141,13 +151,16 @@ class Rows:
         return self._of_tokens[key]
 
 
-class Total:
-    """A gradient of this shape summed over the parts, in fp32 at least where there are several."""
+Area = tuple[slice, ...]  # of a gradient: rows, or rows and columns
 
-    def __init__(self, like: Tensor, shape: tuple[int, ...], summands: int) -> None:
+
+class Total:
+    """A gradient of this shape, put together from the parts' areas; where some overlap, summed in fp32 at least."""
+
+    def __init__(self, like: Tensor, shape: tuple[int, ...], areas: Sequence[Area]) -> None:
         self.like = like
         self.shape = shape
-        self.is_sum = summands > 1
+        self.is_sum = _overlap(areas)
         self.value: Any = None
 
     def add(self, summand: Tensor, features: slice = ALL) -> None:
@@ -159,15 +172,25 @@ class Total:
 
     def add_product(self, a: Tensor, b: Tensor, rows: slice = ALL, cols: slice = ALL) -> None:
         """Adds the product a b to these rows and columns."""
-        if self.value is None and _is_all(rows, self.shape[0]) and _is_all(cols, self.shape[1]):
-            self.value = self._wide(a) @ self._wide(b)
+        is_first = self.value is None and _is_all(rows, self.shape[0]) and _is_all(cols, self.shape[1])
+        if is_first:
+            self.value = self._product(a, b)
+        elif a.is_cuda and self._is_wide(a):
+            self._started()[rows, cols] += self._product(a, b)
         else:
-            wide = self._started().dtype
-            self.value[rows, cols].addmm_(a.to(wide), b.to(wide))
+            self._started()[rows, cols].addmm_(self._wide(a), self._wide(b), beta=int(self.is_sum))
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.is_cuda and self._is_wide(a):  # tensor cores take half precision as it is, and sum up in fp32
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return self._wide(a) @ self._wide(b)
+
+    def _is_wide(self, summand: Tensor) -> bool:
+        return self.is_sum and summand.dtype in (torch.float16, torch.bfloat16)
 
     def _wide(self, summand: Tensor) -> Tensor:
         """In fp32 at least where there are several: rounded to half precision, one could overflow before the sum."""
-        return summand.to(torch.promote_types(summand.dtype, torch.float32)) if self.is_sum else summand
+        return summand.to(torch.float32) if self._is_wide(summand) else summand
 
     def _started(self) -> Tensor:
         if self.value is None:
@@ -184,13 +207,29 @@ def _is_all(run: slice, size: int) -> bool:
     return run == ALL or (run.start, run.stop) == (0, size)
 
 
+def _overlap(areas: Sequence[Area]) -> bool:
+    """Whether any two have an element in common; of many areas it is supposed."""
+    if len(areas) > MAX_AREAS:
+        return True
+    return any(all(map(_meet, one, other)) for one, other in combinations(areas, 2))
+
+
+def _meet(one: slice, other: slice) -> bool:
+    return ALL in (one, other) or max(one.start, other.start) < min(one.stop, other.stop)
+
+
 def whole(routes: Routes, sites: Any) -> list[Part]:
     """One part: all tokens with all features, as they come."""
     span = Span(ALL, sites, True, ((ALL, ALL),), ((ALL, ALL, sites.update_in),))
     return [Part(None, routes, (span,))]
 
 
-def split(routes: Routes, sites: Any, d_ff: int, dtype: torch.dtype, pays: bool) -> list[Part]:
+def splits(device: torch.device) -> bool:
+    """Whether products are made in parts: not in traced code, which must not depend on how many tokens a route has."""
+    return device.type in MIN_TOKENS and not torch.compiler.is_compiling()
+
+
+def split(routes: Routes, sites: Any, d_ff: int, dtype: torch.dtype) -> list[Part]:
     """The parts of a batch.
 
     Args:
@@ -198,9 +237,8 @@ def split(routes: Routes, sites: Any, d_ff: int, dtype: torch.dtype, pays: bool)
         sites: effective sites with pre, hidden, forward, update_in and update_out.
         d_ff: F.
         dtype: of the products.
-        pays: whether products should be made in parts at all.
     """
-    if not pays or routes.host_counts is None or len(routes) == 0:
+    if not splits(routes.device) or routes.host_counts is None or len(routes) == 0:
         return whole(routes, sites)
     run = _run_of(dtype, routes)
     parts = _rectangles(routes, sites, run, _mlp_live, _mlp_group, d_ff)
@@ -211,7 +249,8 @@ def split(routes: Routes, sites: Any, d_ff: int, dtype: torch.dtype, pays: bool)
 
 
 def _run_of(dtype: torch.dtype, routes: Routes) -> int:
-    return RUN if dtype in (torch.float32, torch.float64) else len(routes)
+    in_runs = routes.device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    return RUN if in_runs else len(routes)
 
 
 def _rectangles(
@@ -230,7 +269,7 @@ def _rectangles(
         lives = [live_of(sites, route, *widths) for route in range(routes.num_routes)]
         sites.groups[key] = _groups(sites, lives, group_of, widths)
     groups = sites.groups[key]
-    if groups.least_cost > 1 - MIN_SAVING:
+    if groups.least_cost > 1 - MIN_SAVING[routes.device.type]:
         return []
     return routes.derived((groups, run), lambda: _parts(routes, groups.groups, run))
 
@@ -241,7 +280,8 @@ def _parts(routes: Routes, groups: list[Group], run: int) -> list[Part]:
     counts = [sum(routes.host_counts[group.first : group.last + 1]) for group in groups]
     cost = sum(count * group.cost for count, group in zip(counts, groups, strict=True))
     number = sum(len(group.spans) for count, group in zip(counts, groups, strict=True) if count)
-    if cost > (1 - MIN_SAVING) * len(routes) or number * MIN_TOKENS > len(routes):
+    device = routes.device.type
+    if cost > (1 - MIN_SAVING[device]) * len(routes) or number * MIN_TOKENS[device] > len(routes):
         return []
     parts, first = [], 0
     for count, group in zip(counts, groups, strict=True):
@@ -405,8 +445,14 @@ def linear_weight_grad(g: Tensor, x: Rows, routes: Routes, sites: Any, kernels: 
     parts = _linear_parts(g, shape, routes, sites, kernels, _weight_live, _weight_group)
     if not parts:
         return None
-    spans = [span for part in parts for span in part.spans]
-    dweight = Total(g, shape, sum(len(span.rows) * len(span.cols) for span in spans))
+    areas = [
+        (rows, cols)
+        for part in parts
+        for products in part.spans
+        for rows, _ in products.rows
+        for cols, _ in products.cols
+    ]
+    dweight = Total(g, shape, areas)
     for part in parts:
         for products in part.spans:
             part_g, part_x = part.of(g), x.of(part)
@@ -436,7 +482,7 @@ def _linear_parts(
     alone had dx gathered, made and put back in parts: backward took 1.24 times the ordinary layer's instead of 0.92
     (x of 1024 × 128 in fp32, 42 % of the tokens without updates, 2 cores).
     """
-    if not kernels.splits(g.device) or len(routes) == 0:
+    if not splits(g.device) or len(routes) == 0:
         return []
     return _rectangles(routes, sites, _run_of(g.dtype, routes), live_of, group_of, *shape)
 
@@ -500,9 +546,10 @@ class Branch:
         spans = [span for part in parts for span in part.spans if span.has_grad]
         if need_weight:
             assert x is not None
-            self.weight_grad = Total(g, (d_ff, x.shape[1]), sum(len(span.updates) for span in spans))
+            areas: list[Area] = [(rows,) for span in spans for _, rows, _ in span.updates]
+            self.weight_grad = Total(g, (d_ff, x.shape[1]), areas)
         if need_bias:
-            self.bias_grad = Total(g, (d_ff,), len(spans))
+            self.bias_grad = Total(g, (d_ff,), [(span.features,) for span in spans])
 
     def add(
         self, grad: Tensor, bias: Tensor | None, x: Tensor | None, part: Part, span: Span, kernels: Any
@@ -556,13 +603,13 @@ def mlp_backward(
         dx `[T, d_model]` and dW_out `[d_out, d_ff]`, None for what is not needed.
     """
     tokens, d_ff = branches[0].a.shape
-    parts = split(routes, sites, d_ff, g.dtype, kernels.splits(g.device))
+    parts = split(routes, sites, d_ff, g.dtype)
     dx: Any = None
     if need_x and parts[0].tokens is not None:
         assert branches[0].weight is not None
         dx = g.new_empty(tokens, branches[0].weight.shape[1])
-    summands = sum(len(span.outputs) for part in parts for span in part.spans)
-    dw_out = Total(g, (g.shape[1], d_ff), summands) if need_w_out else None
+    areas: list[Area] = [(cols,) for part in parts for span in part.spans for _, cols in span.outputs]
+    dw_out = Total(g, (g.shape[1], d_ff), areas) if need_w_out else None
     want_bias = False
     for branch in branches:
         branch.begin(x, g, parts)

@@ -3,7 +3,7 @@
 from .attention import attention_backward, attention_forward
 from .embedding import embedding_backward
 from .gated_mlp import glu_backward
-from .launch import INTERPRETED, record, recording, splits
+from .launch import INTERPRETED, record, recording
 from .linear import bias_grad, input_grad, weight_grad
 from .mlp import activation_backward
 from .norm import layer_norm_backward, rms_norm_backward
@@ -24,6 +24,5 @@ __all__ = [
     "record",
     "recording",
     "rms_norm_backward",
-    "splits",
     "weight_grad",
 ]

@@ -120,6 +120,7 @@ def glu_backward(
     *,
     want_z: bool,
     want_bias: bool,
+    overwrite: bool = False,  # torch's allocator for CUDA has new matrices at no cost
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.glu_backward`."""
     dgate, dup, z, db_gate, db_up = glu_backward_op(

@@ -49,11 +49,6 @@ def record(architecture: int) -> Iterator[list[Launch]]:
         _recorder = None
 
 
-def splits(device: torch.device) -> bool:
-    """See `gradroute.composed.splits`: whole matrices keep a GPU busy."""
-    return False
-
-
 def config_of(
     kernel: Any, device: torch.device, dtype: torch.dtype | None = None, variant: str = ""
 ) -> dict[str, int]:

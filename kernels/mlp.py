@@ -101,6 +101,7 @@ def activation_backward(
     *,
     want_z: bool,
     want_bias: bool,
+    overwrite: bool = False,  # torch's allocator for CUDA has new matrices at no cost
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.composed.activation_backward`."""
     da, z, db = activation_backward_op(dz, a, *Middle.of(a, routes, sites, activation, want_z, want_bias))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import memory, ops, rivals, runner, suites, timing, work
+from bench import launch, memory, ops, rivals, runner, suites, timing, work
 from bench.cases import BACKWARD, FORWARD, FULL, Case, Limit, Plan, Variant, Work
-from bench.results import MISSED, NOT_MEASURED, REACHED, RELATIVE, Figure, Run
+from bench.results import MISSED, NOT_MEASURED, REACHED, RELATIVE, Figure, Run, limit_text
 from bench.settings import ACTIVATION_SITES, SITES, TABLES, UPDATE_SITES, Setting, make_routes, samples
 from gradroute import backends, native, testing
 
@@ -361,6 +361,23 @@ def test_rounds_take_inputs_in_turn_and_reverse_their_order():
     times = timing.interleaved(variants, 2, "", lambda step: step() or 1.0)
     assert calls == ["a0", "b0", "b1", "a1"] * 2
     assert times == {"a": [1e3, 1e3], "b": [1e3, 1e3]}
+
+
+def test_a_launch_is_timed_by_the_call(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "CALLS", 3)
+    plans = suites.suite_plans("launch", EAGER)
+    assert [plan.kernel for plan in plans] == list(backends.OPS)
+    done = runner.run("launch", plans[:2], 2, CPU, tmp_path)
+    assert done.failures() == []
+    for name, case in done.cases.items():
+        (limit,) = case["limits"]
+        own, plain = (done.figure(name, variant, FORWARD).p50 for variant in ("routed", "unmasked"))
+        assert 0 < plain < 1
+        assert limit["got"] == pytest.approx(1e3 * (own - plain), rel=0.5)
+    times = {"own": [0.025, 0.030], "rival": [0.010, 0.010]}
+    limit = runner.verdict(Limit("own", "rival", 20.0, "added"), times, {})
+    assert (limit["got"], limit["verdict"]) == (pytest.approx(17.5), REACHED)
+    assert limit_text(limit) == "own at most 20 µs more than rival, full: 17.500, reached"
 
 
 def test_added_time_is_beyond_the_floor():

@@ -39,8 +39,8 @@ SITES = {
 def small_parts(monkeypatch):
     """Runs of a few tokens, and rectangles wherever they save anything."""
     monkeypatch.setattr(rectangles, "RUN", 5)
-    monkeypatch.setattr(rectangles, "MIN_TOKENS", 0)
-    monkeypatch.setattr(rectangles, "MIN_SAVING", 0.0)
+    monkeypatch.setattr(rectangles, "MIN_TOKENS", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(rectangles, "MIN_SAVING", {"cpu": 0.0, "cuda": 0.0})
 
 
 @pytest.fixture
@@ -72,11 +72,13 @@ def blocks(features, num_routes):
 
 
 @st.composite
-def calls(draw, op, dtype):
+def calls(draw, op, dtype, device="cpu"):
     """A sample with tables of rectangles on some sites, and tokens in any order of routes."""
     num_routes = draw(st.integers(1, 4))
     tokens = draw(st.integers(1, 23))
-    call = cases.make(op, tokens=tokens, dtype=dtype, sizes=SIZES, seed=draw(st.integers(0, 3)))
+    call = cases.make(
+        op, tokens=tokens, dtype=dtype, sizes=SIZES, seed=draw(st.integers(0, 3)), device=device
+    )
     ids = draw(st.lists(st.integers(0, num_routes - 1), min_size=tokens, max_size=tokens))
     if draw(st.booleans()):
         ids = sorted(ids)
@@ -85,7 +87,8 @@ def calls(draw, op, dtype):
     tables = {}
     for name in draw(st.sets(st.sampled_from(names), min_size=1)):
         tables[name] = draw(blocks(_width(call, name, widths), num_routes))
-    return call.with_routes(Routes.of(torch.tensor(ids), num_routes)).with_sites(sites_class(**tables))
+    routes = Routes.of(torch.tensor(ids), num_routes).to(device)  # counted on the host
+    return call.with_routes(routes).with_sites(sites_class(**tables))
 
 
 def _width(call, site, widths):
@@ -107,6 +110,48 @@ def test_any_rectangles_keep_the_budget(op, backend, dtype, small_parts):
         call.assert_within_budget(backend)
 
     check()
+
+
+@pytest.mark.skipif("triton" not in backends.available_backends(device="cpu"), reason="not interpreted")
+@pytest.mark.parametrize("op", OPS)
+def test_rectangles_on_triton_keep_the_budget(op, small_parts):
+    """In the interpreter: kernels take rows and features of larger matrices."""
+
+    @settings(max_examples=5)
+    @given(calls(op, torch.float32))
+    def check(call):
+        call.assert_within_budget("triton")
+
+    check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
+@pytest.mark.parametrize("op", OPS)
+def test_rectangles_on_a_gpu_keep_the_budget(op, backend, dtype, small_parts):
+    @settings(max_examples=10)
+    @given(calls(op, dtype, "cuda"))
+    def check(call):
+        call.assert_within_budget(backend)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("areas", "overlap"),
+    [
+        ([], False),
+        ([(slice(0, 2),), (slice(2, 4),)], False),
+        ([(slice(0, 3),), (slice(2, 4),)], True),
+        ([(slice(None),), (slice(2, 4),)], True),
+        ([(slice(0, 2), slice(0, 2)), (slice(0, 2), slice(2, 4))], False),
+        ([(slice(0, 2), slice(0, 2)), (slice(1, 2), slice(1, 4))], True),
+        ([(slice(i, i + 1),) for i in range(rectangles.MAX_AREAS + 1)], True),
+    ],
+)
+def test_areas_that_overlap(areas, overlap):
+    assert rectangles._overlap(areas) is overlap
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -351,7 +396,7 @@ def test_tables_that_are_ones_for_a_rectangle_are_dropped():
 
 
 def _split_arguments(call):
-    return call.routes, call.sites.effective, 16, torch.float32, True
+    return call.routes, call.sites.effective, 16, torch.float32
 
 
 def test_many_ragged_runs_of_features_are_taken_as_one():
