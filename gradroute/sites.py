@@ -72,6 +72,8 @@ class Sites:
         for name, table in self.tables.items():
             if num_routes is None:
                 num_routes, origin = table.num_routes, f"as in {name}"
+            if table.num_routes == num_routes and table.features == widths[name]:
+                continue
             check_table(table, num_routes, widths[name], f"{type(self).__name__}.{name}", origin)
 
     def __repr__(self) -> str:
