@@ -18,6 +18,10 @@ from .timing import clock_of
 
 ROUNDS = 7
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # read and written
+SOURCES = (
+    *(f":/{name}" for name in ("gradroute", "kernels", "csrc", "bench", "examples")),
+    ":!/bench/results",
+)
 GEMM_WIDTH = {"cpu": 2048, "cuda": 8192}
 
 
@@ -28,7 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
         found |= {name: report.cuda()[name] for name in ("runtime", "driver")}
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *SOURCES)
     return found | {"commit": commit, "clean": None if changes is None else changes == ""}
 
 

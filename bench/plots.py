@@ -389,21 +389,16 @@ class Bars(NamedTuple):
 
 def relative(run: Run, suite: str) -> Picture | None:
     """The time relative to the base, and the limits."""
-    panels = [relative_bars(run, name) for name in headline(run, suite)]
+    panels = [relative_bars(run, name) for name in run.headlines(suite)]
     return bars_picture(run, suite, "time relative to the base, less is better; red: limits", panels)
 
 
 def ceiling(run: Run, suite: str) -> Picture | None:
     """Rates as shares of what a matmul or a copy reached on the same machine."""
-    panels = [ceiling_bars(run, name) for name in headline(run, suite)]
+    panels = [ceiling_bars(run, name) for name in run.headlines(suite)]
     has_pale = any(bar.pale for panel in panels for bar in panel.bars.values())
     explained = " (useful FLOPs; pale: dense-equivalent)" if has_pale else ""
     return bars_picture(run, suite, f"share of the measured ceiling{explained}, more is better", panels)
-
-
-def headline(run: Run, suite: str) -> list[str]:
-    """A suite's cases in which something must be reached."""
-    return [name for name, case in run.cases.items() if case["suite"] == suite and case["limits"]]
 
 
 def relative_bars(run: Run, name: str) -> Bars:

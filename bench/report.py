@@ -162,15 +162,6 @@ def suites(run: Run) -> list[str]:
     return list(dict.fromkeys(case["suite"] for case in run.cases.values()))
 
 
-def headline_cases(run: Run, suite: str) -> list[str]:
-    """Those in which a ratio must be reached."""
-    return [
-        name
-        for name, case in run.cases.items()
-        if case["suite"] == suite and any(limit["quantity"] != ADDED for limit in case["limits"])
-    ]
-
-
 def headline_modes(run: Run, case: str) -> list[str]:
     """The whole pass; the others where it was not timed."""
     modes = run.modes(case) or run.cases[case]["modes"]
@@ -179,7 +170,7 @@ def headline_modes(run: Run, case: str) -> list[str]:
 
 def relative_tables(run: Run, suite: str) -> list[str]:
     """The times of a suite's headline cases relative to their base; variants are rows where they are many."""
-    passes = [(case, mode) for case in headline_cases(run, suite) for mode in headline_modes(run, case)]
+    passes = [(case, mode) for case in run.headlines(suite) for mode in headline_modes(run, case)]
     if not passes:
         return []
     names = variants_of(run, (case for case, _ in passes))

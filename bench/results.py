@@ -152,8 +152,16 @@ class Run:
         """The passes of a case that were timed, in their order."""
         return list(dict.fromkeys(mode for name, _, mode, _ in self._figures() if name == case))
 
+    def headlines(self, suite: str) -> list[str]:
+        """A suite's cases in which a ratio must be reached."""
+        return [
+            name
+            for name, case in self.cases.items()
+            if case["suite"] == suite and any(limit["quantity"] != ADDED for limit in case["limits"])
+        ]
+
     def failures(self) -> list[str]:
-        """What is wrong or does not run, rivals aside, and the limits that were missed."""
+        """What is wrong or does not run, rivals aside."""
         found = []
         for name, case in self.cases.items():
             found += [
