@@ -22,7 +22,7 @@ help:
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make sanitize  the native module's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu    tests that need CUDA, the benchmarks on it, the demo; offline, with the packages of PYTHON (OUT,"
-	@echo "            BENCH_ARGS=--resume goes on with a run that was cut short)"
+	@echo "            BENCH_ARGS=--resume goes on with benchmarks that were cut short)"
 	@echo "make wheel  one wheel in dist/, for PYTHON; no torch is needed"
 	@echo "make check-wheel  install that wheel into an empty environment, test it there, and see what it links"
 	@echo "make clean  remove what building and testing leave behind; .venv stays"

@@ -77,7 +77,9 @@ def add_run(commands: Any) -> None:
     command.add_argument(
         "--resume", action="store_true", help="go on with the files there: what is in them is not timed again"
     )
-    command.add_argument("--no-compiled", action="store_true", help="leave out rivals under torch.compile")
+    command.add_argument(
+        "--no-compiled", action="store_true", help="leave out eager rivals under torch.compile"
+    )
     axes = command.add_argument_group("axes, each with one value or several")
     for axis in ("tokens", "d-model", "d-ff"):
         axes.add_argument(f"--{axis}", type=positive, nargs="+")
@@ -144,8 +146,8 @@ def list_(parsed: argparse.Namespace) -> int:
 
 def device_of(parsed: argparse.Namespace) -> torch.device:
     device = suites.device_of(parsed.suite, parsed.device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {device.type!r}, expected cpu or cuda")
+    if str(device) not in ("cpu", "cuda"):  # CUDA_VISIBLE_DEVICES says which one
+        raise ValueError(f"device: got {str(device)!r}, expected cpu or cuda")
     return device
 
 
@@ -156,11 +158,15 @@ def run(parsed: argparse.Namespace) -> int:
     plans = plans_of(parsed, Options(device, not parsed.no_compiled))
     command = "python -m bench " + " ".join(sys.argv[1:])
     folder = parsed.out or RESULTS / machine.folder(device)
-    done = runner.run(parsed.suite, plans, parsed.rounds, device, folder, parsed.resume, command)
+    missing = {plan.suite: why for plan in plans if (why := suites.why_missing(plan.suite)) is not None}
+    able = [plan for plan in plans if plan.suite not in missing]
+    done = runner.run(parsed.suite, able, parsed.rounds, device, folder, parsed.resume, command, missing)
     print(
         f"\n{folder / parsed.suite}.csv and .json"
         + (", interrupted" if done.description["interrupted"] else "")
     )
+    for suite, why in done.description["missing"].items():
+        print(f"{suite} is missing: {why}")
     for text in done.missed():
         print(f"MISSED  {text}")
     failures = done.failures()

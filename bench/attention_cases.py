@@ -13,11 +13,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from gradroute import AttentionSites, Routes, attention
 from gradroute.attention_plan import Plan
 from gradroute.tables import localize
-from gradroute.testing import Marks, Sample
+from gradroute.testing import Sample
 
 from . import memory
 from .cases import FORWARD, FULL, Limit, Step
-from .rivals import compiled
+from .rivals import DenseMasks, compiled
 
 NUM_ROUTES = 4
 
@@ -119,7 +119,7 @@ class Way(NamedTuple):
     explain: Callable[[], Plan] | None = None
 
     def steps(self, mode: str) -> list[Step]:
-        """On one set of inputs: no cache holds them."""
+        """On one set of inputs."""
         leaves = self.call.leaves()
         if mode == FORWARD:  # as in training: what backward needs is kept until it returns
             return [lambda: self.forward(**leaves)]
@@ -161,9 +161,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> T
         return sdpa(q, k, v)
 
 
-def detach_idiom(call: Sample, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`m*x + (1-m)*x.detach()` by head, around SDPA."""
-    marks = Marks(call.routes, call.tables, copies=True)
+def detach(call: Sample) -> dict[str, Way]:
+    """`m*x + (1-m)*x.detach()` by head, around SDPA, eager and compiled; its masks are made here."""
+    idiom = partial(detach_idiom, DenseMasks(call, call.upstream.dtype))
+    return {"detach": Way(call, idiom), "detach, compiled": Way(call, compiled(idiom))}
+
+
+def detach_idiom(marks: DenseMasks, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     o = sdpa(marks.by_head("query", q), marks.by_head("key", k), marks.by_head("value", v))
     return marks.by_head("heads", o)
 
@@ -227,7 +231,7 @@ def edges_on_cpu(calls: Calls) -> Entry:
             "cpu": routed(calls.edges, "cpu"),
             "SDPA, unmasked": Way(calls.ordinary, sdpa),
         },
-        rivals=("reference", "SDPA, unmasked"),
+        rivals=("SDPA, unmasked", "reference"),
         limits=(Limit("cpu", "reference", 0.5), Limit("cpu", "reference", 1 / 8, "memory")),
     )
 
@@ -236,8 +240,7 @@ def masks_on_cpu(calls: Calls) -> Entry:
     return Entry(
         {
             "SDPA, unmasked": Way(calls.ordinary, sdpa),
-            "detach": Way(calls.masks, partial(detach_idiom, calls.masks)),
-            "detach, compiled": Way(calls.masks, compiled(partial(detach_idiom, calls.masks))),
+            **detach(calls.masks),
             "torch": routed(calls.masks, "torch"),
             "cpu": routed(calls.masks, "cpu"),
         },
@@ -264,8 +267,7 @@ def masks_on_cuda(calls: Calls) -> Entry:
         {
             "cuDNN, unmasked": cudnn(calls),
             "flash, unmasked": flash(calls),
-            "detach": Way(calls.masks, partial(detach_idiom, calls.masks)),
-            "detach, compiled": Way(calls.masks, compiled(partial(detach_idiom, calls.masks))),
+            **detach(calls.masks),
             "automatic": routed(calls.masks),
             "cuda": routed(calls.masks, "cuda"),
             "torch": routed(calls.masks, "torch"),

@@ -60,6 +60,7 @@ class Variant:
         memory_bytes: (pass, its first step) → the peak of extra memory; None: not measured on this machine.
         plan: what runs the call and why, if it says so.
         is_rival: whether it is others' code, whose failure is a finding and not a failure of the run.
+        does_work: whether it does the work of its case; else it has no rates.
     """
 
     steps: Callable[[str], list[Step]]
@@ -67,6 +68,7 @@ class Variant:
     memory_bytes: Callable[[str, Step], int | None] | None = None
     plan: Callable[[], dict[str, Any]] | None = None
     is_rival: bool = False
+    does_work: bool = True
 
 
 # By variant: {} where its numbers are right, else "wrong" or "error" with the reason; further entries are kept.

@@ -50,7 +50,7 @@ def main(a: Path, b: Path, threshold: float) -> int:
         threshold: by how much ratios may differ and be the same, such as 0.05.
 
     Raises:
-        SystemExit: an argument names no run, or the folders have none of one name.
+        ValueError: an argument names no run, or the folders have none of one name.
     """
     pairs, text = paired(load(a, "A"), load(b, "B"))
     regressions: list[Change] = []
@@ -66,32 +66,32 @@ def load(path: Path, argument: str) -> dict[str, Run]:
     """The run of a file, or those of a folder, by name.
 
     Raises:
-        SystemExit: naming the argument, there are none or they cannot be read.
+        ValueError: naming the argument, there are none or they cannot be read.
     """
     if not path.exists() and not path.with_suffix(".csv").exists():
-        raise SystemExit(f"{argument}: {path}: no such file or folder")
+        raise ValueError(f"{argument}: {path}: no such file or folder")
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
     if not files:
-        raise SystemExit(f"{argument}: {path}: got no NAME.csv in it, expected the results of a run")
+        raise ValueError(f"{argument}: {path}: got no NAME.csv in it, expected the results of a run")
     try:
         return {run.name: run for run in map(Run.load, files)}
     except FileNotFoundError as error:
-        raise SystemExit(f"{argument}: {path}: {error.filename} is missing beside it") from None
+        raise ValueError(f"{argument}: {path}: {error.filename} is missing beside it") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{argument}: {path}: not the results of a run: {error}") from None
+        raise ValueError(f"{argument}: {path}: not the results of a run: {error}") from None
 
 
 def paired(a: dict[str, Run], b: dict[str, Run]) -> tuple[list[tuple[Run, Run]], list[str]]:
     """The runs to compare, one of each whatever their names, and in words those that have no other.
 
     Raises:
-        SystemExit: no name is in both.
+        ValueError: no name is in both.
     """
     if len(a) == len(b) == 1:
         return [(*a.values(), *b.values())], []
     both = [name for name in a if name in b]
     if not both:
-        raise SystemExit(
+        raise ValueError(
             f"A has the runs {', '.join(a)}, B has {', '.join(b)}: none has the same name in both"
         )
     lonely = [f"only in A: run {name}" for name in a if name not in b]

@@ -23,6 +23,7 @@ from gradroute.models import RoutingPlan, route
 
 from . import memory
 from .cases import STEP, Case, Findings, Limit, Plan, Step, Variant, attempt
+from .model import held_bytes
 from .model_cases import Confined, detach_confined, transformers, with_shared_weights
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -99,7 +100,7 @@ def make_model() -> nn.Module:
 
 def case(device: torch.device, limits: tuple[Limit, ...]) -> Case:
     model = make_model().to(device)
-    the_batches = [batch.to(device) for batch in batches(SETS)]
+    the_batches = list(batches(SETS))  # from the host, as in training: that is where routes are counted
     made = trainings(model)
     optimizer = make_optimizer(model)
     return Case(
@@ -109,7 +110,7 @@ def case(device: torch.device, limits: tuple[Limit, ...]) -> Case:
                 saved_bytes=None
                 if one.loss is None
                 else partial(saved_bytes, one.loss, model, the_batches[0]),
-                memory_bytes=partial(memory_bytes, name, the_batches[0]),
+                memory_bytes=partial(memory_bytes, device, name, the_batches[0]),
                 is_rival=one.is_rival,
             )
             for name, one in made.items()
@@ -120,6 +121,7 @@ def case(device: torch.device, limits: tuple[Limit, ...]) -> Case:
         modes=(STEP,),
         limits=limits,
         tokens=the_batches[0].input_ids.numel(),
+        held_bytes=held_bytes(model, optimizer),
         facts={"parameters": sum(weight.numel() for weight in model.parameters())},
     )
 
@@ -190,7 +192,7 @@ def detach_hidden(model: nn.Module, sites: MLPSites) -> Callable[[Any], Tensor]:
     def loss(batch: Any) -> Tensor:
         ids = batch.route_ids
         if id(ids) not in of_batch:
-            of_batch[id(ids)] = [table.to(ids.device, model.dtype)[ids] for table in tables]
+            of_batch[id(ids)] = [table.to(model.dtype)[ids].to(model.device) for table in tables]
         current[:] = of_batch[id(ids)]
         return unrouted_loss(model, batch)
 
@@ -205,7 +207,7 @@ class Homogeneous:
 
     def __init__(self, model: Any, shape: Any) -> None:
         self.model, self.parts = model, sgtm_parts(shape)
-        self.batches: dict[int, list[Any]] = {}
+        self.batches: dict[int, tuple[Any, Any, int]] = {}
         self.seen: Tensor | None = None
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in self.parts.unseen:
@@ -213,9 +215,9 @@ class Homogeneous:
 
     def __call__(self, batch: Any) -> Tensor:
         if id(batch.route_ids) not in self.batches:
-            self.batches[id(batch.route_ids)] = by_label(batch)
-        retain, forget = self.batches[id(batch.route_ids)]
-        total = predicted(batch)
+            parts = (part.to(self.model.device) for part in by_label(batch))
+            self.batches[id(batch.route_ids)] = (*parts, predicted(batch))
+        retain, forget, total = self.batches[id(batch.route_ids)]
         value = torch.zeros((), device=self.model.device)
         if forget.input_ids.numel():
             value = value + self._backward(forget, total)
@@ -297,9 +299,9 @@ def saved_bytes(loss: Callable[[Any], Tensor], model: nn.Module, batch: Any) -> 
     return memory.saved(partial(loss, batch), model.parameters())
 
 
-def memory_bytes(name: str, batch: Any, mode: str, step: Step) -> int | None:
+def memory_bytes(device: torch.device, name: str, batch: Any, mode: str, step: Step) -> int | None:
     """The peak of a step's memory beyond what is there between steps; on the CPU in a process of its own."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return memory.on_device(step)
     return memory.on_cpu(partial(warm_step_on_cpu, name, tuple(batch)))
 

@@ -14,6 +14,7 @@ from . import ops
 from .cases import ADDED, FORWARD, FULL, Case, Limit, Plan, Step, Variant
 from .settings import ACTIVATION_SITES, UPDATE_SITES
 
+BASE = "unrouted"  # the public function without routes: the ordinary op behind one test
 CALLS = 100  # in a row, timed together by the host's clock
 TOKENS, WIDTH = 4, 8
 MOST_MICROSECONDS = 15.0  # that the forward of a routed call may take beyond the ordinary one
@@ -44,16 +45,16 @@ def case(op: str, device: torch.device) -> Case:
         **keywords,
     )
     made = {
-        ops.BASE: ops.Way([call.with_routes(None)], _function(call.with_routes(None).with_sites(None))),
+        BASE: ops.Way([call.with_routes(None)], _function(call.with_routes(None).with_sites(None))),
         "routed": ops.Way([call], _function(call), is_rival=False),
     }
     return Case(
         variants={name: Variant(partial(_steps, way), is_rival=way.is_rival) for name, way in made.items()},
-        rivals=(ops.BASE,),
+        rivals=(BASE,),
         examine=partial(ops.examine, made),
         checked=ops.CHECKED,
         modes=(FORWARD, FULL),
-        limits=(Limit("routed", ops.BASE, MOST_MICROSECONDS, ADDED, FORWARD),),
+        limits=(Limit("routed", BASE, MOST_MICROSECONDS, ADDED, FORWARD),),
         calls=CALLS,
     )
 

@@ -64,7 +64,7 @@ def case(shape: Shape, device: torch.device, limits: tuple[Limit, ...] = ()) -> 
             name: Variant(
                 steps=partial(steps, one, batches, optimizer),
                 saved_bytes=partial(saved_bytes, one, model, batches[0]),
-                memory_bytes=partial(memory_bytes, shape, name),
+                memory_bytes=partial(memory_bytes, device, shape, name),
                 is_rival=one.is_rival,
             )
             for name, one in made.items()
@@ -92,9 +92,9 @@ def saved_bytes(training: Training, model: nn.Module, batch: Batch) -> int:
     return memory.saved(partial(training.loss, batch), model.parameters())
 
 
-def memory_bytes(shape: Shape, name: str, mode: str, step: Step) -> int | None:
+def memory_bytes(device: torch.device, shape: Shape, name: str, mode: str, step: Step) -> int | None:
     """The peak of a step's memory beyond what is there between steps; on the CPU in a process of its own."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return memory.on_device(step)
     return memory.on_cpu(partial(warm_step_on_cpu, shape, name))
 

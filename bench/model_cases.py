@@ -75,7 +75,7 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 class Batch(NamedTuple):
-    """Tokens, which are their own labels, and their routes: both `[B, S]`."""
+    """Tokens, which are their own labels, and their routes, which stay on the host: both `[B, S]`."""
 
     input_ids: Tensor
     route_ids: Tensor
@@ -94,7 +94,7 @@ def make_batch(shape: Shape, device: torch.device, seed: int = 0) -> Batch:
     starts = torch.randint(shape.length - confined + 1, (shape.batch, 1), generator=generator)
     since = torch.arange(shape.length) - starts  # [B, S]
     route_ids = ((since >= 0) & (since < confined)).long() * FORGET
-    return Batch(input_ids.to(device), route_ids.to(device))
+    return Batch(input_ids.to(device), route_ids)
 
 
 def transformers() -> Any:
@@ -143,7 +143,7 @@ def unrouted(model: nn.Module, shape: Shape, objective: Objective = own_loss) ->
 
 
 def detach_hidden(model: Any, shape: Shape, objective: Objective = own_loss) -> Loss:
-    """`m*h + (1-m)*h.detach()` at the hidden units of every MLP, by hooks; one dense mask serves all layers."""
+    """`m*h + (1-m)*h.detach()` at the hidden units of every MLP, by hooks; one dense mask a batch serves all layers."""
     table = localize(2, shape.d_ff, {FORGET: slice(shape.d_ff - shape.units, shape.d_ff)}).weights
     masks: dict[str, Tensor] = {}
 
@@ -156,8 +156,7 @@ def detach_hidden(model: Any, shape: Shape, objective: Objective = own_loss) -> 
         layer.mlp.down_proj.register_forward_pre_hook(masked)
 
     def loss(batch: Batch) -> Tensor:
-        weights = table.to(batch.route_ids.device, model.dtype)
-        masks["hidden"] = weights[batch.route_ids]
+        masks["hidden"] = table.to(model.device, model.dtype)[batch.route_ids.to(model.device)]
         value = objective(model, batch)
         masks.clear()  # what backward needs of them autograd keeps
         return value
@@ -219,7 +218,7 @@ def detach_confined(model: Any, confined: Confined, objective: Objective) -> Los
             module.register_forward_hook(confined_to(lambda w, n=confined.rows[name]: last_trained(w, n)))
 
     def loss(batch: Batch) -> Tensor:
-        masks["forget"] = forget = batch.route_ids.unsqueeze(-1) == FORGET  # [B, S, 1]
+        masks["forget"] = forget = batch.route_ids.to(model.device).unsqueeze(-1) == FORGET  # [B, S, 1]
         for name, last in confined.unseen.items():
             seen = torch.arange(features[name], device=forget.device) < features[name] - last
             masks[name] = (forget | seen).to(model.dtype)  # [B, S, features]

@@ -44,7 +44,7 @@ def main(paths: Sequence[Path], out: Path | None) -> list[Path]:
         The files that were written.
 
     Raises:
-        SystemExit: there is no matplotlib, or there are no runs.
+        ValueError: there is no matplotlib, or there are no runs.
     """
     require_matplotlib()
     found = run_files(paths or [RESULTS])
@@ -61,7 +61,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise SystemExit("plots need matplotlib: pip install 'gradroute[bench]'") from None
+        raise ValueError("plots need matplotlib: pip install 'gradroute[bench]'") from None
 
 
 def run_files(paths: Iterable[Path]) -> list[Path]:
@@ -71,7 +71,7 @@ def run_files(paths: Iterable[Path]) -> list[Path]:
         inside = sorted([*path.glob("*.csv"), *path.glob("*/*.csv")]) if path.is_dir() else []
         found = inside if path.is_dir() else [path.with_suffix(".csv")]
         if not found or not all(file.with_suffix(".json").exists() and file.exists() for file in found):
-            raise SystemExit(
+            raise ValueError(
                 f"{path}: got no runs, expected NAME.csv with NAME.json, or a folder of such files"
             )
         files += found

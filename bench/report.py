@@ -303,13 +303,15 @@ def environment_table(run: Run) -> str:
 
 
 def untimed_table(run: Run) -> str:
-    """Variants that are missing, wrong or do not run, with the cases and the reason; "" where all were timed."""
+    """Suites, cases and variants that are missing, wrong or do not run, with the reason; "" where all were timed."""
     cases: dict[tuple[str, str, str], list[str]] = {}
     for name, case in run.cases.items():
         for variant, entry in case["variants"].items():
             if reason(entry)[0]:
                 cases.setdefault((in_bold_if_ours(run, variant), *reason(entry)), []).append(name)
-    rows = [[variant, word, why, some(of, len(run.cases))] for (variant, word, why), of in cases.items()]
+    rows = [["all", "missing", why, suite] for suite, why in run.description.get("missing", {}).items()]
+    rows += [["all", "failed", case["error"], name] for name, case in run.cases.items() if "error" in case]
+    rows += [[variant, word, why, some(of, len(run.cases))] for (variant, word, why), of in cases.items()]
     return table(["variant", "", "why", "cases"], rows) if rows else ""
 
 

@@ -21,7 +21,7 @@ from .cases import ADDED
 #: The units of a figure, by what was measured.
 UNITS = {
     "speed": "ms",
-    "memory": "MB",  # at the peak, beyond what was there before the pass
+    "memory": "MB",  # at the peak, beyond what was there before the pass; of models, with what they hold between steps
     "saved": "MB",  # kept by autograd for the backward, parameters aside
     "useful rate": "TFLOP/s",  # of what no mask makes unnecessary
     "dense-equivalent rate": "TFLOP/s",  # of what the unmasked op does, whatever a variant leaves out
@@ -137,8 +137,8 @@ class Run:
         return self._figures().get((case, variant, mode, metric))
 
     def _figures(self) -> dict[tuple[str, str, str, str], Figure]:
-        if self._indexed != len(self.rows):
-            self._indexed = len(self.rows)
+        if self._indexed is not self.rows:
+            self._indexed = self.rows
             self._index = {
                 (row.case, row.kernel_provider, row.kernel_operation_mode, row.metric_name): row.figure
                 for row in self.rows
@@ -146,7 +146,7 @@ class Run:
         return self._index
 
     _index: dict[tuple[str, str, str, str], Figure] = field(default_factory=dict, repr=False)
-    _indexed: int = 0
+    _indexed: list[Row] | None = field(default=None, repr=False)
 
     def modes(self, case: str) -> list[str]:
         """The passes of a case that were timed, in their order."""
@@ -160,9 +160,14 @@ class Run:
             if case["suite"] == suite and any(limit["quantity"] != ADDED for limit in case["limits"])
         ]
 
+    def replace(self, name: str, case: dict[str, Any], rows: list[Row]) -> None:
+        """Enters a case, instead of what an earlier run has of it."""
+        self.rows = [row for row in self.rows if row.case != name] + rows
+        self.cases[name] = case
+
     def failures(self) -> list[str]:
         """What is wrong or does not run, rivals aside."""
-        found = []
+        found = [f"{name}: {case['error']}" for name, case in self.cases.items() if "error" in case]
         for name, case in self.cases.items():
             found += [
                 f"{name}, {variant}: {entry.get('wrong') or entry.get('error')}"

@@ -30,9 +30,8 @@ class DenseMasks(Marks):
     def __init__(self, call: Sample, dtype: torch.dtype, hooks: bool = False) -> None:
         super().__init__(call.routes, call.tables)
         self.hooks = hooks
-        first = call.tensors[OPS[call.op].activations[0]]
-        assert first is not None
-        tokens = first.shape if call.op == "routed_embedding" else first.shape[:-1]
+        assert call.routes is not None
+        tokens = torch.Size(call.routes.shape)
         # Through a name of its own: `mask` gives what was made here.
         own = (
             call.upstream.dtype
@@ -224,24 +223,30 @@ def _liger_op(module: str, name: str) -> Any:
 
 
 def _liger_gated_mlp() -> Forward:
-    apply = _liger_op("swiglu", "LigerSiLUMulFunction")
-
     def forward(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, **biases: Tensor | None) -> Tensor:
         gate = F.linear(x, w_gate, biases.get("b_gate"))
         up = F.linear(x, w_up, biases.get("b_up"))
-        return F.linear(apply(gate, up), w_down, biases.get("b_down"))
+        middle = _liger_op("swiglu", "LigerSiLUMulFunction")(gate, up)
+        return F.linear(middle, w_down, biases.get("b_down"))
 
     return forward
 
 
 def _liger_rms_norm() -> Forward:
-    apply = _liger_op("rms_norm", "LigerRMSNormFunction")
-    return lambda x, weight: apply(x, weight, 1e-6, 0.0, "llama", False)
+    return lambda x, weight: _liger_op("rms_norm", "LigerRMSNormFunction")(
+        x, weight, 1e-6, 0.0, "llama", False
+    )
 
 
 def _liger_layer_norm() -> Forward:
-    apply = _liger_op("layer_norm", "LigerLayerNormFunction")
-    return lambda x, weight, bias: apply(x, weight, bias, 1e-5)
+    zeros: dict[torch.Size, Tensor] = {}  # its module always has a bias
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            bias = zeros.setdefault(weight.shape, torch.zeros_like(weight))
+        return _liger_op("layer_norm", "LigerLayerNormFunction")(x, weight, bias, 1e-5)
+
+    return forward
 
 
 _LIGER: dict[str, Callable[[], Forward]] = {

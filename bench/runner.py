@@ -6,6 +6,7 @@ import datetime
 import gc
 import json
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import machine, timing
-from .cases import ADDED, FULL, STEP, Case, Limit, Plan, Variant, attempt
+from .cases import ADDED, Case, Findings, Limit, Plan, Step, Variant, attempt
 from .results import (
     MISSED,
     NOT_MEASURED,
@@ -41,6 +42,7 @@ def run(
     folder: Path,
     resume: bool = False,
     command: str = "",
+    missing: Mapping[str, str] | None = None,
 ) -> Run:
     """Checks and times the cases of a suite, and leaves their files in a folder.
 
@@ -54,24 +56,27 @@ def run(
         folder: for NAME.csv and NAME.json.
         resume: go on with the files that are there: cases in them are not timed again.
         command: how the run was asked for.
+        missing: suites that this machine lacks what they need for, with the reason.
 
     Raises:
         ValueError: `resume`, and the files are of another environment.
     """
     done = begin(name, plans, rounds, device, folder, resume, command)
+    done.description["missing"] = dict(missing or {})
     remaining = [plan for plan in plans if not _is_done(plan, done)]
     clock = timing.clock_of(device)
     done.description["interrupted"] = False
     try:
         for plan in tqdm(remaining, desc=name, unit="case", disable=None):
             start = time.perf_counter()
-            case, entry, rows = measure(plan, rounds, device, clock, done)
+            try:
+                entry, rows = measure(plan, rounds, device, clock, done)
+            except Exception as error:  # one case must not cost the others
+                entry, rows = failed(plan, error), []
             entry["seconds"] = round(time.perf_counter() - start, 1)
-            done.cases[plan.name] = entry
-            done.rows += rows
+            done.replace(plan.name, entry, rows)
             done.save(folder)
             tqdm.write("\n".join(["", *lines(done, plan.name)]))
-            del case
             release(device)
     except KeyboardInterrupt:
         done.description["interrupted"] = True
@@ -95,6 +100,10 @@ def begin(
         done = Run.load(file)
         before = done.description["environment"]
         changed = [key for key in environment if before.get(key) != environment[key]]
+        if done.description["rounds"] != rounds:
+            raise ValueError(
+                f"resume: {file} has {done.description['rounds']} rounds, and these are {rounds}"
+            )
         if changed:
             was, is_ = ({key: of.get(key) for key in changed} for of in (before, environment))
             raise ValueError(
@@ -110,6 +119,7 @@ def begin(
         "ceilings": machine.ceilings(device, dtypes),
         "method": timing.METHOD,
         "interrupted": False,
+        "missing": {},
         "cases": {},
     }
     return Run(name, description)
@@ -117,7 +127,7 @@ def begin(
 
 def _is_done(plan: Plan, done: Run) -> bool:
     case = done.cases.get(plan.name)
-    return case is not None and case["axes"] == json.loads(json.dumps(plan.axes))
+    return case is not None and "error" not in case and case["axes"] == json.loads(json.dumps(plan.axes))
 
 
 def release(device: torch.device) -> None:
@@ -133,7 +143,7 @@ def release(device: torch.device) -> None:
 
 def measure(
     plan: Plan, rounds: int, device: torch.device, clock: timing.Clock, done: Run
-) -> tuple[Case, dict[str, Any], list[Row]]:
+) -> tuple[dict[str, Any], list[Row]]:
     """Makes a case, checks its variants, times those that are right, and measures their memory."""
     case = plan.make()
     findings = case.examine(case.variants)
@@ -142,13 +152,7 @@ def measure(
             findings[name] |= attempt(variant.plan)
     bytes_, times = {}, {}
     for mode in case.modes:
-        right = {name: one for name, one in case.variants.items() if _is_right(findings[name])}
-        steps = {}
-        for name, variant in right.items():
-            found = attempt(partial(_steps, variant, mode))
-            findings[name] |= {} if "steps" in found else found
-            if found.get("steps"):
-                steps[name] = found["steps"]
+        steps = _right_steps(case, mode, findings)
         bytes_[mode] = {
             name: _bytes(case, case.variants[name], mode, own, findings[name]) for name, own in steps.items()
         }
@@ -165,15 +169,45 @@ def measure(
         for variant, own in times[mode].items()
         for row in _rows(plan, case, mode, variant, own, times[mode], bytes_[mode][variant], done)
     ]
-    return case, describe(plan, case, findings, times, bytes_), rows
+    return describe(plan, case, findings, times, bytes_), rows
+
+
+def failed(plan: Plan, error: Exception) -> dict[str, Any]:
+    """A case that could not be made or checked, in the description of a run."""
+    traceback.print_exception(error)
+    return {
+        "suite": plan.suite,
+        "kernel": plan.kernel,
+        "axes": plan.axes,
+        "x": plan.x,
+        "error": f"{type(error).__name__}: {error}",
+        **dict.fromkeys(("base", "checked"), ""),
+        **{name: [] for name in ("rivals", "modes", "limits")},
+        **{name: {} for name in ("facts", "variants")},
+    }
+
+
+def _right_steps(case: Case, mode: str, findings: Findings) -> dict[str, Sequence[Step]]:
+    """The steps of the variants that are right, after one run of each: what does not run is told, not timed."""
+    steps = {}
+    for name, variant in case.variants.items():
+        if _is_right(findings[name]):
+            found = attempt(partial(_tried_steps, variant, mode))
+            if found.get("steps"):
+                steps[name] = found["steps"]
+            findings[name] |= {key: value for key, value in found.items() if key == "error"}
+    return steps
+
+
+def _tried_steps(variant: Variant, mode: str) -> dict[str, Any]:
+    steps = variant.steps(mode)
+    for step in steps:
+        step()
+    return {"steps": steps}
 
 
 def _is_right(finding: Mapping[str, Any]) -> bool:
     return "wrong" not in finding and "error" not in finding
-
-
-def _steps(variant: Variant, mode: str) -> dict[str, Any]:
-    return {"steps": variant.steps(mode)}
 
 
 def _bytes(
@@ -182,12 +216,11 @@ def _bytes(
     """MB of the peak ("memory") and kept for backward ("saved"), where they are asked for."""
     found: dict[str, float] = {}
     if variant.memory_bytes is not None:
-        steps[0]()  # what is made once, such as workspaces, is no part of it
         size = attempt(lambda: {"bytes": variant.memory_bytes(mode, steps[0])})
         finding |= {key: value for key, value in size.items() if key == "error"}
         if size.get("bytes") is not None:
             found["memory"] = (case.held_bytes + size["bytes"]) / 1e6
-    if variant.saved_bytes is not None and mode in (FULL, STEP):
+    if variant.saved_bytes is not None and mode == case.modes[-1]:
         size = attempt(lambda: {"bytes": variant.saved_bytes()})
         finding |= {key: value for key, value in size.items() if key == "error"}
         if "bytes" in size:
@@ -209,16 +242,17 @@ def _rows(
     speed = timing.figure(own)
     figures = {"speed": speed}
     figures |= {RELATIVE + rival: timing.ratio(own, times[rival]) for rival in case.rivals if rival in times}
-    figures |= _rates(case, mode, variant, speed)
+    if case.variants[variant].does_work:
+        figures |= _rates(case, mode, speed)
     figures |= {metric: Figure.single(size) for metric, size in bytes_.items()}
     return [_row(plan, mode, variant, metric, found, done) for metric, found in figures.items()]
 
 
-def _rates(case: Case, mode: str, variant: str, speed: Figure) -> dict[str, Figure]:
-    """What was done a second; a copy moves bytes, and does no arithmetic."""
+def _rates(case: Case, mode: str, speed: Figure) -> dict[str, Figure]:
+    """What was done a second."""
     found = {}
     work = case.work.get(mode)
-    if work is not None and work.dense_flops and not variant.startswith("copy"):
+    if work is not None and work.dense_flops:
         found["dense-equivalent rate"] = _per_second(work.dense_flops / 1e9, speed)
         found["useful rate"] = _per_second(work.useful_flops / 1e9, speed)
     if work is not None and work.moved_bytes:
@@ -312,7 +346,7 @@ def lines(run: Run, name: str) -> list[str]:
     from .results import limit_text
 
     case = run.cases[name]
-    text = [name]
+    text = [name] + ([f"  error: {case['error']}"] if "error" in case else [])
     for mode in case["modes"]:
         text.append(f"  {mode}")
         text += [

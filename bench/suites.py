@@ -59,12 +59,12 @@ def suite_plans(suite: str, options: Options, axes: dict[str, list[Any]] | None 
 
 
 SUITES = (*ops.SUITES, "attention", "launch", "model", "end-to-end")
+NEED_PACKAGES = {"model": model, "end-to-end": end_to_end}
 
 
 def why_missing(suite: str) -> str | None:
     """Why this machine has no such suite."""
-    modules = {"model": model, "end-to-end": end_to_end}
-    return modules[suite].why_missing() if suite in modules else None
+    return NEED_PACKAGES[suite].why_missing() if suite in NEED_PACKAGES else None
 
 
 def chosen_plans(suite: str, options: Options, axes: dict[str, list[Any]]) -> list[Plan]:
@@ -277,7 +277,7 @@ def available(name: str, options: Options) -> list[Plan]:
         kind, make = GROUPS[name]
         if options.device.type != kind:
             raise ValueError(f"suite: got {name!r}, which is for {kind}, on {options.device.type}")
-        return [plan for plan in make(options) if why_missing(plan.suite) is None]
+        return make(options)
     if name not in SUITES:
         raise ValueError(f"suite: got {name!r}, expected one of {', '.join((*SUITES, *GROUPS))}")
     return suite_plans(name, options)

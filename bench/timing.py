@@ -16,11 +16,12 @@ WARMUP_ROUNDS = 2
 FLUSH_BYTES = 1 << 28  # more than any second-level cache holds
 
 METHOD = (
-    "every round runs each variant once, every other round in the opposite order, on sets of random inputs in turn; "
-    "speed: the median and the 20th and 80th percentile of the rounds, on CUDA by events around the pass after a write "
-    f"of {FLUSH_BYTES >> 20} MiB has emptied the second-level cache, on the CPU by the host's clock; relative speed: "
-    f"of the ratios of the same rounds; {WARMUP_ROUNDS} rounds before them are not counted; memory: the peak beyond "
-    "what there was before the pass, on the CPU in a process of its own"
+    "every round runs each variant once, every other round in the opposite order, on the case's sets of random "
+    "inputs in turn. Speed: the median and the 20th and 80th percentile of the rounds, on CUDA by events "
+    f"around the pass after a write of {FLUSH_BYTES >> 20} MiB has emptied the second-level cache, on the CPU, "
+    f"and for launches, by the host's clock. Relative speed: of the ratios of the same rounds. {WARMUP_ROUNDS} "
+    "rounds before them are not counted. Memory: the peak beyond what was there before the pass (of models, "
+    "with parameters and the optimizer's state), on the CPU in a process of its own"
 )
 
 Clock = Callable[[Step], float]  # runs a step and returns its seconds
@@ -72,7 +73,7 @@ def interleaved(
     for round_ in tqdm(range(WARMUP_ROUNDS + rounds), desc=name, unit="round", leave=False, disable=None):
         for variant in list(variants)[:: 1 if round_ % 2 == 0 else -1]:
             steps = variants[variant]
-            elapsed = clock(steps[round_ % len(steps)])
+            elapsed = clock(steps[round_ // 2 % len(steps)])
             if round_ >= WARMUP_ROUNDS:
                 milliseconds[variant].append(1e3 * elapsed)
     return milliseconds

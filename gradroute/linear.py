@@ -116,8 +116,8 @@ def routed_linears(
     for weight, bias, sites in layers:
         _check(x, weight, bias, routes, sites)
     weights, biases, all_sites = zip(*layers, strict=True)
-    chosen = backends.choose("routed_linear", backend, x)
     x, *parameters = autocast(x, *weights, *biases)
+    chosen = backends.choose("routed_linear", backend, x)
     if chosen == "reference":
         cast = zip(parameters[: len(layers)], parameters[len(layers) :], all_sites, strict=True)
         return tuple(reference.routed_linear(x, weight, bias, routes, sites) for weight, bias, sites in cast)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import launch, memory, ops, rivals, runner, suites, timing, work
+from bench import attention_cases, launch, memory, model, ops, rivals, runner, suites, timing, work
 from bench.cases import BACKWARD, FORWARD, FULL, Case, Limit, Plan, Variant, Work
 from bench.results import MISSED, NOT_MEASURED, REACHED, RELATIVE, Figure, Run, limit_text
 from bench.settings import ACTIVATION_SITES, SITES, TABLES, UPDATE_SITES, Setting, make_routes, samples
-from gradroute import backends, native, testing
+from gradroute import Routes, backends, native, testing
 
 pytestmark = [
     pytest.mark.skipif(native.module is None, reason=str(native.load_error)),
@@ -177,6 +177,23 @@ def test_a_rival_that_computes_something_else_is_found():
     assert found["unmasked"]["wrong"].startswith("unmasked: dx: RMS error")
 
 
+def test_a_budget_that_says_nothing_lets_nothing_pass():
+    """Neither a wrong formula of plain PyTorch nor masks that change nothing make a check that cannot fail."""
+    call = samples(setting_of("routed_activation", tables="interval"), CPU, 1)[0]
+    exact, plain = call.in_float64().run("reference"), call.run_plain()
+    assert ops.why_useless(call, exact, plain) is None
+    wrong = plain._replace(output=plain.output + 1e-3)
+    assert ops.why_useless(call, exact, wrong).startswith("output: plain PyTorch is off")
+    ids = torch.zeros_like(call.routes.ids)
+    unmasked = samples(setting_of("routed_activation", tables="block"), CPU, 1)[0].with_routes(
+        Routes.of(ids, 2)
+    )
+    exact, plain = unmasked.in_float64().run("reference"), unmasked.run_plain()
+    assert "would pass" in ops.why_useless(unmasked, exact, plain)
+    way = ops.Way([unmasked], rivals.unmasked(unmasked))
+    assert "would pass" in ops.examine({"x": way}, {"x": Variant(way.steps)})["x"]["wrong"]
+
+
 def test_a_rival_that_does_not_run_is_told():
     def fails(**tensors):
         raise RuntimeError("no such device\nand more")
@@ -274,6 +291,7 @@ def test_a_run_has_every_figure(tmp_path, capsys):
         REACHED,
         NOT_MEASURED,
     ]
+    assert case["limits"][5]["got"] is not None
     assert case["limits"][2]["got"] == 1
     assert case["limits"][3]["got"] < 1
     own = [name for name, one in case["variants"].items() if not one["is_rival"]]
@@ -332,6 +350,22 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
     assert list(Run.load(tmp_path / "linear.json").cases) == ["first"]
 
 
+def test_a_case_that_fails_costs_no_other(tmp_path, capsys):
+    def refused():
+        raise RuntimeError("CUDA out of memory")
+
+    plans = [dataclasses.replace(plan_of("first"), make=refused), plan_of("second")]
+    done = runner.run("linear", plans, 2, CPU, tmp_path)
+    assert done.failures() == ["first: RuntimeError: CUDA out of memory"]
+    assert done.figure("second", "cpu", FULL) is not None
+    assert "RuntimeError: CUDA out of memory" in capsys.readouterr().err
+    again = runner.run("linear", [plan_of("first"), plan_of("second")], 2, CPU, tmp_path, resume=True)
+    assert again.failures() == []
+    assert again.figure("first", "cpu", FULL) is not None
+    with pytest.raises(ValueError, match=r"resume: .* has 2 rounds, and these are 3"):
+        runner.run("linear", [plan_of("first")], 3, CPU, tmp_path, resume=True)
+
+
 def test_a_variant_that_fails_while_it_is_measured_is_told(tmp_path):
     def refused():
         raise MemoryError("too large")
@@ -359,7 +393,7 @@ def test_rounds_take_inputs_in_turn_and_reverse_their_order():
         name: [functools.partial(calls.append, f"{name}{turn}") for turn in range(2)] for name in "ab"
     }
     times = timing.interleaved(variants, 2, "", lambda step: step() or 1.0)
-    assert calls == ["a0", "b0", "b1", "a1"] * 2
+    assert calls == ["a0", "b0", "b0", "a0", "a1", "b1", "b1", "a1"]
     assert times == {"a": [1e3, 1e3], "b": [1e3, 1e3]}
 
 
@@ -371,7 +405,7 @@ def test_a_launch_is_timed_by_the_call(tmp_path, monkeypatch):
     assert done.failures() == []
     for name, case in done.cases.items():
         (limit,) = case["limits"]
-        own, plain = (done.figure(name, variant, FORWARD).p50 for variant in ("routed", "unmasked"))
+        own, plain = (done.figure(name, variant, FORWARD).p50 for variant in ("routed", "unrouted"))
         assert 0 < plain < 1
         assert limit["got"] == pytest.approx(1e3 * (own - plain), rel=0.5)
     times = {"own": [0.025, 0.030], "rival": [0.010, 0.010]}
@@ -446,6 +480,7 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch, capsys):
         (["run", "linear", "--op", "routed_mlp"], "op: got routed_mlp, expected one of routed_linear"),
         (["run", "norm", "--sites", "both"], "sites: got 'both', which routed_rms_norm has not"),
         (["run", "linear", "--device", "meta"], "device: got 'meta', expected cpu or cuda"),
+        (["run", "linear", "--device", "cuda:1"], "device: got 'cuda:1', expected cpu or cuda"),
         (["list", "nothing"], "suite: got 'nothing'"),
     ],
 )
@@ -460,6 +495,33 @@ def test_what_the_command_refuses(arguments, message, tmp_path, capsys):
 def test_a_group_for_cuda_needs_one(capsys):
     assert command.main(["run", "h200"]) == 2
     assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_suites_run_on_a_gpu(monkeypatch, tmp_path):
+    """Clocks, memory, rivals and limits of the suite h200 less its model, in small."""
+    monkeypatch.undo()
+    small = {"tokens": 160, "d_model": 64, "d_ff": 192, "dtype": "float32"}
+    monkeypatch.setitem(suites.BASE_POINTS, "cuda", small)
+    shape = attention_cases.SHAPES["cuda"]._replace(batch=1, length=256)
+    monkeypatch.setitem(attention_cases.SHAPES, "cuda", shape)
+    options = ops.Options(torch.device("cuda"))
+    plans = suites.limit_plans(options) + suites.suite_plans("launch", options)
+    plans += suites.suite_plans("attention", options) + suites.suite_plans("norm", options)[:2]
+    done = runner.run("small", plans, 2, options.device, tmp_path)
+    assert done.failures() == []
+    assert all(done.modes(name) for name in done.cases)
+    assert done.figure("route_grad, 3.7% of tokens", "triton", FORWARD, "memory").p50 == 0
+
+
+def test_a_group_names_what_this_machine_lacks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(model, "why_missing", lambda: "transformers is not installed")
+    cases = lambda options: [plan_of(), *suites.suite_plans("model", options)]  # noqa: E731
+    monkeypatch.setitem(suites.GROUPS, "cpu", ("cpu", cases))
+    assert command.main(["run", "cpu", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    missing = Run.load(tmp_path / "cpu.json").description["missing"]
+    assert missing == {"model": "transformers is not installed"}
+    assert "model is missing: transformers is not installed" in capsys.readouterr().out
 
 
 def test_the_command_lists_suites_and_cases(capsys):

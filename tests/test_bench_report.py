@@ -487,20 +487,20 @@ class TestCompare:
         cpu_run.save(tmp_path / "a")
         gpu_run.save(tmp_path / "b")
         make_run("model", CPU, {}).save(tmp_path / "b")
-        with pytest.raises(SystemExit, match=r"^B: .*nowhere: no such file or folder"):
+        with pytest.raises(ValueError, match=r"^B: .*nowhere: no such file or folder"):
             compare.main(tmp_path / "a", tmp_path / "nowhere", 0.05)
         (tmp_path / "empty").mkdir()
-        with pytest.raises(SystemExit, match=r"^A: .*empty: got no NAME\.csv"):
+        with pytest.raises(ValueError, match=r"^A: .*empty: got no NAME\.csv"):
             compare.main(tmp_path / "empty", tmp_path / "a", 0.05)
         make_run("cpu, again", CPU, {}).save(tmp_path / "c")
         cpu_run.save(tmp_path / "c")
-        with pytest.raises(SystemExit, match="A has the runs cuda, model"):
+        with pytest.raises(ValueError, match="A has the runs cuda, model"):
             compare.main(tmp_path / "b", tmp_path / "c", 0.05)
         (tmp_path / "a" / "cpu.csv").unlink()
-        with pytest.raises(SystemExit, match=r"^A: .*cpu\.csv is missing"):
+        with pytest.raises(ValueError, match=r"^A: .*cpu\.csv is missing"):
             compare.main(tmp_path / "a" / "cpu.json", tmp_path / "b", 0.05)
         (tmp_path / "a" / "cpu.csv").write_text("other,columns\n", encoding="utf-8")
-        with pytest.raises(SystemExit, match=r"^A: .*got columns"):
+        with pytest.raises(ValueError, match=r"^A: .*got columns"):
             compare.main(tmp_path / "a", tmp_path / "b", 0.05)
 
 
@@ -533,12 +533,12 @@ class TestPlots:
 
     def test_no_results_are_refused(self, tmp_path):
         for path in (tmp_path, tmp_path / "cpu.csv"):
-            with pytest.raises(SystemExit, match="got no runs, expected NAME"):
+            with pytest.raises(ValueError, match="got no runs, expected NAME"):
                 plots.main([path], None)
 
     def test_without_matplotlib_the_extra_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(SystemExit, match=r"pip install 'gradroute\[bench\]'"):
+        with pytest.raises(ValueError, match=r"pip install 'gradroute\[bench\]'"):
             plots.main([tmp_path], None)
 
     def test_over_tokens(self, cpu_run):
@@ -629,3 +629,22 @@ class TestPlots:
             limits = [limit("cpu", 0.6, "unmasked", 0.5)]
             add_case(cpu_run, f"more {place}", "gated_mlp", mlp_axes(99 + place), times, limits=limits)
         assert len(plots.relative(cpu_run, "gated_mlp").axes) == 5
+
+
+def test_what_failed_and_what_is_missing_is_on_the_page(cpu_run, tmp_path):
+    failed = {
+        "suite": "mlp",
+        "axes": {},
+        "x": "tokens",
+        "error": "RuntimeError: no",
+        "base": "",
+        "checked": "",
+    }
+    failed |= {"kernel": "routed_mlp"} | {name: [] for name in ("rivals", "modes", "limits")}
+    cpu_run.cases["broken"] = failed | {"facts": {}, "variants": {}, "seconds": 1.0}
+    cpu_run.description["missing"] = {"model": "transformers is not installed"}
+    rows = report.untimed_table(cpu_run).splitlines()
+    assert "| all | missing | transformers is not installed | model |" in rows
+    assert "| all | failed | RuntimeError: no | broken |" in rows
+    assert "broken" in "\n".join(report.run_page(cpu_run, tmp_path))
+    assert "broken" not in report.limits_table(cpu_run)
