@@ -116,7 +116,7 @@ class Homogeneous(Way):
         return Result(*self._of_routes.together(self._of_routes.step(call.tensors, call.upstream)()))
 
     def saved_bytes(self) -> int:
-        raise NotImplementedError("a step of each route saves for itself")
+        return self._of_routes.saved_bytes(self.calls[0].tensors)
 
 
 def ways(calls: Sequence[Sample], with_compiled: bool = True) -> dict[str, Way]:
@@ -265,7 +265,7 @@ def case(
     variants = {
         name: Variant(
             steps=way.steps,
-            saved_bytes=None if isinstance(way, Homogeneous) else way.saved_bytes,
+            saved_bytes=way.saved_bytes,
             memory_bytes=partial(_memory_bytes, options.device, setting, name)
             if on_cuda or (with_memory and "compiled" not in name)
             else None,

@@ -94,7 +94,7 @@ class Row(NamedTuple):
         numbers = {
             name: float(columns[name]) for name in cls._fields if name.startswith(("x_value", "y_value"))
         }
-        return cls(**(columns | numbers))  # type: ignore[arg-type]
+        return cls(**(columns | numbers))
 
 
 def unit(metric: str) -> str:

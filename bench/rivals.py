@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradroute.testing import OPS, Marks, Sample
+
+from . import memory
 
 Forward = Callable[..., Tensor]  # (**tensors) → the op's output, differentiable
 
@@ -150,6 +153,18 @@ class HomogeneousSteps:
             return outputs, of_tokens, of_parameters
 
         return run
+
+    def saved_bytes(self, tensors: dict[str, Tensor | None]) -> int:
+        """What autograd keeps for the largest step, parameters aside: each is done before the next begins."""
+        activations = OPS[self.call.op].activations
+        sizes = []
+        for route in self.routes:
+            leaves = self._leaves(route, tensors, activations)
+            parameters = [
+                leaf for name, leaf in leaves.items() if leaf is not None and name not in activations
+            ]
+            sizes.append(memory.saved(partial(self.formulas[route], **leaves), parameters))
+        return max(sizes)
 
     def together(self, found: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """What a step gave as the output and the gradients of the whole call."""

@@ -211,6 +211,7 @@ def test_homogeneous_steps_have_a_label_each():
     outputs, of_tokens, of_parameters = step()
     counts = calls[0].routes.ids.bincount().tolist()
     assert [len(output) for output in outputs] == [len(one["x"]) for one in of_tokens] == counts
+    assert made.saved_bytes() == max(counts) * calls[0].tensors["x"].shape[1] * 4  # x of the larger step
     allowed = calls[0].routes.ids == 0
     expected = calls[0].upstream[allowed].T @ calls[0].tensors["x"][allowed]
     torch.testing.assert_close(of_parameters["weight"], expected)
