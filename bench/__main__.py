@@ -61,7 +61,7 @@ def add_run(commands: Any) -> None:
         "run",
         help="check and time a suite",
         description="Every case's numbers are checked before it is timed. Axes, where any is given, replace a suite's "
-        "own cases by the product of their values (attention has tokens alone, models have none).",
+        "own cases by the product of their values (attention and labels have tokens alone, models none).",
     )
     command.add_argument("suite", help=f"{', '.join(suites.SUITES)}; or a group: {', '.join(suites.GROUPS)}")
     command.add_argument(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 Step = Callable[[], Any]
 
 ADDED = "added"  # the quantity of a limit in microseconds
+SECONDS = "seconds"  # and of one in seconds
 FORWARD, BACKWARD, FULL, STEP = (
     "forward",
     "backward",
@@ -22,8 +23,9 @@ class Limit(NamedTuple):
 
     Attributes:
         variant, rival: names of variants.
-        most: the largest ratio allowed; of "added" the microseconds.
-        quantity: "speed", "memory" or "saved"; "added": the time of a call beyond the rival's.
+        most: the largest ratio allowed; of "added" the microseconds, of "seconds" the seconds.
+        quantity: "speed", "memory" or "saved"; "added": the time of a call beyond the rival's; "seconds": the variant's
+            time itself, whatever any rival (which is "") takes.
         mode: the pass.
         added: of the time that is added to that of this variant; "": of all of it.
     """

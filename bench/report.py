@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .cases import ADDED, FULL, STEP
+from .cases import ADDED, FULL, SECONDS, STEP
 from .results import MISSED, RELATIVE, Figure, Run, machine_name, runs
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,13 @@ ANY_START = re.compile(r"<!-- results\b.*-->\n")
 
 NOTHING = "–"
 MOST_COLUMNS = 8
-QUANTITIES = {"speed": "time", "memory": "peak memory", "saved": "saved for backward", ADDED: "time"}
+QUANTITIES = {
+    "speed": "time",
+    "memory": "peak memory",
+    "saved": "saved for backward",
+    ADDED: "time",
+    SECONDS: "time",
+}
 REASONS = {"missing": "missing", "wrong": "wrong", "error": "does not run"}  # why a variant was not timed
 
 INTRODUCTION = """\
@@ -150,6 +156,8 @@ def limit_cells(limit: dict[str, Any]) -> list[str]:
     most = f"≤ {limit['most']:.4g} × `{limit['rival']}`{beyond}"
     if limit["quantity"] == ADDED:
         most = f"≤ {limit['most']:g} µs more than `{limit['rival']}`"
+    if limit["quantity"] == SECONDS:
+        most = f"≤ {limit['most']:g} s"
     return [
         f"`{limit['variant']}` {QUANTITIES[limit['quantity']]}{mode}",
         most,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import ADDED
+from .cases import ADDED, SECONDS
 
 #: The units of a figure, by what was measured.
 UNITS = {
@@ -157,7 +157,8 @@ class Run:
         return [
             name
             for name, case in self.cases.items()
-            if case["suite"] == suite and any(limit["quantity"] != ADDED for limit in case["limits"])
+            if case["suite"] == suite
+            and any(limit["quantity"] not in (ADDED, SECONDS) for limit in case["limits"])
         ]
 
     def replace(self, name: str, case: dict[str, Any], rows: list[Row]) -> None:
@@ -222,6 +223,8 @@ REACHED, MISSED, NOT_MEASURED = "reached", "MISSED", "not measured"
 def limit_text(limit: dict[str, Any]) -> str:
     """A limit, what was got, and the verdict: "cpu at most 0.95 x unmasked in speed, full: 0.84, reached"."""
     got = "" if limit["got"] is None else f" {limit['got']:.3f},"
+    if limit["quantity"] == SECONDS:
+        return f"{limit['variant']} at most {limit['most']:g} s, {limit['mode']}:{got} {limit['verdict']}"
     if limit["quantity"] == ADDED:
         return (
             f"{limit['variant']} at most {limit['most']:g} µs more than {limit['rival']}, {limit['mode']}:{got} "

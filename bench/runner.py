@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import machine, timing
-from .cases import ADDED, Case, Findings, Limit, Plan, Step, Variant, attempt
+from .cases import ADDED, SECONDS, Case, Findings, Limit, Plan, Step, Variant, attempt
 from .results import (
     MISSED,
     NOT_MEASURED,
@@ -323,6 +323,9 @@ def verdict(limit: Limit, times: Milliseconds, bytes_: Mapping[str, Mapping[str,
 
 
 def _got(limit: Limit, times: Milliseconds, bytes_: Mapping[str, Mapping[str, float]]) -> float | None:
+    if limit.quantity == SECONDS:
+        own_times = times.get(limit.variant)
+        return None if own_times is None else timing.figure(own_times).p50 / 1e3
     if limit.quantity == ADDED and {limit.variant, limit.rival} <= times.keys():
         rounds = zip(times[limit.variant], times[limit.rival], strict=True)
         return timing.figure([1e3 * (own - rival) for own, rival in rounds]).p50

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import attention, end_to_end, launch, model, ops
+from . import attention, end_to_end, labels, launch, model, ops
 from .cases import BACKWARD, FORWARD, FULL, Limit, Plan
 from .ops import Options, automatic, copy_name
 from .settings import Setting
@@ -48,17 +48,19 @@ def suite_plans(suite: str, options: Options, axes: dict[str, list[Any]] | None 
     rest = {
         axis: values
         for axis, values in (axes or {}).items()
-        if not (suite == "attention" and axis == "tokens")
+        if not (suite in ("attention", "labels") and axis == "tokens")
     }
     if rest:
         raise ValueError(f"{', '.join(rest)}: the suite {suite} has no such axis")
+    lengths = tuple((axes or {}).get("tokens", ()))
+    if suite == "labels":
+        return labels.plans(options.device, lengths)
     if suite == "attention":
-        lengths = tuple((axes or {}).get("tokens", ()))
         return attention.plans(options.device, lengths, options.with_compiled)
     return {"launch": launch, "model": model, "end-to-end": end_to_end}[suite].plans(options.device)
 
 
-SUITES = (*ops.SUITES, "attention", "launch", "model", "end-to-end")
+SUITES = (*ops.SUITES, "attention", "launch", "model", "end-to-end", "labels")
 NEED_PACKAGES = {"model": model, "end-to-end": end_to_end}
 
 
@@ -250,6 +252,7 @@ def cpu_group(options: Options) -> list[Plan]:
     """What must be reached on two cores, and what shows where the time goes there."""
     plans = limit_plans(options) + suite_plans("end-to-end", options) + suite_plans("attention", options)
     plans += suite_plans("model", options) + suite_plans("launch", options)
+    plans += suite_plans("labels", options)
     plans += alone_plans(options) + curve_plans(options)
     return unique(plans)
 

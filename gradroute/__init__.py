@@ -4,7 +4,13 @@ The forward pass is the ordinary one; in the backward pass each token's gradient
 token's route (Cloud et al. 2024, arXiv 2410.04332). `Routes` says which route each token of a batch takes, a `Table`
 what a token of each route does to the features of one site, and the `routed_*` functions and `Routed*` layers are
 PyTorch's ordinary ones with such sites.
+
+Around them: `models` routes existing models, `labels` makes routes of tokens, `optim` has an AdamW that leaves alone
+what a step does not train, `era` expands, ablates and contracts, `telemetry` says what routing does while it trains.
 """
+
+import importlib
+from typing import Any
 
 from . import reference, tables
 from .attention import AttentionSites, routed_attention
@@ -60,3 +66,12 @@ __all__ = [
     "unavailable_backends",
     "use_backend",
 ]
+
+# What stands around the layers is imported when it is asked for: torch.distributed.tensor alone takes two seconds.
+_SUBMODULES = ("blocks", "era", "labels", "models", "optim", "telemetry")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

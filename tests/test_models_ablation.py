@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from gradroute import AttentionSites, MLPSites
+from gradroute import era as era_steps
+from gradroute.blocks import Block
 from gradroute.models import NANO_GPT, RoutingPlan, ablate, contract, era, expand, route, sgtm, unroute
 from gradroute.tables import localize
 
@@ -108,7 +110,7 @@ def test_era_expands_routes_and_ablates(tokens):
         for layer in model.model.layers:
             for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
                 linear.weight -= linear.weight.grad
-    contract(unroute(model), ADDED)
+    era_steps.ablate(unroute(model), Block.units(model, ADDED), how="slice")
     for key, value in model.state_dict().items():
         if key.endswith(("gate_proj.weight", "up_proj.weight")):
             assert torch.equal(value, before[key]), key
@@ -148,14 +150,30 @@ def test_adapters_are_refused():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_ablating_twice_is_refused(weight, tokens):
+    """A second time would scale by fractional weights again, and says that what is zeroed has been."""
+    model, _ = built("llama")
+    forward = torch.ones(2, model_zoo.HIDDEN)
+    forward[0, :8] = weight
+    route(model, RoutingPlan(2, mlp=MLPSites(forward=forward)))
+    ablate(model)
+    once = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match="model: got one in which what route 0 does not see was ablated already"
+    ):
+        ablate(model)
+    assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items())
+
+
 def test_refusals():
     model, _ = built("llama")
     with pytest.raises(ValueError, match="units: got 0, expected a positive number"):
         expand(model, 0)
-    with pytest.raises(
-        ValueError, match=f"units: got {model_zoo.HIDDEN}, expected 1 to {model_zoo.HIDDEN - 1}"
-    ):
+    with pytest.raises(ValueError, match=f"units: got all {model_zoo.HIDDEN} of .*, expected some to remain"):
         contract(model, model_zoo.HIDDEN)
+    with pytest.raises(ValueError, match=r"which still has influence on the model.*ablate\(\) it first"):
+        contract(model, ADDED)
     with pytest.raises(ValueError, match="is not routed, expected one that route"):
         ablate(model)
     route(model, era(units=ADDED))

@@ -5,9 +5,9 @@ modules of the form of nanoGPT.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .ablation import ablate, contract, expand
+from .ablation import ablate
 from .architectures import ARCHITECTURES, NANO_GPT, Architecture
 from .collator import RouteCollator
 from .plan import ResidualSites, RoutingPlan, Shape
@@ -36,11 +36,18 @@ __all__ = [
     "unroute",
 ]
 
-_PARALLEL = ("RoutedAttentionParallel", "RoutedMLPParallel", "tensor_parallel")
+if TYPE_CHECKING:
+    from ..era import contract, expand
+    from .parallel import RoutedAttentionParallel, RoutedMLPParallel, tensor_parallel
+
+# Imported when they are asked for: not every torch has torch.distributed, and gradroute.era imports from here.
+_LATER = dict.fromkeys(
+    ("RoutedAttentionParallel", "RoutedMLPParallel", "tensor_parallel"), "gradroute.models.parallel"
+)
+_LATER |= dict.fromkeys(("contract", "expand"), "gradroute.era")
 
 
 def __getattr__(name: str) -> Any:
-    """Tensor parallelism is imported when it is asked for: not every torch has torch.distributed."""
-    if name in _PARALLEL:
-        return getattr(importlib.import_module(".parallel", __name__), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

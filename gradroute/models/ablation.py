@@ -1,4 +1,4 @@
-"""What changes a model's parameters by a plan's regions: expand, contract (ERA's outer steps) and ablate (SGTM's)."""
+"""ablate: what a route does not see in the forward of a routed model, taken out of it (SGTM's last step)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import Architecture
 from .attention import Attention
 from .lora import is_adapter
 from .mlp import MLP
-from .modules import is_conv1d, is_dtensor, matrix
-from .plan import Shape
-from .routing import architecture_of, inner_model, part
+from .modules import is_dtensor, matrix
+from .routing import inner_model
 from .swapped import Swapped
 
 
@@ -34,7 +32,8 @@ def ablate(model: nn.Module, route: int = 0) -> None:
 
     Raises:
         TypeError: linear layers with adapters, or sharded ones.
-        ValueError: the model is not routed, has no such route, or the plan does not mask in forward.
+        ValueError: the model is not routed, has no such route, or the plan does not mask in forward; it was ablated
+            already, which would scale by fractional weights twice.
     """
     top = inner_model(model)
     if not isinstance(top, Swapped):
@@ -53,90 +52,20 @@ def ablate(model: nn.Module, route: int = 0) -> None:
         raise ValueError("model: got a plan that masks nothing in forward, expected forward or forward_heads")
     for module, _ in masked:
         _refuse_unreadable(module, module.names)
+    if top._routing.get("ablated") or not any(_adds(module, weights) for module, weights in masked):
+        raise ValueError(
+            f"model: got one in which what route {route} does not see was ablated already, expected one with influence"
+        )
     for module, weights in masked:
         module.scale_features(weights)
+    top._routing["ablated"] = any(((weights != 0) & (weights != 1)).any() for _, weights in masked)
 
 
-@torch.no_grad()
-def expand(
-    model: nn.Module,
-    units: int,
-    *,
-    std: float | None = None,
-    architecture: Architecture | None = None,
-) -> None:
-    """Adds hidden units to every MLP, in place: ERA's first step (Cloud et al. 2024, arXiv 2410.04332, section 4.2.2).
-
-    The new units come last. Their input weights are drawn from a normal distribution, and their output weights are 0:
-    the model computes what it did. The parameters are new ones, so make the optimizer afterwards. The configuration
-    says the new number of units, so that the model can be saved and loaded.
-
-    Args:
-        model: an ordinary (unrouted) model of the architectures that `route` takes.
-        units: how many to add.
-        std: of the new input weights; default: that of the layer's own.
-        architecture: see `route`.
-
-    Raises:
-        TypeError: linear layers with adapters, or sharded ones.
-        ValueError: the model is routed, or units is not positive.
-    """
-    if units < 1:
-        raise ValueError(f"units: got {units}, expected a positive number of hidden units")
-    for mlp, kind in _mlps(model, architecture):
-        *inner, outer = (getattr(mlp, name) for name in kind.names)
-        for linear in inner:
-            weight = _blocks(matrix(linear), kind.blocks)
-            scale = float(weight.std()) if std is None else std
-            added = weight.new_empty(weight.shape[0], units, weight.shape[2]).normal_(std=scale)
-            _set_weight(linear, torch.cat((weight, added), dim=1).flatten(0, 1))
-            if linear.bias is not None:
-                bias = _blocks(linear.bias, kind.blocks)
-                _set_bias(linear, torch.cat((bias, bias.new_zeros(kind.blocks, units)), dim=1).flatten())
-        weight = matrix(outer)
-        _set_weight(outer, torch.cat((weight, weight.new_zeros(weight.shape[0], units)), dim=1))
-    _resize(model, units)
-
-
-@torch.no_grad()
-def contract(model: nn.Module, units: int, *, architecture: Architecture | None = None) -> None:
-    """Takes the last hidden units of every MLP away, in place, and what was learnt there: ERA's last step.
-
-    Args:
-        model: an ordinary (unrouted) model.
-        units: how many; some must remain.
-        architecture: see `route`.
-
-    Raises:
-        TypeError: linear layers with adapters, or sharded ones.
-        ValueError: the model is routed, or units is not positive, or none would remain.
-    """
-    mlps = _mlps(model, architecture)
-    present = min(matrix(getattr(mlp, kind.names[-1])).shape[1] for mlp, kind in mlps)
-    if not 1 <= units < present:
-        raise ValueError(f"units: got {units}, expected 1 to {present - 1}")
-    for mlp, kind in mlps:
-        *inner, outer = (getattr(mlp, name) for name in kind.names)
-        for linear in inner:
-            _set_weight(linear, _blocks(matrix(linear), kind.blocks)[:, :-units].flatten(0, 1))
-            if linear.bias is not None:
-                _set_bias(linear, _blocks(linear.bias, kind.blocks)[:, :-units].flatten())
-        _set_weight(outer, matrix(outer)[:, :-units])
-    _resize(model, -units)
-
-
-def _mlps(model: nn.Module, architecture: Architecture | None) -> list[tuple[Any, type[MLP]]]:
-    """Every MLP of an ordinary model, and its kind."""
-    model = inner_model(model)
-    if isinstance(model, Swapped):
-        raise ValueError("model: got a routed model, expected an ordinary one; unroute() it first")
-    architecture = architecture_of(model) if architecture is None else architecture
-    layer = architecture.layer
-    mlps = [(getattr(module, layer.mlp_name), layer.mlp_kind) for module in part(model, architecture.layers)]
-    for mlp, kind in mlps:
-        kind.check_module(mlp)
-        _refuse_unreadable(mlp, kind.names)
-    return mlps
+def _adds(module: MLP | Attention, weights: Tensor) -> bool:
+    """Whether scaling a module's features by `weights` would change what it computes."""
+    output = matrix(getattr(module, module.names[-1]))  # [d_model, features]
+    weights = weights.repeat_interleave(output.shape[1] // len(weights)).to(output)
+    return not torch.equal(output * weights, output)
 
 
 def _refuse_unreadable(module: Any, names: Sequence[str]) -> None:
@@ -148,28 +77,3 @@ def _refuse_unreadable(module: Any, names: Sequence[str]) -> None:
                 f"{type(module).__name__}.{name}: got adapters or sharded parameters, expected a plain linear layer: "
                 "merge adapters first (merge_and_unload), and do this before sharding"
             )
-
-
-def _blocks(rows: Tensor, blocks: int) -> Tensor:
-    """Rows `[blocks * units, ...]` of an inner linear layer as `[blocks, units, ...]`."""
-    return rows.unflatten(0, (blocks, -1))
-
-
-def _set_weight(linear: Any, rows: Tensor) -> None:  # [O, I]
-    if is_conv1d(linear):
-        linear.nf = rows.shape[0]
-        rows = rows.t()
-    else:
-        linear.out_features, linear.in_features = rows.shape
-    linear.weight = nn.Parameter(rows.contiguous(), linear.weight.requires_grad)
-
-
-def _set_bias(linear: Any, bias: Tensor) -> None:
-    linear.bias = nn.Parameter(bias.contiguous(), linear.bias.requires_grad)
-
-
-def _resize(model: nn.Module, units: int) -> None:
-    config = getattr(inner_model(model), "config", None)
-    if hasattr(config, "num_attention_heads"):
-        name = "n_inner" if hasattr(config, "n_inner") else "intermediate_size"
-        setattr(config, name, Shape.of(config).d_ff + units)

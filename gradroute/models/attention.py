@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from itertools import repeat
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -189,9 +189,11 @@ class Attention(Swapped):
     Attributes:
         names: the linear submodules that make q, k and v, then that of the output.
         dropout_name: the submodule that drops out of the output, where there is one.
+        has_free_heads: whether the model's configuration says how many heads there are whatever d_model is.
     """
 
     sites_type = AttentionSites
+    has_free_heads: ClassVar[bool] = True
     names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     dropout_name: str | None = None
 
@@ -213,6 +215,28 @@ class Attention(Swapped):
         head_dim = module.head_dim
         outputs = [features(getattr(module, name))[0] for name in cls.names[:2]]
         return outputs[0] // head_dim, outputs[1] // head_dim, head_dim
+
+    @classmethod
+    def size_of(cls, module: Any) -> tuple[int, int]:
+        """The number of query heads, and how many of them share a key and value head."""
+        heads, kv_heads, _ = cls.heads_of(module)
+        return heads, heads // kv_heads
+
+    @classmethod
+    def features_of(cls, module: Any, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Of chosen query heads, bool `[n]` of n in all, the rows of the layers before and the columns of the last.
+
+        Rows of k and v are among them where all query heads that share them are.
+        """
+        heads, kv_heads, head_dim = cls.heads_of(module)
+        q, kv = head_features(chosen, heads // kv_heads, head_dim)
+        rows = cls._lay_out_rows(q, kv, head_dim)
+        return [mask.nonzero().flatten() for mask in rows], q.nonzero().flatten()
+
+    @classmethod
+    def _lay_out_rows(cls, q: Tensor, kv: Tensor, head_dim: int) -> list[Tensor]:
+        """Of every layer before attention its rows, from those of q and those of k and v."""
+        return [q, kv, kv]
 
     def _heads(self) -> tuple[int, int, int]:
         return self.heads_of(self)
@@ -389,7 +413,17 @@ class FusedAttention(ConfiguredWindowAttention):
 
     def _rows(self, parts: list[Table | None]) -> Table | None:
         """The tables of q, k and v for the rows of the one linear layer."""
-        return concatenate(parts, self._splits())
+        table = concatenate(parts, self._splits())
+        return None if table is None else Table(self._lay_out(table.weights, self._heads()[2]))
+
+    @classmethod
+    def _lay_out(cls, features: Tensor, head_dim: int) -> Tensor:
+        """Features `[..., q + k + v]` in the order of the one linear layer's rows."""
+        return features
+
+    @classmethod
+    def _lay_out_rows(cls, q: Tensor, kv: Tensor, head_dim: int) -> list[Tensor]:
+        return [cls._lay_out(torch.cat((q, kv, kv)), head_dim)]
 
     def _project(self, x: Tensor, routes: Routes) -> tuple[Tensor, ...]:
         qkv = call_linear(getattr(self, self.names[0]), x, routes, self._linear_sites()[0])
@@ -402,6 +436,7 @@ class FusedAttention(ConfiguredWindowAttention):
 class GPT2Attention(FusedAttention):
     """That of GPT-2."""
 
+    has_free_heads = False
     names = ("c_attn", "c_proj")
     dropout_name = "resid_dropout"
 
@@ -445,6 +480,7 @@ class NanoGPTAttention(GPT2Attention):
 class NeoXAttention(FusedAttention):
     """That of GPT-NeoX and Pythia: one linear layer makes q, k and v of the first head, of the second, and so on."""
 
+    has_free_heads = False
     names = ("query_key_value", "dense")
 
     @classmethod
@@ -452,13 +488,10 @@ class NeoXAttention(FusedAttention):
         heads = module.config.num_attention_heads
         return heads, heads, module.head_size
 
-    def _rows(self, parts: list[Table | None]) -> Table | None:
-        table = concatenate(parts, self._splits())
-        if table is None:
-            return None
-        heads, _, head_dim = self._heads()
-        by_head = table.weights.view(-1, 3, heads, head_dim).transpose(1, 2)
-        return Table(by_head.reshape(table.num_routes, -1))
+    @classmethod
+    def _lay_out(cls, features: Tensor, head_dim: int) -> Tensor:
+        by_head = features.unflatten(-1, (3, -1, head_dim)).transpose(-3, -2)
+        return by_head.flatten(-3)
 
     def _project(self, x: Tensor, routes: Routes) -> tuple[Tensor, ...]:
         qkv = call_linear(getattr(self, self.names[0]), x, routes, self._linear_sites()[0])
@@ -468,6 +501,7 @@ class NeoXAttention(FusedAttention):
 class NeoAttention(Attention):
     """That of GPT-Neo: scores are not scaled; every other layer has a window."""
 
+    has_free_heads = False
     names = ("q_proj", "k_proj", "v_proj", "out_proj")
     dropout_name = "resid_dropout"
 
@@ -493,3 +527,12 @@ class NeoAttention(Attention):
 
     def _window(self) -> int | None:
         return self.config.window_size if self.attention_type == "local" else None
+
+
+def head_features(chosen: Tensor, group: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Of chosen query heads, bool `[n]`, the features of q `[n * D]`, and of k and v `[n / group * D]`, as bools.
+
+    A key and value head is chosen where all query heads of its group are.
+    """
+    of_groups = chosen.view(-1, group).all(dim=1)
+    return chosen.repeat_interleave(head_dim), of_groups.repeat_interleave(head_dim)

@@ -66,7 +66,7 @@ class DecoderLayer(Swapped):
     @classmethod
     def shape_of(cls, layers: Any) -> Shape:
         """The widths of a model's layers, where no configuration says them."""
-        attention, mlp = cls._attention_of(layers[0]), getattr(layers[0], cls.mlp_name)
+        attention, mlp = cls.attention_of(layers[0]), getattr(layers[0], cls.mlp_name)
         heads, kv_heads, head_dim = cls.attention_kind.heads_of(attention)
         d_model, d_ff = features(getattr(mlp, cls.mlp_kind.names[-1]))
         return Shape(len(layers), d_model, d_ff, heads, kv_heads, head_dim)
@@ -74,7 +74,7 @@ class DecoderLayer(Swapped):
     @classmethod
     def output_biases(cls, layer: nn.Module) -> dict[str, bool]:
         """Whether the output projections of attention and of the MLP have a bias, for a Shape."""
-        attention, mlp = cls._attention_of(layer), getattr(layer, cls.mlp_name, None)
+        attention, mlp = cls.attention_of(layer), getattr(layer, cls.mlp_name, None)
         outputs = (
             getattr(attention, cls.attention_kind.names[-1], None),
             getattr(mlp, cls.mlp_kind.names[-1], None),
@@ -83,11 +83,12 @@ class DecoderLayer(Swapped):
         return dict(zip(("attention_output_bias", "mlp_output_bias"), has_bias, strict=True))
 
     @classmethod
-    def _attention_of(cls, layer: nn.Module) -> Any:
+    def attention_of(cls, layer: nn.Module) -> Any:
+        """The attention module of a decoder layer, routed or not; None where there is none."""
         return getattr(layer, cls.attention_name, None)
 
     def _attention(self) -> nn.Module:
-        return self._attention_of(self)
+        return self.attention_of(self)
 
     def _attention_is_routed(self) -> bool:
         layer = self._routing["layer"]
@@ -199,8 +200,8 @@ class NeoLayer(DecoderLayer):
         self._documents = documents
 
     @classmethod
-    def _attention_of(cls, layer: nn.Module) -> Any:
-        return getattr(super()._attention_of(layer), "attention", None)
+    def attention_of(cls, layer: nn.Module) -> Any:
+        return getattr(super().attention_of(layer), "attention", None)
 
     def _attend(self, x: Tensor, routes: Routes, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
         if not self._attention_is_routed():

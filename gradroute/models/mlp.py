@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..gated_mlp import routed_gated_mlp, routed_glu
@@ -65,11 +66,23 @@ class MLP(Swapped):
             swap_linear(linear, self._op_sites[1], self.backend)
         swap_linear(outer, self._op_sites[3], self.backend)
 
+    @classmethod
+    def size_of(cls, module: Any) -> tuple[int, int]:
+        """The number of hidden units of an MLP that this kind routes, whether it does already or not; and 1."""
+        return features(getattr(module, cls.names[-1]))[1], 1
+
+    @classmethod
+    def features_of(cls, module: Any, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Of chosen units, bool `[n]` of n in all, the rows of each inner layer and the columns of the outer one."""
+        index = chosen.nonzero().flatten()
+        rows = torch.cat([index + block * len(chosen) for block in range(cls.blocks)])
+        return [rows] * (len(cls.names) - 1), index
+
     def _linears(self) -> list[Any]:
         return [getattr(self, name) for name in self.names]
 
     def _d_ff(self) -> int:
-        return features(self._linears()[-1])[1]
+        return self.size_of(self)[0]
 
     def _widths(self) -> Mapping[str, int | str]:
         outer = self._linears()[-1]

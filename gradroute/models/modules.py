@@ -134,9 +134,14 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
+def is_transposed(linear: Any) -> bool:
+    """Whether a linear layer's weight is [I, O], as the Conv1D of transformers stores it, routed or not."""
+    return is_conv1d(linear) or isinstance(linear, Conv1D)
+
+
 def matrix(linear: Any) -> Tensor:  # [O, I]
     """The weight of a readable linear layer as torch.nn.Linear lays it out."""
-    return linear.weight.t() if is_conv1d(linear) or isinstance(linear, Conv1D) else linear.weight
+    return linear.weight.t() if is_transposed(linear) else linear.weight
 
 
 def scale_rows(linear: Any, weights: Tensor) -> None:

@@ -1,0 +1,258 @@
+"""The suite `labels`: what it costs to say which route each of ten million tokens takes."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradroute import labels
+
+from .cases import FORWARD, SECONDS, Case, Findings, Limit, Plan, Variant, attempt
+
+OWN = "gradroute"
+TOKENS = 10_000_000
+MOST_SECONDS = 2.0  # for TOKENS on two cores
+VOCABULARY = 50_257
+WANTED = 1_000  # token ids that are looked up
+NGRAMS = 1_000  # sequences that are looked for, of 1 to LONGEST tokens
+LONGEST = 8
+DOCUMENT = (64, 1024)  # tokens
+FORGET_SHARE = 0.1  # of the documents
+TOPIC_SHARE = 0.2  # of the tokens of forget documents: wanted ones
+SAMPLE = 20_000  # tokens at least, the last documents, that the slow way labels too
+
+CHECKED = (
+    f"on the inputs that are timed: the labels of the last documents, of {SAMPLE} tokens or a few more, exactly those "
+    "of a loop over tokens in Python; counts against numpy's, strengths within 2^-24"
+)
+
+
+class Corpus(NamedTuple):
+    """Tokens of one packed row, and by what they are labelled.
+
+    Attributes:
+        input_ids: `[T]` int64; small ids are the frequent ones.
+        cu_seqlens: `[D + 1]` int64, on the CPU.
+        forget: `[D]` bool: whether a document is of the forget corpus.
+        wanted: token ids, `[WANTED]`, on the CPU.
+        ngrams: token sequences, from the text.
+        sample: from which document on the slow way labels, and from which token.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+    forget: Tensor
+    wanted: Tensor
+    ngrams: list[tuple[int, ...]]
+    sample: tuple[int, int]
+
+
+# By output: the labels of all tokens, or of the sample.
+Labels = dict[str, Tensor]
+
+
+class Entry(NamedTuple):
+    """A case: the ways to label a corpus, the first of them ours, and the slow one, which labels the sample alone."""
+
+    ways: dict[str, Callable[[Corpus], Labels]]
+    slow: Callable[[Corpus], Labels]
+
+
+def corpus(tokens: int, device: torch.device) -> Corpus:
+    """Always the same one."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = (VOCABULARY * torch.rand(tokens, generator=generator) ** 4).long()
+    shortest, longest = DOCUMENT
+    lengths = torch.randint(shortest, longest + 1, (tokens // shortest + 1,), generator=generator)
+    ends = lengths.cumsum(0)
+    ends = torch.cat((ends[ends < tokens], torch.tensor([tokens])))
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0))
+    forget = torch.rand(len(ends), generator=generator) < FORGET_SHARE
+    wanted = torch.randperm(VOCABULARY, generator=generator)[:WANTED]
+    topic = wanted[torch.randint(WANTED, (tokens,), generator=generator)]
+    of_topic = torch.rand(tokens, generator=generator) < TOPIC_SHARE
+    input_ids = torch.where(of_topic & forget.repeat_interleave(cu_seqlens.diff()), topic, input_ids)
+    begins = torch.randint(0, tokens - LONGEST, (NGRAMS,), generator=generator).tolist()
+    of_length = torch.randint(1, LONGEST + 1, (NGRAMS,), generator=generator).tolist()
+    first = int((cu_seqlens <= max(tokens - SAMPLE, 0)).sum()) - 1
+    return Corpus(
+        input_ids.to(device),
+        cu_seqlens,
+        forget.to(device),
+        wanted,
+        [tuple(input_ids[at : at + n].tolist()) for at, n in zip(begins, of_length, strict=True)],
+        (first, int(cu_seqlens[first])),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The ways.
+
+
+def lookup(of: Corpus) -> Labels:
+    return {"mask": labels.match_tokens(of.input_ids, of.wanted)}
+
+
+def lookup_torch(of: Corpus) -> Labels:
+    return {"mask": torch.isin(of.input_ids, of.wanted.to(of.input_ids.device))}
+
+
+def lookup_numpy(of: Corpus) -> Labels:
+    return {"mask": torch.from_numpy(np.isin(of.input_ids.cpu().numpy(), of.wanted.numpy()))}
+
+
+def lookup_slow(of: Corpus) -> Labels:
+    wanted = set(of.wanted.tolist())
+    return {"mask": torch.tensor([token in wanted for token in sampled(of)])}
+
+
+def ngrams(of: Corpus) -> Labels:
+    return {"mask": labels.match_ngrams(of.input_ids, of.ngrams, cu_seqlens=of.cu_seqlens)}
+
+
+def ngrams_slow(of: Corpus) -> Labels:
+    wanted = set(of.ngrams)
+    mask = []
+    for document in sampled_documents(of):
+        found = [False] * len(document)
+        for start in range(len(document)):
+            for stop in range(start + 1, min(start + LONGEST, len(document)) + 1):
+                if tuple(document[start:stop]) in wanted:
+                    found[start:stop] = [True] * (stop - start)
+        mask += found
+    return {"mask": torch.tensor(mask)}
+
+
+def strength(of: Corpus) -> Labels:
+    """Both counts, the strength of each token of the vocabulary, and that of each token of the text, moved."""
+    in_forget = labels.documents(of.forget, cu_seqlens=of.cu_seqlens)
+    everything = labels.token_counts(of.input_ids, VOCABULARY)
+    forget = labels.token_counts(of.input_ids[in_forget], VOCABULARY)
+    table = labels.frequency_strength(forget, everything - forget)
+    return {"counts": forget, "strength": labels.next_token(table[of.input_ids], of.cu_seqlens)}
+
+
+def strength_slow(of: Corpus) -> Labels:
+    ids, lengths = of.input_ids.cpu().numpy(), of.cu_seqlens.diff().numpy()
+    in_forget = np.repeat(of.forget.cpu().numpy(), lengths)
+    forget, retain = (
+        collections.Counter(dict(zip(*np.unique(ids[chosen], return_counts=True), strict=True)))
+        for chosen in (in_forget, ~in_forget)
+    )
+    totals = [sum(counts.values()) + VOCABULARY for counts in (forget, retain)]
+
+    def of_token(token: int) -> float:
+        r = (forget[token] + 1) / totals[0] / ((retain[token] + 1) / totals[1])
+        return 1 / (1 + math.exp(min(-(r - 1 / r - 4), 700)))
+
+    moved = [of_token(token) for document in sampled_documents(of) for token in [*document[1:], document[-1]]]
+    counts = torch.tensor([int(forget[token]) for token in range(VOCABULARY)])
+    return {"counts": counts, "strength": torch.tensor(moved, dtype=torch.float64)}
+
+
+def chain(of: Corpus) -> Labels:
+    """Three rules by priority: n-grams, tokens in forget documents, forget documents; at the positions that predict."""
+    in_forget = labels.documents(of.forget, cu_seqlens=of.cu_seqlens)
+    found = labels.match_ngrams(of.input_ids, of.ngrams, cu_seqlens=of.cu_seqlens)
+    wanted = labels.match_tokens(of.input_ids, of.wanted) & in_forget
+    ids = labels.prioritise({1: found, 2: wanted, 3: in_forget})
+    return {"ids": labels.next_token(ids, of.cu_seqlens)}
+
+
+def chain_slow(of: Corpus) -> Labels:
+    masks = zip(lookup_slow(of)["mask"].tolist(), ngrams_slow(of)["mask"].tolist(), strict=True)
+    moved: list[int] = []
+    for document, in_forget in zip(sampled_documents(of), of.forget[of.sample[0] :].tolist(), strict=True):
+        ids = []
+        for _ in document:
+            wanted, found = next(masks)
+            ids.append(1 if found else 2 if wanted and in_forget else 3 if in_forget else 0)
+        moved += [*ids[1:], ids[-1]]
+    return {"ids": torch.tensor(moved)}
+
+
+def sampled(of: Corpus) -> list[int]:
+    return of.input_ids[of.sample[1] :].tolist()
+
+
+def sampled_documents(of: Corpus) -> list[list[int]]:
+    bounds = of.cu_seqlens[of.sample[0] :].tolist()
+    tokens = sampled(of)
+    start = of.sample[1]
+    return [tokens[a - start : b - start] for a, b in itertools.pairwise(bounds)]
+
+
+#: By name. Their times are with all that is made from Python lists, such as the trie of the n-grams.
+CASES = {
+    f"{WANTED} token ids": Entry(
+        {OWN: lookup, "torch.isin": lookup_torch, "numpy.isin": lookup_numpy}, lookup_slow
+    ),
+    f"{NGRAMS} n-grams": Entry({OWN: ngrams}, ngrams_slow),
+    "strength by frequency": Entry({OWN: strength}, strength_slow),
+    "three rules by priority": Entry({OWN: chain}, chain_slow),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def plans(device: torch.device, lengths: tuple[int, ...] = ()) -> list[Plan]:
+    """Every case, or every one with corpora of other lengths; the limit is of TOKENS on the CPU."""
+    return [
+        Plan(
+            "labels",
+            f"labels, {name}" + (f", {tokens} tokens" if lengths else ""),
+            "labels",
+            {"tokens": tokens, "vocabulary": VOCABULARY},
+            partial(case, entry, tokens, device),
+        )
+        for tokens in lengths or (TOKENS,)
+        for name, entry in CASES.items()
+    ]
+
+
+def case(entry: Entry, tokens: int, device: torch.device) -> Case:
+    of = corpus(tokens, device)
+    has_limit = tokens == TOKENS and device.type == "cpu"
+    return Case(
+        variants={
+            name: Variant(partial(_steps, way, of), is_rival=name != OWN) for name, way in entry.ways.items()
+        },
+        rivals=tuple(name for name in entry.ways if name != OWN) or (OWN,),
+        examine=partial(examine, entry, of),
+        checked=CHECKED,
+        modes=(FORWARD,),
+        limits=(Limit(OWN, "", MOST_SECONDS, SECONDS, FORWARD),) if has_limit else (),
+        tokens=tokens,
+    )
+
+
+def _steps(way: Callable[[Corpus], Labels], of: Corpus, mode: str) -> list[Callable[[], Labels]]:
+    return [partial(way, of)]
+
+
+def examine(entry: Entry, of: Corpus, variants: Mapping[str, Any]) -> Findings:
+    """Each way's labels of the sample, against the slow way's."""
+    expected = entry.slow(of)
+    return {name: attempt(partial(compared, entry.ways[name], of, expected)) for name in variants}
+
+
+def compared(way: Callable[[Corpus], Labels], of: Corpus, expected: Labels) -> dict[str, Any]:
+    for name, got in way(of).items():
+        wanted = expected[name]
+        part = got.cpu()[-len(wanted) :]
+        close = (
+            2.0**-24 if wanted.is_floating_point() else 0.0
+        )  # fp32 with a complement taken twice: half an ulp of 1
+        different = (part.double() - wanted.double()).abs() > close
+        if part.shape != wanted.shape or bool(different.any()):
+            return {"wrong": f"{name}: {int(different.sum())} of {len(wanted)} are not those of the slow way"}
+    return {}

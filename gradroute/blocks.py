@@ -1,0 +1,494 @@
+"""Blocks: a part of a model's parameters by name, such as the hidden units and heads that one route's tokens train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import RoutedAttention, RoutedGatedMLP, RoutedMLP
+from .models.architectures import Architecture, part
+from .models.attention import head_features
+from .models.lora import is_adapter
+from .models.modules import is_dtensor, is_transposed, matrix
+from .models.routing import architecture_of, inner_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Which = int | slice | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Units:
+    """Hidden units between linear layers of a module that gradroute does not know, by the submodules' paths.
+
+    Attributes:
+        inputs: the layers that make the units: their outputs are the units, one for one.
+        outputs: the layers that read them: their inputs are the units.
+    """
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows or columns of one parameter.
+
+    Attributes:
+        parameter: its name in `model.named_parameters()`.
+        dim: along which dimension of the parameter `index` counts.
+        index: int64 `[n]`, ascending, on the CPU.
+        size: how many there are along the dimension.
+        role: "input" makes the block's units (rows of the layers before them, and their biases), "output" reads them
+            (columns of the layer after them): where those are 0 the block has no influence; "other" is neither.
+    """
+
+    parameter: str
+    dim: int
+    index: Tensor
+    size: int
+    role: str = "other"
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """A copy of the piece, detached."""
+        return parameter.detach().index_select(self.dim, self.index.to(parameter.device))
+
+    def write(self, parameter: Tensor, values: Tensor | float) -> None:
+        """Overwrites the piece, in place."""
+        index = self.index.to(parameter.device)
+        with torch.no_grad():
+            if isinstance(values, Tensor):
+                parameter.index_copy_(self.dim, index, values.to(parameter))
+            else:
+                parameter.index_fill_(self.dim, index, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A block's share of one module.
+
+    Attributes:
+        module: the module's path.
+        what: "units" or "heads": whole ones, which can be taken out; "parameters": anything else.
+        index: int64 `[n]`, which units or heads, ascending; empty for parameters.
+        pieces: of the parameters of the module.
+        size: how many units or heads the module has.
+        group: how many heads share a key and value head; 1 for units.
+    """
+
+    module: str
+    what: str
+    index: Tensor
+    pieces: tuple[Piece, ...]
+    size: int = 0
+    group: int = 1
+
+
+class Block:
+    """Rows and columns of a model's parameters: of hidden units, of heads, or of anything.
+
+    A block holds names and indices, no tensors of the model: the same one serves copies of the model, routed or not,
+    until `gradroute.era` changes their shape. Blocks that do not overlap are joined by `|`.
+
+    Attributes:
+        parts: by module.
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.parts = tuple(parts)
+        if not self.parts:
+            raise ValueError("parts: got none, expected at least one")
+
+    @classmethod
+    def units(
+        cls,
+        model: nn.Module,
+        units: Which,
+        *,
+        layers: Collection[int] | None = None,
+        between: Units | Sequence[Units] | None = None,
+        architecture: Architecture | None = None,
+    ) -> Self:
+        """Hidden units of MLPs: their rows of the layers before them, with the biases, and columns of that after.
+
+        Args:
+            model: a model of transformers that `gradroute.models.route` takes, routed or not, or a module with
+                RoutedMLP or RoutedGatedMLP layers, or any other with `between`.
+            units: how many, counted from the last; or which (slice or indices).
+            layers: of which decoder layers, or of which of the module's MLPs in their order; default: all.
+            between: where the units are in a module that gradroute does not know.
+            architecture: see `gradroute.models.route`.
+
+        Raises:
+            TypeError: linear layers with adapters, or sharded ones; no such architecture.
+            ValueError: no such units or layers, or none chosen.
+        """
+        return cls(_parts(find_widths(model, "units", between, architecture), "units", units, layers))
+
+    @classmethod
+    def heads(
+        cls,
+        model: nn.Module,
+        heads: Which,
+        *,
+        layers: Collection[int] | None = None,
+        architecture: Architecture | None = None,
+    ) -> Self:
+        """Query heads of attention: their rows of q, and columns of the output projection.
+
+        Rows of k and v belong to the block where all query heads that share them do.
+
+        Args:
+            model: see `units`, with RoutedAttention layers.
+            heads: how many, counted from the last; or which (slice or indices).
+            layers: of which layers; default: all.
+            architecture: see `gradroute.models.route`.
+
+        Raises:
+            TypeError: linear layers with adapters, or sharded ones; no such architecture.
+            ValueError: no such heads or layers, or none chosen.
+        """
+        return cls(_parts(find_widths(model, "heads", None, architecture), "heads", heads, layers))
+
+    @classmethod
+    def of(cls, model: nn.Module, pieces: Mapping[str, tuple[int, Which]]) -> Self:
+        """Rows or columns of any parameters: name → (dim, which), such as `{"fc.weight": (0, slice(0, 8))}`.
+
+        Raises:
+            ValueError: no such parameter or dimension, an index out of range, or nothing chosen.
+        """
+        parameters = dict(model.named_parameters())
+        chosen = []
+        for name, (dim, which) in pieces.items():
+            if name not in parameters:
+                raise ValueError(f"pieces: got {name!r}, expected the name of one of the model's parameters")
+            if not 0 <= dim < parameters[name].dim():
+                raise ValueError(
+                    f"pieces[{name!r}]: got dimension {dim} of a parameter {list(parameters[name].shape)}"
+                )
+            index = _indices(f"pieces[{name!r}]", which, parameters[name].shape[dim])
+            chosen.append(Piece(name, dim, index, parameters[name].shape[dim]))
+        return cls([Part("", "parameters", torch.empty(0, dtype=torch.int64), tuple(chosen))])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it consists of whole units and heads, which can be gated and taken out."""
+        return all(part_.what != "parameters" for part_ in self.parts)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Of all parts."""
+        return tuple(piece for part_ in self.parts for piece in part_.pieces)
+
+    def __or__(self, other: Block) -> Block:
+        if not isinstance(other, Block):
+            return NotImplemented
+        for one in self.pieces:
+            for two in other.pieces:
+                if one.parameter == two.parameter and _overlap(one, two):
+                    raise ValueError(
+                        f"blocks: got two that overlap in {one.parameter}, expected disjoint ones"
+                    )
+        return Block(self.parts + other.parts)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of its state_dict: a piece's number and its parameter's name."""
+        return [f"{i}.{piece.parameter}" for i, piece in enumerate(self.pieces)]
+
+    def parameters(self, model: nn.Module) -> list[tuple[Piece, nn.Parameter]]:
+        """Every piece with its parameter.
+
+        Raises:
+            ValueError: the model is not of the shape that the block was made for.
+        """
+        named = dict(inner_model(model).named_parameters(remove_duplicate=False))
+        found = []
+        for piece in self.pieces:
+            parameter = named.get(piece.parameter)
+            size = -1 if parameter is None or piece.dim >= parameter.dim() else parameter.shape[piece.dim]
+            if parameter is None or size != piece.size:
+                shape = "none" if parameter is None else f"one of shape {list(parameter.shape)}"
+                raise ValueError(
+                    f"block: got one of a model whose {piece.parameter} has {piece.size} in dimension {piece.dim}, "
+                    f"and the model has {shape}; expected a block of it: make it again after a change of shape"
+                )
+            found.append((piece, parameter))
+        return found
+
+    def tensors(self, model: nn.Module) -> list[Tensor]:
+        """Copies of the pieces, detached, in the order of `pieces`."""
+        return [piece.of(parameter) for piece, parameter in self.parameters(model)]
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """By the name of a parameter, of its shape and on its device: True where an element is the block's."""
+        masks: dict[str, Tensor] = {}
+        for piece, parameter in self.parameters(model):
+            mask = masks.setdefault(
+                piece.parameter, torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+            )
+            mask.index_fill_(piece.dim, piece.index.to(parameter.device), True)
+        return masks
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Copies of the block's parameters, by "number.parameter": `load_state_dict` puts them back."""
+        return dict(zip(self.keys, self.tensors(model), strict=True))
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Writes into the model what `state_dict` read, from this model or another one of its shape.
+
+        Raises:
+            ValueError: keys or shapes are not the block's. Nothing has changed then.
+        """
+        present = self.state_dict(model)
+        if state.keys() != present.keys():
+            strange = sorted(state.keys() ^ present.keys())
+            raise ValueError(f"state: got keys that differ from the block's in {strange[:4]}")
+        for key, values in present.items():
+            if state[key].shape != values.shape:
+                raise ValueError(
+                    f"state[{key!r}]: got shape {list(state[key].shape)}, expected {list(values.shape)}"
+                )
+        for key, (piece, parameter) in zip(self.keys, self.parameters(model), strict=True):
+            piece.write(parameter, state[key])
+
+    def has_influence(self, model: nn.Module) -> bool:
+        """Whether the model computes anything with the block: not where all that reads its units is 0.
+
+        Raises:
+            ValueError: a block of parameters, of which nobody knows.
+        """
+        if not self.is_whole:
+            raise ValueError(
+                "block: got one of parameters, expected one of units or heads (Block.units, Block.heads)"
+            )
+        return any(
+            bool(piece.of(parameter).any())
+            for piece, parameter in self.parameters(model)
+            if piece.role == "output"
+        )
+
+    def __repr__(self) -> str:
+        counts: dict[str, int] = {}
+        for part_ in self.parts:
+            counts[part_.what] = counts.get(part_.what, 0) + len(part_.index)
+        parts = ", ".join(f"{count} {what}" if count else what for what, count in counts.items())
+        return f"Block({parts} of {len({part_.module for part_ in self.parts})} modules)"
+
+
+def check_disjoint(blocks: Mapping[str, Block], model: nn.Module) -> None:
+    """Raises ValueError where two of the named blocks have an element of a parameter in common."""
+    owners: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, block in blocks.items():
+        for parameter, mask in block.masks(model).items():
+            for other, taken in owners.setdefault(parameter, []):
+                common = int((mask & taken).sum())
+                if common:
+                    raise ValueError(
+                        f"blocks: got {other!r} and {name!r}, which overlap in {common} elements of {parameter}; "
+                        "expected disjoint ones"
+                    )
+            owners[parameter].append((name, mask))
+
+
+@dataclass(frozen=True)
+class Width:
+    """Where a module's units or heads are in its linear layers.
+
+    Attributes:
+        path: of the module.
+        module: itself.
+        size: how many units or heads it has.
+        inputs: the paths of the layers that make them.
+        outputs: the paths of those that read them.
+        features: of chosen units or heads, bool `[n]` of n in all, the rows of each of the inputs and the columns of
+            the outputs; n need not be `size`.
+        group: how many heads share a key and value head; 1 for units.
+    """
+
+    path: str
+    module: Any
+    size: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    features: Callable[[Tensor], tuple[list[Tensor], Tensor]]
+    group: int = 1
+
+    def linears(self, paths: Sequence[str]) -> list[tuple[str, Any]]:
+        """Linear layers by their full paths."""
+        return [(_join(self.path, path), self.module.get_submodule(path)) for path in paths]
+
+    def pieces(self, chosen: Tensor) -> tuple[Piece, ...]:
+        """What chosen units or heads own of the parameters, see `features`."""
+        rows, columns = self.features(chosen)
+        all_rows, all_columns = self.features(torch.ones_like(chosen))
+        pieces = []
+        for (path, linear), index, every in zip(self.linears(self.inputs), rows, all_rows, strict=True):
+            if not len(index):
+                continue  # k and v of a group of which a head stays
+            pieces.append(Piece(f"{path}.weight", int(is_transposed(linear)), index, len(every), "input"))
+            if linear.bias is not None:
+                pieces.append(Piece(f"{path}.bias", 0, index, len(every), "input"))
+        for path, linear in self.linears(self.outputs):
+            dim = 1 - int(is_transposed(linear))
+            pieces.append(Piece(f"{path}.weight", dim, columns, len(all_columns), "output"))
+        return tuple(pieces)
+
+
+def find_widths(
+    model: nn.Module,
+    what: str,
+    between: Units | Sequence[Units] | None = None,
+    architecture: Architecture | None = None,
+) -> list[Width]:
+    """Where a model's hidden units ("units") or heads ("heads") are, layer by layer.
+
+    Raises:
+        TypeError: linear layers with adapters, or sharded ones; no such architecture.
+        ValueError: nothing of the kind in the model, or layers of `between` that do not fit together.
+    """
+    inner = inner_model(model)
+    if between is not None:
+        widths = [
+            _width_between(inner, units) for units in ([between] if isinstance(between, Units) else between)
+        ]
+    elif (own := _own_layers(inner, what)) and architecture is None:
+        widths = own
+    else:
+        widths = _decoder_widths(
+            inner, what, architecture_of(inner) if architecture is None else architecture
+        )
+    for width in widths:
+        for path, linear in width.linears((*width.inputs, *width.outputs)):
+            _check_readable(path, linear)
+    return widths
+
+
+def _own_layers(model: nn.Module, what: str) -> list[Width]:
+    """Those of gradroute's own layers, in the module's order."""
+    kinds: tuple[type[nn.Module], ...] = (
+        (RoutedMLP, RoutedGatedMLP) if what == "units" else (RoutedAttention,)
+    )
+    widths = []
+    for path, module in model.named_modules():
+        if isinstance(module, kinds):
+            *inputs, output = module.names  # type: ignore[misc]
+            features: Callable[[Tensor], tuple[list[Tensor], Tensor]]
+            if isinstance(module, RoutedAttention):
+                size, group = module.heads, module.heads // module.kv_heads
+                features = partial(_separate_heads, group, module.head_dim)
+            else:
+                size, group = matrix(module.get_submodule(output)).shape[1], 1
+                features = partial(_one_for_one, len(inputs))
+            widths.append(Width(path, module, size, tuple(inputs), (output,), features, group))
+    return widths
+
+
+def _decoder_widths(model: nn.Module, what: str, architecture: Architecture) -> list[Width]:
+    layer = architecture.layer
+    kind: Any = layer.mlp_kind if what == "units" else layer.attention_kind
+    paths = {module: path for path, module in model.named_modules()}
+    widths = []
+    for decoder in part(model, architecture.layers):
+        module = getattr(decoder, layer.mlp_name) if what == "units" else layer.attention_of(decoder)
+        kind.check_module(module)
+        *inputs, output = kind.names
+        size, group = kind.size_of(module)
+        features = partial(kind.features_of, module)
+        widths.append(Width(paths[module], module, size, tuple(inputs), (output,), features, group))
+    return widths
+
+
+def _width_between(model: nn.Module, units: Units) -> Width:
+    if not units.inputs or not units.outputs:
+        raise ValueError(f"between: got {units}, expected inputs and outputs")
+    sizes = {}
+    for paths, dim in ((units.inputs, 0), (units.outputs, 1)):
+        for path in paths:
+            try:
+                linear = model.get_submodule(path)
+            except AttributeError:
+                raise ValueError(f"between: got {path!r}, expected the path of a submodule") from None
+            _check_readable(path, linear)
+            sizes[path] = matrix(linear).shape[dim]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"between: got layers of different numbers of units, {sizes}, expected one number")
+    size = next(iter(sizes.values()))
+    features = partial(_one_for_one, len(units.inputs))
+    return Width("", model, size, tuple(units.inputs), tuple(units.outputs), features)
+
+
+def _one_for_one(inputs: int, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Every unit is one row of each input."""
+    index = chosen.nonzero().flatten()
+    return [index] * inputs, index
+
+
+def _separate_heads(group: int, head_dim: int, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
+    """q, k and v are layers of their own."""
+    q, kv = head_features(chosen, group, head_dim)
+    return [q.nonzero().flatten(), *[kv.nonzero().flatten()] * 2], q.nonzero().flatten()
+
+
+def _check_readable(path: str, linear: Any) -> None:
+    """Raises where a linear layer's own parameters are not all that it computes with, or are distributed."""
+    if is_adapter(linear) or any(map(is_dtensor, linear.parameters(recurse=False))):
+        raise TypeError(
+            f"{path}: got adapters or sharded parameters, expected a plain linear layer: merge adapters first "
+            "(merge_and_unload), and do this before sharding"
+        )
+    if not isinstance(linear, nn.Linear) and not is_transposed(linear):
+        raise TypeError(f"{path}: got a {type(linear).__name__}, expected a torch.nn.Linear")
+
+
+def _parts(widths: list[Width], what: str, which: Which, layers: Collection[int] | None) -> list[Part]:
+    chosen = sorted(range(len(widths)) if layers is None else set(layers))
+    unknown = [i for i in chosen if i not in range(len(widths))]
+    if unknown or not chosen:
+        raise ValueError(f"layers: got {unknown or 'none'}, expected indices from 0 to {len(widths) - 1}")
+    parts = []
+    for i in chosen:
+        index = _indices(what, which, widths[i].size)
+        selected = torch.zeros(widths[i].size, dtype=torch.bool, device="cpu").index_fill_(0, index, True)
+        pieces = widths[i].pieces(selected)
+        parts.append(Part(widths[i].path, what, index, pieces, widths[i].size, widths[i].group))
+    return parts
+
+
+def _indices(name: str, which: Which, size: int) -> Tensor:  # [n], ascending
+    if isinstance(which, bool):
+        raise TypeError(f"{name}: got {which}, expected a number, a slice or indices")
+    if isinstance(which, int):
+        if not 1 <= which <= size:
+            raise ValueError(f"{name}: got {which}, expected 1 to {size}")
+        which = slice(size - which, size)
+    if isinstance(which, slice):
+        index = torch.arange(size, device="cpu")[which]
+    else:
+        index = torch.as_tensor(which, device="cpu").flatten()
+        if len(index) and (index.dtype == torch.bool or index.is_floating_point()):
+            raise TypeError(f"{name}: got indices of dtype {index.dtype}, expected integers")
+        outside = (index < -size) | (index >= size)
+        if outside.any():
+            raise ValueError(
+                f"{name}: got index {int(index[outside][0])}, expected -{size} <= index < {size}"
+            )
+        index = (index.long() % size).unique()  # also sorts
+    if not len(index):
+        raise ValueError(f"{name}: got {which}, which chooses none of {size}")
+    return index
+
+
+def _overlap(one: Piece, two: Piece) -> bool:
+    """Rows and columns of one matrix always cross."""
+    return one.dim != two.dim or bool(torch.isin(one.index, two.index).any())
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

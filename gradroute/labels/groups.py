@@ -1,0 +1,188 @@
+"""One label for many tokens: of documents, samples and episodes; and labels of the token to be predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import as_bounds, as_integers, as_numbers, as_row, as_tensor, check_all, check_like, check_row
+
+
+def documents(labels: Any, lengths: Any = None, *, cu_seqlens: Any = None) -> Tensor:
+    """The labels of documents, for the tokens of one packed row. `documents(torch.arange(D), lengths)` numbers them.
+
+    Args:
+        labels: `[D]` ids, strengths or bools.
+        lengths: `[D]` integers, 0 or more: the tokens of each document; or
+        cu_seqlens: `[D + 1]` integers from 0, where each starts and the last ends. Either is read on the host, which
+            waits for the device where it is there.
+
+    Returns:
+        `[T]`, of the labels' dtype and device.
+
+    Raises:
+        TypeError: both or neither of `lengths` and `cu_seqlens`, or not integers.
+        ValueError: of another number than the labels, or not lengths.
+    """
+    labels = as_row("labels", labels)
+    if (lengths is None) == (cu_seqlens is None):
+        raise TypeError("lengths, cu_seqlens: got both or neither, expected one of them")
+    if lengths is not None:
+        name, sizes = "lengths", as_integers("lengths", lengths).cpu()
+        check_row("lengths", sizes, len(labels), "as many as labels")
+    else:
+        name, bounds = "cu_seqlens", as_integers("cu_seqlens", cu_seqlens).cpu()
+        check_row("cu_seqlens", bounds, len(labels) + 1, "one more than labels")
+        if bounds[0] != 0:
+            raise ValueError(f"cu_seqlens: got {int(bounds[0])} as the first, expected 0")
+        sizes = bounds.diff()
+    check_all(name, sizes, sizes >= 0, "lengths of 0 or more")
+    return labels.repeat_interleave(sizes.to(labels.device), output_size=int(sizes.sum()))
+
+
+def samples(labels: Any, shape: Sequence[int]) -> Tensor:
+    """The labels of samples, for all their tokens.
+
+    Args:
+        labels: `[B]` ids, strengths or bools.
+        shape: `[B, ...]`, usually `input_ids.shape`.
+
+    Returns:
+        `shape`, of the labels' dtype and device.
+
+    Raises:
+        ValueError: as many labels as `shape` has no rows.
+    """
+    labels = as_row("labels", labels)
+    shape = tuple(shape)
+    if not shape or shape[0] != len(labels):
+        raise ValueError(f"labels: got {len(labels)}, expected one for each row of the shape {list(shape)}")
+    return labels.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
+
+
+def episode_numbers(*, starts: Any = None, dones: Any = None) -> Tensor:
+    """Which episode each step of a rollout belongs to.
+
+    A step that is *done* is the last of its episode (Gymnasium's `terminated | truncated`, of that very step); what
+    follows it begins a new one. A step that *starts* is the first of its episode (`episode_starts` of
+    stable-baselines3). The first step of every environment begins an episode, though it may go on with one of the
+    rollout before.
+
+    Args:
+        starts: `[time, environments]` bools; or
+        dones: the same.
+
+    Returns:
+        int64 `[time, environments]`: 0, 1, ... in the order of the environments, and of time in each.
+
+    Raises:
+        TypeError: both or neither; not bools.
+        ValueError: not two-dimensional.
+    """
+    first = _episode_starts(starts, dones)
+    return first.T.reshape(-1).cumsum(0).sub_(1).view(first.T.shape).T.contiguous()
+
+
+def _episode_starts(starts: Any, dones: Any) -> Tensor:
+    """`[time, environments]` bool: whether the step is the first of its episode in the rollout; new memory."""
+    if (starts is None) == (dones is None):
+        raise TypeError("starts, dones: got both or neither, expected one of them")
+    name, given = ("starts", starts) if dones is None else ("dones", dones)
+    flags = as_tensor(name, given)
+    if flags.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {flags.dtype}, expected bool")
+    if flags.dim() != 2:
+        raise ValueError(f"{name}: got shape {list(flags.shape)}, expected [time, environments]")
+    first = torch.ones_like(flags)
+    first[1:] = flags[1:] if dones is None else flags[:-1]
+    return first
+
+
+def episodes(labels: Any, *, starts: Any = None, dones: Any = None, take: str = "first") -> Tensor:
+    """The labels of episodes, for all steps of a rollout.
+
+    Args:
+        labels: one for each episode, `[E]`, in the order of `episode_numbers`: then the host waits for the device, to
+            compare their numbers. Or one for each step, `[time, environments]`, of which every episode takes one.
+        starts: `[time, environments]` bools, the first steps of episodes; or
+        dones: the last steps: what follows one begins a new episode. See `episode_numbers`.
+        take: of labels for each step, that of the episode's "first" step in the rollout, or of its "last", for what is
+            known at the end. An episode that goes on after the rollout has its last step there at the rollout's end.
+
+    Returns:
+        `[time, environments]`, of the labels' dtype and device.
+
+    Raises:
+        TypeError: both or neither of `starts` and `dones`; not bools.
+        ValueError: labels of another number or shape, or on another device; another `take`.
+    """
+    if take not in ("first", "last"):
+        raise ValueError(f"take: got {take!r}, expected 'first' or 'last'")
+    labels = as_numbers("labels", labels, bools=True)
+    first = _episode_starts(starts, dones)
+    name = "starts" if dones is None else "dones"
+    if labels.device != first.device:
+        raise ValueError(
+            f"labels: got a tensor on {labels.device}, expected the device of {name} {first.device}"
+        )
+    if labels.dim() == 1:
+        number = int(first.sum())
+        if len(labels) != number:
+            raise ValueError(f"labels: got {len(labels)}, expected {number}, one for each episode in {name}")
+        return labels[episode_numbers(starts=first)]
+    check_like("labels", labels, name, first)
+    return labels.gather(0, _first_steps(first) if take == "first" else _last_steps(first))
+
+
+def _first_steps(first: Tensor) -> Tensor:
+    """`[time, environments]` int64: when the episode of the step began."""
+    time = torch.arange(len(first), device=first.device).unsqueeze(1)
+    return torch.where(first, time, 0).cummax(0)[0]
+
+
+def _last_steps(first: Tensor) -> Tensor:
+    """`[time, environments]` int64: when the episode of the step ends."""
+    last = torch.ones_like(first)
+    last[:-1] = first[1:]
+    return len(first) - 1 - _first_steps(last.flip(0)).flip(0)
+
+
+def next_token(labels: Any, cu_seqlens: Any = None, *, attention_mask: Any = None) -> Tensor:
+    """Labels moved to the positions that predict their tokens: position t takes those of the token at t + 1.
+
+    A mask is applied to all gradient that arrives at a position, and a causal language model predicts token t + 1 at
+    position t. The last position of a row or document predicts nothing and keeps its own: the rule of
+    `RouteCollator(align="next_token")`, to be used instead of it.
+
+    Args:
+        labels: `[*, S]` ids, strengths or bools.
+        cu_seqlens: integers `[documents + 1]` from 0 to T, of one packed row. Checked where it is on the host.
+        attention_mask: `[*, S]` bools or zeros and ones, of rows that are padded on the right: the last token before
+            the padding keeps its own, and so does padding.
+
+    Returns:
+        New memory of the labels' shape, dtype and device.
+
+    Raises:
+        TypeError: labels or bounds of another kind.
+        ValueError: a number without a dimension; `cu_seqlens` as in `match_ngrams`; a mask of another shape; both.
+    """
+    labels = as_numbers("labels", labels, bools=True)
+    if labels.dim() == 0:
+        raise ValueError("labels: got one number, expected labels of tokens, [*, S]")
+    if cu_seqlens is not None and attention_mask is not None:
+        raise ValueError("cu_seqlens, attention_mask: got both, expected a packed row or padded ones")
+    moved = torch.cat((labels[..., 1:], labels[..., -1:]), dim=-1)
+    if cu_seqlens is not None:
+        last = as_bounds(cu_seqlens, labels)[1:] - 1
+        if labels.numel():
+            # Empty documents do no harm: they name the last position of the one before, or -1, the row's.
+            moved.view(-1)[last] = labels.reshape(-1)[last]
+    if attention_mask is not None:
+        mask = as_tensor("attention_mask", attention_mask)
+        check_like("attention_mask", mask, "labels", labels)
+        moved[..., :-1] = torch.where(mask[..., 1:] != 0, moved[..., :-1], labels[..., :-1])
+    return moved

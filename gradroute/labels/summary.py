@@ -1,0 +1,198 @@
+"""What was labelled: shares of the routes, and examples in context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..routes import MAX_ROUTES
+from .arguments import as_bounds, as_integers, as_tensor, check_int, check_like, check_range
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many tokens take each route, with examples. `str` makes a plain table of it, rich prints a richer one.
+
+    Attributes:
+        names: of the routes `[R]`.
+        counts: tokens of each route `[R]`.
+        examples: of each route `[R]`, its runs of tokens in [brackets] with what stands around them.
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    examples: tuple[tuple[str, ...], ...]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of the tokens of each route `[R]`; zeros where there are no tokens."""
+        total = max(sum(self.counts), 1)
+        return tuple(count / total for count in self.counts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as what JSON can hold: "tokens", and by route "route", "name", "tokens", "share", "examples"."""
+        rows = zip(self.names, self.counts, self.shares, self.examples, strict=True)
+        routes = [
+            {"route": route, "name": name, "tokens": count, "share": share, "examples": list(examples)}
+            for route, (name, count, share, examples) in enumerate(rows)
+        ]
+        return {"tokens": sum(self.counts), "routes": routes}
+
+    def _cells(self) -> list[tuple[str, str, str, str]]:
+        rows = zip(self.names, self.counts, self.shares, strict=True)
+        return [(str(route), *_cells_of(*row)) for route, row in enumerate(rows)]
+
+    def __str__(self) -> str:
+        lines = [("route", "name", "tokens", "share"), *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = []
+        for line, examples in zip(lines, ((), *self.examples), strict=True):
+            route, name, tokens, share = (
+                cell.ljust(width) if place < 2 else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            text.append(f"{route}  {name}  {tokens}  {share}")
+            text += [f"    {example}" for example in examples]
+        return "\n".join(text)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("route", "name")
+        table.add_column("tokens", justify="right")
+        table.add_column("share", justify="right")
+        table.add_column("examples")
+        for (route, name, tokens, share), examples in zip(self._cells(), self.examples, strict=True):
+            # Text, not str: rich would read the brackets as markup.
+            table.add_row(route, Text(name), tokens, share, Text("\n".join(examples)))
+        return table
+
+
+def _cells_of(name: str, count: int, share: float) -> tuple[str, str, str]:
+    return name, f"{count:,}", f"{share:.2%}"
+
+
+def summarize(
+    ids: Any,
+    routes: int | Sequence[str],
+    input_ids: Any = None,
+    tokenizer: Any = None,
+    examples: int = 3,
+    context: int = 6,
+    cu_seqlens: Any = None,
+) -> Summary:
+    """How many tokens take each route, with examples of them. The host waits for the device.
+
+    Args:
+        ids: integers or bools `[*tokens]`, each in `[0, R)`.
+        routes: R, or the routes' names.
+        input_ids: integers `[*tokens]`, the tokens: without them there are no examples.
+        tokenizer: one of transformers or `tokenizers`, to write the examples as text; without it, as token ids.
+        examples: of every route at the most, evenly spread over its runs.
+        context: how many tokens of the same row are shown before and after a run, and at the most of a run.
+        cu_seqlens: integers `[documents + 1]` from 0 to T, of one packed row: examples then keep to their document.
+
+    Raises:
+        TypeError: ids that are not integers, names that are not strings.
+        ValueError: ids out of range; `input_ids` of another shape; negative numbers; `cu_seqlens` as in `match_ngrams`.
+    """
+    given = as_tensor("ids", ids)
+    route_ids = (given.long() if given.dtype == torch.bool else as_integers("ids", given)).cpu()
+    names = _names(routes)
+    check_range("ids", route_ids, len(names), "number of routes")
+    check_int("examples", examples, 0)
+    check_int("context", context, 1)
+    counts = torch.bincount(route_ids.reshape(-1), minlength=len(names)).tolist()
+    shown: tuple[tuple[str, ...], ...] = ((),) * len(names)
+    if input_ids is not None:
+        tokens = as_integers("input_ids", input_ids).cpu()
+        check_like("input_ids", tokens, "ids", route_ids)
+        bounds = _row_bounds(route_ids) if cu_seqlens is None else as_bounds(cu_seqlens, route_ids)
+        write = _writer(tokenizer)
+        shown = tuple(
+            tuple(_example(tokens, run, context, write) for run in runs)
+            for runs in _chosen_runs(route_ids.reshape(-1).long(), bounds, len(names), examples)
+        )
+    return Summary(names, tuple(counts), shown)
+
+
+def _names(routes: int | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(routes, int):
+        check_int("routes", routes, 1, MAX_ROUTES)
+        return tuple(f"route {route}" for route in range(routes))
+    if isinstance(routes, str) or not all(isinstance(name, str) for name in routes):
+        raise TypeError(f"routes: got {routes!r}, expected the number of routes, or their names")
+    check_int("routes, their number", len(routes), 1, MAX_ROUTES)
+    return tuple(routes)
+
+
+def _row_bounds(ids: Tensor) -> Tensor:
+    """Where the rows of ids start and the last ends, as `cu_seqlens`."""
+    return torch.arange(0, ids.numel() + 1, max(ids.shape[-1] if ids.dim() else 1, 1), device="cpu")
+
+
+class _Run(NamedTuple):
+    """Tokens in a row of one route, and the row or document they are in; flat positions."""
+
+    start: int
+    stop: int
+    row_start: int
+    row_stop: int
+
+
+def _chosen_runs(ids: Tensor, bounds: Tensor, num_routes: int, number: int) -> list[list[_Run]]:
+    """Of every route so many of its runs in flat ids `[T]`, evenly spread; no run crosses one of the bounds."""
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[1:] = ids[1:] != ids[:-1]
+    begins[bounds[bounds < len(ids)]] = True
+    starts = begins.nonzero().squeeze(1)
+    stops = torch.cat((starts[1:], starts.new_full((1,), len(ids))))
+    of_runs = ids[starts]
+    order = of_runs.sort(stable=True)[1]
+    chosen, before = [], 0
+    for count in torch.bincount(of_runs, minlength=num_routes).tolist():
+        shown = min(number, count)
+        run = order[[before + place * count // shown for place in range(shown)]]
+        row = torch.searchsorted(bounds, starts[run], right=True)
+        places = torch.stack((starts[run], stops[run], bounds[row - 1], bounds[row]), dim=1)
+        chosen.append([_Run(*place) for place in places.tolist()])
+        before += count
+    return chosen
+
+
+def _example(tokens: Tensor, run: _Run, context: int, write: Callable[[list[int]], str]) -> str:
+    """A run in its context: "… was a [tree] on the …"."""
+    flat = tokens.reshape(-1)
+    first, last = max(run.row_start, run.start - context), min(run.row_stop, run.stop + context)
+    shown = min(run.stop, run.start + context)
+    if shown < run.stop:
+        last = shown  # of a long run the beginning: nothing follows what is shown of it
+    texts = [write(flat[first:stop].tolist()) for stop in (run.start, shown, last)]
+    if not (texts[1].startswith(texts[0]) and texts[2].startswith(texts[1])):
+        texts = [
+            write(flat[a:b].tolist()) for a, b in ((first, run.start), (run.start, shown), (shown, last))
+        ]
+        before, inside, after = texts
+    else:
+        # Written with what stands before: alone, many tokenizers leave out the space at its beginning.
+        before, inside, after = texts[0], texts[1][len(texts[0]) :], texts[2][len(texts[1]) :]
+    core = inside.lstrip(" ")
+    text = f"{before}{inside[: len(inside) - len(core)]}[{core}]{after}"
+    text = ("… " if first > run.row_start else "") + text + (" …" if last < run.row_stop else "")
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _writer(tokenizer: Any) -> Callable[[list[int]], str]:
+    if tokenizer is None:
+        return lambda tokens: "".join(f" {token}" for token in tokens)
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(
+            f"tokenizer: got a {type(tokenizer).__name__}, expected a tokenizer of transformers or a "
+            "tokenizers.Tokenizer"
+        )
+    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False) if tokens else ""

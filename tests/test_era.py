@@ -1,0 +1,359 @@
+"""gradroute.era: what models compute after each step, what optimizers keep of it, and what is refused."""
+
+import copy
+
+import model_zoo
+import pytest
+import torch
+from torch import nn
+
+from gradroute import MLPSites, RoutedAttention, RoutedGatedMLP, RoutedMLP, Routes, era
+from gradroute import models as routed_models
+from gradroute.blocks import Block, Units
+from gradroute.models import NANO_GPT, route, sgtm, unroute
+from gradroute.tables import localize
+
+ADDED = 6
+FREE_HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
+
+
+def built(name):
+    return model_zoo.build(name).eval(), NANO_GPT if name == "nano_gpt" else None
+
+
+def bits(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_bits(model, before):
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    for key, value in state.items():
+        assert torch.equal(value, before[key]), key
+
+
+def assert_same(got, expected):
+    """The same products, with zeros among them: fp32 roundings apart."""
+    assert model_zoo.error(got, expected) < 1e-5
+
+
+def noise_outputs(model, block):
+    for piece, parameter in block.parameters(model):
+        if piece.role == "output":
+            piece.write(parameter, 0.1 * torch.randn(piece.of(parameter).shape))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, model_zoo.VOCABULARY, (2, 10))
+
+
+class Own(nn.Module):
+    """gradroute's own layers, in a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = RoutedAttention(8, 4, 2, bias=True)
+        self.mlp = RoutedMLP(8, 12)
+        self.gated = RoutedGatedMLP(8, 12, bias=True)
+
+    def forward(self, x):
+        x = x + self.attention(x)
+        x = x + self.mlp(x)
+        return x + self.gated(x)
+
+
+@pytest.mark.parametrize("name", FREE_HEADS)
+def test_added_heads_change_no_output_and_go_again(name, tokens, tmp_path):
+    model, _ = built(name)
+    before, plain = bits(model), model_zoo.logits_of(model, tokens)
+    heads = model_zoo.HEADS  # Llama and Gemma 3 want a divisor of d_model
+    block = era.expand(model, ADDED, heads=heads)
+    assert_same(model_zoo.logits_of(model, tokens), plain)
+    assert model.config.num_attention_heads == 2 * heads
+    noise_outputs(model, block)
+    grown = model_zoo.logits_of(model, tokens)
+    assert not torch.allclose(grown, plain, atol=1e-4)
+    era.export(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert torch.equal(model_zoo.logits_of(loaded, tokens), grown)
+    # The heads that were there have not moved: a plan of the new heads alone routes as ever.
+    route(model, sgtm(model.config, forget_heads=heads, forget_units=ADDED))
+    seen = model_zoo.logits_of(model, tokens, route_ids=torch.zeros_like(tokens))
+    assert_same(seen, plain)
+    unroute(model)
+    era.ablate(model, block, how="slice")
+    assert_bits(model, before)
+    assert_same(model_zoo.logits_of(model, tokens), plain)
+    assert model.config.num_attention_heads == model_zoo.HEADS
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox"])
+def test_heads_whose_width_follows_from_their_number_are_refused(name):
+    model, _ = built(name)
+    before = bits(model)
+    with pytest.raises(TypeError, match="in which the width of a head is d_model over their number"):
+        era.expand(model, ADDED, heads=2)
+    assert_bits(model, before)
+
+
+def test_own_layers_grow_and_shrink():
+    model, x = Own(), torch.randn(2, 5, 8)
+    before, plain = bits(model), model(x)
+    block = era.expand(model, ADDED, heads=2, zero_output=False)
+    assert (model.mlp.fc_in.out_features, model.attention.heads, model.attention.kv_heads) == (18, 6, 3)
+    assert not torch.allclose(model(x), plain, atol=1e-4)
+    era.ablate(model, block)
+    assert model_zoo.error(model(x), plain) < 1e-6
+    era.contract(model, block)
+    assert_bits(model, before)
+    assert model_zoo.error(model(x), plain) < 1e-6
+    assert (model.mlp.fc_in.out_features, model.attention.heads, model.attention.kv_heads) == (12, 4, 2)
+    model.mlp.sites = MLPSites(hidden=localize(2, 12, {1: slice(0, 4)}))
+    with pytest.raises(ValueError, match="got mlp with sites, whose tables have its width"):
+        era.expand(model, ADDED)
+
+
+def test_plain_linear_layers_grow_and_shrink():
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    x = torch.randn(4, 3)
+    before, plain = bits(model), model(x)
+    block = era.expand(model, 5, between=Units(inputs=["0"], outputs=["2"]), std=0.5)
+    assert model_zoo.error(model(x), plain) < 1e-6
+    assert (model[0].out_features, model[2].in_features) == (11, 11)
+    assert 0.2 < float(model[0].weight.detach()[6:].std()) < 1.0
+    era.contract(model, block)
+    assert_bits(model, before)
+
+
+@pytest.mark.parametrize("index", [slice(0, 4), [1, 7, 30]])
+def test_any_units_are_taken_out(index, tokens):
+    model, _ = built("phi3")  # gate and up are one layer
+    block = Block.units(model, index)
+    era.ablate(model, block)
+    ablated = model_zoo.logits_of(model, tokens)
+    era.contract(model, block)
+    assert_same(model_zoo.logits_of(model, tokens), ablated)
+    assert model.config.intermediate_size == model_zoo.HIDDEN - len(block.parts[0].index)
+
+
+def test_a_block_that_was_taken_out_is_put_back(tokens):
+    model, _ = built("phi3")
+    before, whole = bits(model), model_zoo.logits_of(model, tokens)
+    block = Block.units(model, [1, 7, 30]) | Block.heads(model, 2)
+    state = block.state_dict(model)
+    era.ablate(model, block, how="slice")
+    assert not torch.allclose(model_zoo.logits_of(model, tokens), whole, atol=1e-4)
+    broken = dict(list(state.items())[1:])
+    with pytest.raises(ValueError, match="state: got keys"):
+        era.merge(model, block, broken)
+    era.merge(model, block, state)
+    assert_bits(model, before)
+    assert torch.equal(model_zoo.logits_of(model, tokens), whole)
+    with pytest.raises(ValueError, match="what the block leaves of it"):
+        era.merge(model, block, state)
+
+
+def trained(model, optimizer, x, steps=2):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RoutedAdamW"])
+def test_an_optimizer_goes_on_with_the_old_state_and_zeros(kind):
+    from gradroute.optim import RoutedAdamW
+
+    torch.manual_seed(1)
+    model, x = Own(), torch.randn(2, 5, 8)
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    make = RoutedAdamW if kind == "RoutedAdamW" else getattr(torch.optim, kind)
+    optimizer = make(model.parameters(), lr=1e-2, **options)
+    trained(model, optimizer, x)
+    old = {name: copy.deepcopy(optimizer.state[p]) for name, p in model.named_parameters()}
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    block = era.expand(model, ADDED, heads=2, optimizer=optimizer)
+    assert [id(p) for g in optimizer.param_groups for p in g["params"]] != ids
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    masks = block.masks(model)
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                new = masks.get(name, torch.zeros(value.shape, dtype=torch.bool))
+                assert (value[new] == 0).all(), (name, key)
+                assert torch.equal(value[~new], old[name][key].flatten()), (name, key)
+    assert len(optimizer.state) == len(list(model.parameters()))
+    trained(model, optimizer, x)  # shapes fit
+    assert block.has_influence(model)
+    era.ablate(model, block, optimizer=optimizer)
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    assert (value[masks[name]] == 0).all(), (name, key)
+    era.contract(model, block, optimizer=optimizer)
+    trained(model, optimizer, x)
+    assert not optimizer.state.keys() - set(model.parameters())
+
+
+def test_momentum_brings_nothing_back_when_the_optimizer_is_given():
+    """Of hidden units with relu every gradient is 0 after zeroing; without the optimizer's momentum nothing moves."""
+    torch.manual_seed(1)
+    model = RoutedMLP(8, 12, activation="relu")
+    x = torch.randn(20, 8)
+    for given in (True, False):
+        other = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
+        trained(other, optimizer, x)
+        block = Block.units(other, 4)
+        era.ablate(other, block, optimizer=optimizer if given else None)
+        trained(other, optimizer, x)
+        assert block.has_influence(other) is not given
+
+
+def test_resampling_draws_like_the_rest(tokens):
+    model, _ = built("llama")
+    before = bits(model)
+    block = Block.units(model, 32)
+    state = block.state_dict(model)
+    era.ablate(model, block, how="resample", generator=torch.Generator().manual_seed(3))
+    again, _ = built("llama")
+    again.load_state_dict(before)
+    era.ablate(again, block, how="resample", generator=torch.Generator().manual_seed(3))
+    assert_bits(model, bits(again))
+    masks = block.masks(model)
+    for name, value in model.state_dict().items():
+        mask = masks.get(name, torch.zeros(value.shape, dtype=torch.bool))
+        assert torch.equal(value[~mask], before[name][~mask]), name
+        if value.dim() == 1 and mask.any():
+            assert (value[mask] == 0).all()
+        elif mask.any():
+            assert not torch.equal(value[mask], before[name][mask])
+            # 32 of 64 units × 32 features: a standard deviation is known to 1/√2048 = 2 %.
+            assert 0.9 < float(value[mask].std() / value[~mask].std()) < 1.1, name
+    block.load_state_dict(model, state)
+    assert_bits(model, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_a_gate_scales_what_the_block_adds(name, tokens):
+    model, _ = built(name)
+    before, whole = bits(model), model_zoo.logits_of(model, tokens)
+    block = Block.units(model, 8) | Block.heads(model, 2)
+    outputs = {piece.parameter: piece for piece in block.pieces if piece.role == "output"}
+    with era.gate(model, block, 3.0) as gate:
+        for key, value in model.state_dict().items():
+            expected = before[key].clone()
+            if key in outputs:
+                expected.index_copy_(outputs[key].dim, outputs[key].index, 3 * outputs[key].of(before[key]))
+            assert torch.equal(value, expected), key
+        assert not torch.allclose(model_zoo.logits_of(model, tokens), whole, atol=1e-4)
+        gate.scale = 0.0
+        off = model_zoo.logits_of(model, tokens)
+    assert_bits(model, before)  # from 0 too
+    era.ablate(model, block)
+    assert_same(off, model_zoo.logits_of(model, tokens))
+
+
+def test_gates_merge_and_notice_training():
+    model = RoutedMLP(8, 12)
+    x = torch.randn(3, 8)
+    block = Block.units(model, 4)
+    gate = era.gate(model, block, 2.0)
+    doubled = model(x)
+    gate.merge()
+    gate.remove()
+    assert torch.equal(model(x), doubled)
+    gate.scale = 0.5
+    with torch.no_grad():
+        model.fc_out.weight += 1
+    with pytest.raises(RuntimeError, match=r"fc_out.weight was changed by something else since"):
+        gate.remove()
+    with pytest.raises(ValueError, match="scale: got inf, expected a finite number"):
+        era.gate(model, block, float("inf"))
+    with pytest.raises(ValueError, match=r"block: got .*, expected one of units or heads"):
+        era.gate(model, Block.of(model, {"fc_in.weight": (0, 2)}), 2.0)
+
+
+def test_gate_works_while_routed():
+    model = RoutedMLP(8, 12, sites=MLPSites(hidden=localize(2, 12, {1: slice(8, 12)})))
+    x, routes = torch.randn(3, 8), Routes.of(torch.tensor([0, 1, 1]), 2)
+    with era.gate(model, Block.units(model, 4), 2.0):
+        assert torch.equal(model(x, routes), model(x))
+
+
+def test_whole_round_of_era(tokens):
+    """Only what the added units learnt goes with them: everything else is bit for bit what training made of it."""
+    from gradroute.optim import RoutedAdamW, routed_param_groups
+
+    model, _ = built("llama")
+    model.train()
+    block = era.expand(model, ADDED)
+    route(model, routed_models.era(units=ADDED))
+    optimizer = RoutedAdamW(routed_param_groups(model), lr=1e-2)
+    for _ in range(3):
+        model(tokens, labels=tokens, route_ids=torch.ones_like(tokens)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = bits(model)
+    unroute(model)
+    with pytest.raises(ValueError, match="still has influence"):
+        era.contract(model, block)
+    assert_bits(model, after)
+    era.ablate(model, block)
+    ablated = model_zoo.logits_of(model.eval(), tokens)
+    era.contract(model, block)
+    assert_same(model_zoo.logits_of(model, tokens), ablated)
+    for key, value in model.state_dict().items():
+        kept = after[key][tuple(slice(0, size) for size in value.shape)]
+        assert torch.equal(value, kept), key
+
+
+def test_export_of_a_plain_module(tmp_path):
+    model = Own()
+    era.export(model, tmp_path / "model.pt")
+    other = Own()
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert_bits(other, bits(model))
+
+
+def test_refusals(tokens):
+    model, _ = built("llama")
+    before = bits(model)
+    block = Block.units(model, 4)
+    with pytest.raises(ValueError, match=r"how: got 'gone', expected one of 'zero', 'slice', 'resample'"):
+        era.ablate(model, block, how="gone")
+    with pytest.raises(ValueError, match=r"block: got .* which still has influence"):
+        era.contract(model, block)
+    with pytest.raises(ValueError, match=r"units: got all 64 of .*mlp, expected some to remain"):
+        era.ablate(model, Block.units(model, 64), how="slice")
+    with pytest.raises(ValueError, match="expected as many of each of the model's 2 layers"):
+        era.ablate(model, Block.units(model, 4, layers=[0]), how="slice")
+    with pytest.raises(ValueError, match="expected whole groups of the 2 that share"):
+        era.ablate(model, Block.heads(model, [0]), how="slice")
+    with pytest.raises(ValueError, match="heads: got 1, expected a multiple of the 2 that share"):
+        era.expand(model, heads=1)
+    with pytest.raises(
+        ValueError, match=r"heads: got numbers that LlamaConfig refuses.*multiple of the number of att"
+    ):
+        era.expand(model, heads=2)
+    with pytest.raises(ValueError, match="units: got 0, expected a positive number"):
+        era.expand(model)
+    with pytest.raises(TypeError, match=r"units: got 2.5, expected an int"):
+        era.expand(model, 2.5)
+    with pytest.raises(ValueError, match="expected one of units or heads"):
+        era.contract(model, Block.of(model, {"lm_head.weight": (0, 2)}))
+    assert_bits(model, before)
+    era.ablate(model, block)
+    with pytest.raises(ValueError, match=r"has no influence on the model: .* as it was ablated before"):
+        era.ablate(model, block)
+    route(model, routed_models.era(units=4))
+    for call in (
+        lambda: era.expand(model, 2),
+        lambda: era.contract(model, block),
+        lambda: era.merge(model, block, {}),
+    ):
+        with pytest.raises(ValueError, match="got a routed model, expected an ordinary one"):
+            call()
