@@ -1,10 +1,4 @@
-"""Telemetry: whether routing works, seen while a model trains, by route and by block.
-
-A route is a label of tokens (`Routes`), a block a part of the parameters that a route's tokens are to train (`Block`).
-`Telemetry` says, for every measured step: the loss of each route's tokens, how much of the gradient of activations
-belongs to them, how large the gradients and updates of each block are, and whether a block stayed untouched where none
-of its tokens was there; and on demand, by a probe, how much of a route's gradient leaks out of its block.
-"""
+"""Telemetry: which steps are measured, what of them, and what is said of it."""
 
 from __future__ import annotations
 
@@ -18,23 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionSites
-from .blocks import Block, check_disjoint
-from .layers import RoutedModule
-from .mlp import MLPSites
-from .models.architectures import ARCHITECTURES, part
-from .models.collator import ALIGNMENTS
-from .models.modules import is_dtensor
-from .models.routing import inner_model
-from .routes import Routes
+from ..attention import AttentionSites
+from ..blocks import Block
+from ..layers import RoutedModule
+from ..mlp import MLPSites
+from ..models.architectures import ARCHITECTURES, part
+from ..models.collator import ALIGNMENTS
+from ..models.routing import inner_model
+from .measurement import BatchRoutes, Measurement
+from .record import Record
+from .regions import Regions
+from .sums import ALL, IGNORED_LABEL, REST, wide
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-#: What is summed over all watched modules, and the parameters outside of all blocks: no names of the user's.
-ALL, REST = "all", "rest"
-
-IGNORED_LABEL = -100  # transformers takes no loss of it
 
 Batch = Mapping[str, Any]
 
@@ -126,13 +117,13 @@ class Telemetry:
         self.every = every
         self.align = align
         self.rest = rest
-        self._regions = _Regions(model, blocks)
+        self._regions = Regions(model, blocks)
         self._watched = _decoder_layers(model) if modules is None else _named_modules(model, modules)
         self._records: list[Record] = []
         self._steps = 0
         self._record: Record | None = None  # of the step that runs or ran last, if that is measured
         self._running = False
-        self._measurement: _Measurement | None = None
+        self._measurement: Measurement | None = None
         self._probing = False
 
     @contextmanager
@@ -416,7 +407,7 @@ class Telemetry:
             batch = None if route_ids is None else self._batch(route_ids)
             optimizers = _optimizers(optimizer)
             self._record = Record(self._steps)
-            self._measurement = _Measurement(
+            self._measurement = Measurement(
                 len(self.routes), list(self._watched), reads_forward=batch is None
             )
             if batch is not None:
@@ -449,7 +440,7 @@ class Telemetry:
         self._measurement = None
         self._running = False
 
-    def _hook(self, measurement: _Measurement, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def _hook(self, measurement: Measurement, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         handles = measurement.handles
         for name, module in self._watched.items():
             handles.append(module.register_forward_hook(self._output_hook(measurement, name)))
@@ -460,7 +451,7 @@ class Telemetry:
             handles.append(optimizer.register_step_pre_hook(lambda *_: self.before_update()))
             handles.append(optimizer.register_step_post_hook(lambda *_: self.after_update()))
 
-    def _output_hook(self, measurement: _Measurement, name: str) -> Callable[..., None]:
+    def _output_hook(self, measurement: Measurement, name: str) -> Callable[..., None]:
         """A forward hook that watches the gradient of a module's output.
 
         Activation checkpointing runs the forward twice, and the gradient flows through one of the two outputs: with
@@ -496,12 +487,12 @@ class Telemetry:
             return
         self._add_losses(measurement, logits, labels, shift=True)
 
-    def _reading(self) -> _Measurement | None:
+    def _reading(self) -> Measurement | None:
         """What takes ids and losses from the model's forward now."""
         reads = self._measurement is not None and self._measurement.reads_forward and not self._probing
         return self._measurement if reads else None
 
-    def _current(self, what: str) -> _Measurement | None:
+    def _current(self, what: str) -> Measurement | None:
         if not self._running:
             raise RuntimeError(
                 f"{what}: got a call outside of a step, expected it within `with telemetry.step(...)`"
@@ -513,17 +504,17 @@ class Telemetry:
             raise RuntimeError(f"{what}: got no measured step yet, expected one: `with telemetry.step(...)`")
         return self._records[-1]
 
-    def _batch(self, route_ids: Any) -> _Batch:
-        return _Batch(route_ids, len(self.routes))
+    def _batch(self, route_ids: Any) -> BatchRoutes:
+        return BatchRoutes(route_ids, len(self.routes))
 
     @torch.no_grad()
-    def _add_losses(self, measurement: _Measurement, logits: Tensor, labels: Tensor, shift: bool) -> None:
+    def _add_losses(self, measurement: Measurement, logits: Tensor, labels: Tensor, shift: bool) -> None:
         batch = measurement.batch_of("losses")
         losses, counted, belongs = self._cross_entropies(logits.detach(), labels, batch, shift)
         measurement.add_losses(losses, counted, belongs)
 
     def _cross_entropies(
-        self, logits: Tensor, labels: Tensor, batch: _Batch, shift: bool
+        self, logits: Tensor, labels: Tensor, batch: BatchRoutes, shift: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Each token's loss `[*tokens]`, whether it counts, and whether it belongs to each route `[R, *tokens]`."""
         if labels.shape != logits.shape[:-1]:
@@ -552,7 +543,7 @@ class Telemetry:
             for module, was in training.items():
                 module.training = was
 
-    def _language_losses(self, batch: Batch, ids: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _language_losses(self, batch: Batch, ids: BatchRoutes) -> tuple[Tensor, Tensor, Tensor]:
         if batch.get("labels") is None:
             raise ValueError("batch: got no labels, expected them, or a function loss(model, batch)")
         output = self.model(**{name: value for name, value in batch.items() if name != "labels"})
@@ -630,317 +621,6 @@ def summary_writer(log_dir: str | os.PathLike[str] | None = None, **options: Any
             "summary_writer: got no package tensorboard, expected it installed: pip install 'gradroute[telemetry]'"
         ) from error
     return SummaryWriter(log_dir, **options)
-
-
-class Record(Mapping[str, float]):
-    """What one step measured: a mapping of floats, on the device until it is first read.
-
-    Raises:
-        RuntimeError: it is read before its step has ended.
-    """
-
-    def __init__(self, step: int) -> None:
-        self._values: dict[str, float] = {"step": float(step)}
-        self._unread: list[tuple[list[str], Tensor]] | None = None
-        self.is_complete = False
-
-    def fill(self, results: list[tuple[list[str], Tensor]]) -> None:
-        """Takes names with values `[n]`, once."""
-        self._unread = results
-        self.is_complete = True
-
-    def _read(self) -> dict[str, float]:
-        if not self.is_complete:
-            raise RuntimeError("record: got a read before the step has ended, expected it after the `with`")
-        if self._unread is not None:
-            probed = self._values
-            self._values = {"step": probed.pop("step")}
-            for names, values in self._unread:
-                self._values.update(zip(names, values.tolist(), strict=True))
-            self._values.update(probed)
-            self._unread = None
-        return self._values
-
-    def __getitem__(self, key: str) -> float:
-        return self._read()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._read())
-
-    def __len__(self) -> int:
-        return len(self._read())
-
-    def __repr__(self) -> str:
-        return f"Record({self._read()})" if self.is_complete else "Record(its step has not ended)"
-
-
-class _Measurement:
-    """What a measured step has collected, all of it on the device.
-
-    Attributes:
-        reads_forward: whether ids and losses come from the model's forward: until ids are given.
-        handles: of the hooks.
-        called: the watched modules whose forward ran.
-        batch: the ids of the current batch.
-        snapshot: the parameters before the update, by region.
-    """
-
-    def __init__(self, routes: int, modules: list[str], reads_forward: bool) -> None:
-        self.reads_forward = reads_forward
-        self.handles: list[Any] = []
-        self.called: set[str] = set()
-        self.batch: _Batch | None = None
-        self.snapshot: list[tuple[int, Tensor, Tensor]] = []
-        self._routes = routes
-        self._present: list[Tensor] = []  # each [R], of one batch
-        self._squares: dict[str, list[Tensor]] = {name: [] for name in modules}  # each [R], of one backward
-        self._losses: list[tuple[Tensor, Tensor]] = []  # each [R] and [R], of one forward
-        self._gradient: tuple[Tensor, Tensor] | None = None  # squares [K + 2], nonzeros [K]
-        self._before: Tensor | None = None  # squares [K + 2]
-        self._update: Tensor | None = None  # squares [K + 2]
-
-    def take(self, batch: _Batch | None) -> None:
-        """The ids of the forwards to come."""
-        self.batch = batch
-        if batch is not None:
-            self._present.append(batch.counts())
-
-    def batch_of(self, what: str) -> _Batch:
-        if self.batch is None:
-            raise ValueError(
-                f"route_ids: got none for {what}, expected telemetry.step(route_ids), or route_ids in the model's "
-                "forward"
-            )
-        return self.batch
-
-    @torch.no_grad()
-    def add_gradient(self, name: str, gradient: Tensor | None, belongs: Tensor) -> None:
-        """The gradient `[*tokens, F]` that arrived at an output whose tokens belong to routes `[R, *tokens]`."""
-        if gradient is not None:
-            squares = torch.linalg.vector_norm(gradient, dim=-1, dtype=_wide(gradient)).square()
-            self._squares[name].append(_by_route(squares, belongs))
-
-    def add_losses(self, losses: Tensor, counted: Tensor, belongs: Tensor) -> None:
-        mine = belongs & counted
-        self._losses.append((_by_route(losses.to(_wide(losses)), mine), mine.flatten(1).sum(1)))
-
-    def before_update(self, regions: _Regions, rest: bool) -> None:
-        gradients = [(p, p.grad) for p in regions.parameters() if p.grad is not None]
-        self._gradient = regions.squares(gradients), regions.nonzeros(gradients)
-        for region, parameter, values in regions.split([(p, p.detach()) for p in regions.trained()], rest):
-            self.snapshot.append((region, parameter, values.clone()))
-        self._before = regions.sum_squares((region, values) for region, _, values in self.snapshot)
-
-    @torch.no_grad()
-    def after_update(self, regions: _Regions) -> None:
-        """The difference to the first `before_update`: several optimizers are one update."""
-        rest = any(region >= len(regions.names) for region, *_ in self.snapshot)
-        after = regions.split([(p, p.detach()) for p in regions.trained()], rest)
-        self._update = regions.sum_squares(
-            (region, values.to(_wide(values)) - before.to(_wide(before)))
-            for (region, _, before), (_, _, values) in zip(self.snapshot, after, strict=True)
-        )
-
-    def results(
-        self, routes: tuple[str, ...], blocks: tuple[str, ...], homes: Mapping[str, list[int]], rest: bool
-    ) -> list[tuple[list[str], Tensor]]:
-        """Names, each list with its values `[n]`."""
-        results: list[tuple[list[str], Tensor]] = []
-        if self._losses:
-            device = self._losses[0][0].device
-            sums, counts = (
-                torch.stack([one.to(device) for one in column]).sum(0)
-                for column in zip(*self._losses, strict=True)
-            )
-            results.append(([f"loss/{route}" for route in routes], sums / counts))
-            results.append(([f"tokens/{route}" for route in routes], counts.double()))
-        results += self._shares(routes)
-        if self._gradient is not None:
-            squares, nonzeros = self._gradient
-            names = [*blocks, REST]
-            results.append(([f"block_grad_norm/{name}" for name in names], _joined_rest(squares).sqrt()))
-            results.append(([f"protected/{name}" for name in blocks], self._protected(nonzeros, homes)))
-        if self._update is not None and self._before is not None:
-            names = [*blocks, REST] if rest else list(blocks)
-            update, before = (_joined_rest(one)[: len(names)] for one in (self._update, self._before))
-            results.append(([f"update_norm/{name}" for name in names], update.sqrt()))
-            results.append(([f"update_ratio/{name}" for name in names], (update / before).sqrt()))
-        return results
-
-    def _shares(self, routes: tuple[str, ...]) -> Iterator[tuple[list[str], Tensor]]:
-        if not self._squares:
-            return
-        found = [squares.device for lists in self._squares.values() for squares in lists]
-        device = found[0] if found else torch.device("cpu")
-        by_module = {
-            name: sum((one.to(device, torch.float64) for one in lists), _zeros(self._routes, device))
-            for name, lists in self._squares.items()
-        }
-        by_module[ALL] = torch.stack(list(by_module.values())).sum(0)
-        for name, squares in by_module.items():
-            yield [f"grad_norm/{name}/{route}" for route in routes], squares.sqrt()
-            yield [f"grad_share/{name}/{route}" for route in routes], squares / squares.sum()
-
-    def _protected(self, nonzeros: Tensor, homes: Mapping[str, list[int]]) -> Tensor:  # [K] → [K]
-        """1 or 0 for blocks whose routes had no token, NaN for the others."""
-        if not self._present:
-            return torch.full_like(nonzeros, math.nan, dtype=torch.float64)
-        present = torch.stack([one.to(nonzeros.device) for one in self._present]).sum(0)  # [R]
-        applies = [
-            present[homes[block]].sum() == 0 if homes[block] else present.new_zeros((), dtype=torch.bool)
-            for block in homes
-        ]
-        untouched = (nonzeros == 0).double()
-        return torch.where(torch.stack(applies), untouched, math.nan) if applies else untouched
-
-
-class _Batch:
-    """The route ids of one batch, and which route's each token is."""
-
-    def __init__(self, route_ids: Any, num_routes: int) -> None:
-        if isinstance(route_ids, Routes):
-            route_ids = route_ids.ids.view(route_ids.shape)
-        ids = torch.as_tensor(route_ids)
-        if ids.is_floating_point() or ids.is_complex():
-            raise TypeError(f"route_ids: got dtype {ids.dtype}, expected an integer or bool dtype")
-        self._ids = ids.to(torch.int64)
-        self._num_routes = num_routes
-        self._belongs: dict[Any, Tensor] = {}
-        if ids.device.type == "cpu" and ids.numel():
-            least, most = self._ids.aminmax()
-            if least < 0 or most >= num_routes:
-                raise ValueError(
-                    f"route_ids: got ids from {least} to {most}, expected 0 to {num_routes - 1}, one for each name of "
-                    "routes"
-                )
-
-    def belongs(self, tokens: Sequence[int], device: torch.device, what: str) -> Tensor:
-        """Whether each of the tokens, of which `what` says the shape, belongs to each route: bool `[R, *tokens]`."""
-        shape = tuple(tokens)
-        if (shape, device) not in self._belongs:
-            ids = self._spread(shape, what).to(device)
-            routes = torch.arange(self._num_routes, device=device).view(-1, *[1] * len(shape))
-            self._belongs[shape, device] = ids == routes
-        return self._belongs[shape, device]
-
-    def counts(self) -> Tensor:
-        """How many of the ids are each route's: `[R]`."""
-        return self.belongs(self._ids.shape, self._ids.device, "ids").flatten(1).sum(1)
-
-    def _spread(self, shape: tuple[int, ...], what: str) -> Tensor:
-        ids = self._ids
-        if tuple(ids.shape) == shape[: ids.dim()]:  # an id of a sample is that of all its tokens
-            return ids.view(*ids.shape, *[1] * (len(shape) - ids.dim())).expand(shape)
-        if ids.dim() == 1 and ids.numel() == math.prod(shape):
-            return ids.view(shape)
-        raise ValueError(
-            f"route_ids: got shape {list(ids.shape)}, expected that of the tokens of {what}, {list(shape)}, or "
-            f"[{math.prod(shape)}]"
-        )
-
-
-class _Regions:
-    """A model's parameters, divided in regions.
-
-    Blocks are regions 0 to K - 1; K is what else the tensors have that a block has a piece of; K + 1 all other tensors.
-
-    Raises:
-        TypeError: a block that is none.
-        ValueError: blocks that overlap, or are not of the model's shape.
-    """
-
-    def __init__(self, model: nn.Module, blocks: Mapping[str, Block]) -> None:
-        for name, block in blocks.items():
-            if not isinstance(block, Block):
-                raise TypeError(
-                    f"blocks[{name!r}]: got a {type(block).__name__}, expected a gradroute.blocks.Block"
-                )
-        check_disjoint(blocks, model)
-        self.names = tuple(blocks)
-        self._model = model
-        self._blocks = tuple(blocks.values())
-        self._indices: dict[Any, Tensor] = {}  # copies on devices: a copy from the host may wait
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All of the model."""
-        parameters = list(self._model.parameters())
-        sharded = [name for name, one in self._model.named_parameters() if is_dtensor(one)]
-        if sharded:
-            raise TypeError(
-                f"{sharded[0]}: got a sharded parameter (DTensor), expected an ordinary one; without an optimizer "
-                "step measures losses and shares alone"
-            )
-        return parameters
-
-    def trained(self) -> list[nn.Parameter]:
-        """Those that require a gradient."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    def split(
-        self, tensors: Iterable[tuple[nn.Parameter, Tensor]], rest: bool = True
-    ) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
-        """Tensors of the shapes of parameters, as their elements in each region; elsewhere zero or cut off.
-
-        Args:
-            tensors: parameter and tensor.
-            rest: whether to yield the elements outside of all blocks.
-        """
-        pieces = self._pieces()
-        blocks = len(self._blocks)
-        for parameter, tensor in tensors:
-            of_parameter = pieces.get(parameter, [])
-            indices = [(block, dim, self._on(index, tensor.device)) for block, dim, index in of_parameter]
-            for block, dim, index in indices:
-                yield block, parameter, tensor.index_select(dim, index)
-            if rest and not indices:
-                yield blocks + 1, parameter, tensor
-            elif rest:
-                outside = tensor.clone()
-                for _, dim, index in indices:
-                    outside.index_fill_(dim, index, 0)
-                yield blocks, parameter, outside
-
-    def squares(self, tensors: Iterable[tuple[nn.Parameter, Tensor]]) -> Tensor:
-        """The squared norm of each region's elements, fp64 `[K + 2]`."""
-        return self.sum_squares((region, values) for region, _, values in self.split(tensors))
-
-    @torch.no_grad()
-    def sum_squares(self, values: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """Squares of values by their regions, fp64 `[K + 2]`."""
-        device = self._device()
-        squares = [[_zeros((), device)] for _ in range(len(self._blocks) + 2)]
-        for region, one in values:
-            norm = torch.linalg.vector_norm(one, dtype=_wide(one))
-            squares[region].append(norm.to(device, torch.float64).square())
-        return torch.stack([torch.stack(of_region).sum() for of_region in squares])
-
-    def nonzeros(self, tensors: Iterable[tuple[nn.Parameter, Tensor]]) -> Tensor:
-        """How many elements of each block are not zero, `[K]`: squares of small ones may underflow, this does not."""
-        device = self._device()
-        counts = [[torch.zeros((), dtype=torch.int64, device=device)] for _ in self._blocks]
-        for region, _, values in self.split(tensors, rest=False):
-            counts[region].append(values.count_nonzero().to(device))
-        return torch.stack([torch.stack(of_block).sum() for of_block in counts]) if counts else torch.zeros(
-            0, dtype=torch.int64, device=device
-        )  # fmt: skip
-
-    def _pieces(self) -> dict[nn.Parameter, list[tuple[int, int, Tensor]]]:
-        """By parameter: the block's number, dimension and index. Made anew: parameters may be replaced."""
-        pieces: dict[nn.Parameter, list[tuple[int, int, Tensor]]] = {}
-        for i, block in enumerate(self._blocks):
-            for piece, parameter in block.parameters(self._model):
-                pieces.setdefault(parameter, []).append((i, piece.dim, piece.index))
-        return pieces
-
-    def _on(self, index: Tensor, device: torch.device) -> Tensor:
-        key = (id(index), device)
-        if key not in self._indices:
-            self._indices[key] = index.to(device)
-        return self._indices[key]
-
-    def _device(self) -> torch.device:
-        parameter = next(self._model.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _checked_names(argument: str, names: Sequence[str], empty: bool = False) -> tuple[str, ...]:
@@ -1029,31 +709,13 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Of each token `[*tokens]`, a row of the batch at a time: all rows in fp32 would be the step's largest tensor."""
     if logits.dim() > 2 and len(logits) > 1:
         return torch.stack([_cross_entropy(*row) for row in zip(logits, labels, strict=True)])
-    flat = logits.flatten(0, -2).to(_wide(logits))
+    flat = logits.flatten(0, -2).to(wide(logits))
     losses = nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
     return losses.view(labels.shape)
 
 
-def _by_route(values: Tensor, belongs: Tensor) -> Tensor:
-    """Sums of values `[*tokens]` by route, `[R]`: a sum for each, as adding by index has no fixed order on a GPU."""
-    return torch.where(belongs, values, 0.0).flatten(1).sum(1)
-
-
-def _joined_rest(squares: Tensor) -> Tensor:  # [K + 2] → [K + 1]
-    return torch.cat((squares[:-2], squares[-2:].sum(0, keepdim=True)))
-
-
 def _root_ratio(part_: float, whole: float) -> float:
     return math.sqrt(part_ / whole) if whole != 0 else math.nan
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64: what norms and losses are computed in."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _zeros(shape: Any, device: torch.device) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 def _is_recomputation() -> bool:
