@@ -14,10 +14,11 @@ NEWEST_WHEEL = $$(ls -t dist/*.whl | head -n 1)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanitize gpu wheel check-wheel clean
+.PHONY: help demo experiments test lint sanitize gpu wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
+	@echo "make experiments  the experiments of examples/, and the README's paragraphs about them (half an hour)"
 	@echo "make test   lint, then every test this machine can run (PYTEST_WORKERS, PYTEST_ARGS)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make sanitize  the native module's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -34,11 +35,20 @@ $(BUILD_TOOLS): constraints.txt
 
 # Without build isolation, which would bring other headers each time and so compile everything again.
 $(INSTALLED): $(BUILD_TOOLS) pyproject.toml setup.py $(wildcard csrc/*)
-	$(VENV)/bin/python -m pip install --no-build-isolation -e ".[test,demo]" -c constraints.txt
+	$(VENV)/bin/python -m pip install --no-build-isolation -e ".[test]" -c constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/demo.py
+
+# One whose effect fails does not cost the others' results; the target fails in the end all the same.
+experiments: $(INSTALLED)
+	status=0; \
+	for name in split_autoencoder era_unlearning sgtm_mixed steering_scalar oversight; do \
+		$(VENV)/bin/python examples/$$name.py || status=$$?; \
+	done; \
+	$(VENV)/bin/python examples/report.py || status=$$?; \
+	exit $$status
 
 # One thread a worker: the workers already fill the cores.
 test: lint

@@ -1,0 +1,1 @@
+"""The split autoencoder's parts: model and training, measures."""

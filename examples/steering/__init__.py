@@ -1,0 +1,1 @@
+"""The steering scalar's parts: data and training, measures."""
