@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import attention, end_to_end, labels, launch, model, ops
+from . import attention, end_to_end, labels, launch, model, ops, optim
 from .cases import BACKWARD, FORWARD, FULL, Limit, Plan
 from .ops import Options, automatic, copy_name
 from .settings import Setting
@@ -57,11 +57,13 @@ def suite_plans(suite: str, options: Options, axes: dict[str, list[Any]] | None 
         return labels.plans(options.device, lengths)
     if suite == "attention":
         return attention.plans(options.device, lengths, options.with_compiled)
-    return {"launch": launch, "model": model, "end-to-end": end_to_end}[suite].plans(options.device)
+    return {"launch": launch, "model": model, "end-to-end": end_to_end, "optim": optim}[suite].plans(
+        options.device
+    )
 
 
-SUITES = (*ops.SUITES, "attention", "launch", "model", "end-to-end", "labels")
-NEED_PACKAGES = {"model": model, "end-to-end": end_to_end}
+SUITES = (*ops.SUITES, "attention", "launch", "model", "end-to-end", "labels", "optim")
+NEED_PACKAGES = {"model": model, "end-to-end": end_to_end, "optim": optim}
 
 
 def why_missing(suite: str) -> str | None:

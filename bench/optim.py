@@ -1,0 +1,198 @@
+"""The suite `optim`: a step of RoutedAdamW on a Llama routed by SGTM, beside torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradroute.models import Shape as Widths
+from gradroute.models import route, sgtm
+from gradroute.optim import RoutedAdamW, routed_param_groups
+
+from .cases import STEP, Case, Findings, Limit, Plan, Step, Variant, attempt
+from .model import why_missing as why_missing
+from .model_cases import DTYPES, SHAPES, Shape, make_batch, make_model, own_loss
+
+OWN = "RoutedAdamW"
+BASE = "AdamW, foreach=False"
+RIVALS = (BASE, "AdamW, foreach=True")
+OPTIONS = {"lr": 1e-5, "weight_decay": 0.1}
+CHECKED_STEPS = 3
+MOST = 1.5  # times torch's loop over tensors, on the CPU: it finds out what is touched, and keeps what is not
+
+TOLERANCE = 1e-5  # of a parameter's largest change: foreach and CUDA round elsewhere, in fp32
+TOLERANCE_OF_BF16 = 1e-1  # whose changes here are a few units of a parameter's last place
+
+CHECKED = (
+    f"every variant, before it is timed, with the gradients that are timed: {CHECKED_STEPS} steps against torch's loop "
+    "over tensors, bit for bit on the CPU where gradients touch, else to "
+    f"{TOLERANCE:g} of a parameter's largest change ({TOLERANCE_OF_BF16:g} in bf16); of RoutedAdamW also that what no "
+    "gradient touches keeps every bit"
+)
+
+
+class Weights(NamedTuple):
+    """A model's parameters.
+
+    Attributes:
+        values: of each.
+        gradients: likewise.
+        block_dims: likewise, of a routed model.
+    """
+
+    values: list[Tensor]
+    gradients: list[Tensor]
+    block_dims: list[int]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Fresh ones, which share their gradients: an optimizer writes to none."""
+        made = [nn.Parameter(value.clone()) for value in self.values]
+        for parameter, gradient in zip(made, self.gradients, strict=True):
+            parameter.grad = gradient
+        return made
+
+    def untouched(self) -> list[Tensor]:
+        """Of each what lies in blocks without a gradient, bool, that broadcasts."""
+        within = [
+            [other for other in range(gradient.dim()) if other != dim]
+            for gradient, dim in zip(self.gradients, self.block_dims, strict=True)
+        ]
+        return [
+            (gradient == 0).all(dim=dims, keepdim=True) if dims else gradient == 0
+            for gradient, dims in zip(self.gradients, within, strict=True)
+        ]
+
+
+def plans(device: torch.device) -> list[Plan]:
+    """Gradients that touch everything, and those of a batch that does not touch the forget part."""
+    shape = SHAPES[device.type]
+    dtype = str(DTYPES[device.type]).removeprefix("torch.")
+    limits = (Limit(OWN, BASE, MOST, mode=STEP),) if device.type == "cpu" else ()
+    axes = shape._asdict() | {"dtype": dtype}
+    return [
+        Plan(
+            "optim",
+            f"AdamW, {what}",
+            "AdamW",
+            axes,
+            partial(case, shape, device, touches_all, limits),
+            "d_model",
+        )
+        for what, touches_all in (("every block touched", True), ("a batch of retain tokens", False))
+    ]
+
+
+def case(shape: Shape, device: torch.device, touches_all: bool, limits: tuple[Limit, ...] = ()) -> Case:
+    weights = make_weights(shape, device, touches_all)
+    elements = sum(value.numel() for value in weights.values)
+    still = sum(
+        int(mask.expand_as(value).sum())
+        for mask, value in zip(weights.untouched(), weights.values, strict=True)
+    )
+    return Case(
+        variants={
+            name: Variant(partial(steps, make(weights)), is_rival=name != OWN)
+            for name, make in OPTIMIZERS.items()
+        },
+        rivals=RIVALS,
+        examine=partial(examine, weights),
+        checked=CHECKED,
+        modes=(STEP,),
+        limits=limits,
+        facts={"parameters": elements, "untouched": still},
+    )
+
+
+def make_weights(shape: Shape, device: torch.device, touches_all: bool) -> Weights:
+    """A routed model's, with random gradients, or with those of one short row of retain tokens."""
+    model = make_model(shape, device)
+    widths = Widths(shape.layers, shape.d_model, shape.d_ff, shape.heads, shape.kv_heads, shape.head_dim)
+    route(model, sgtm(widths, shape.forget_heads, shape.units))
+    generator = torch.Generator().manual_seed(0)
+    if not touches_all:
+        batch = make_batch(shape._replace(batch=1, length=min(shape.length, 64)), device)
+        routed = partial(model, route_ids=torch.zeros_like(batch.route_ids))
+        own_loss(routed, batch).backward()
+    dims = {
+        id(parameter): group["block_dim"]
+        for group in routed_param_groups(model)
+        for parameter in group["params"]
+    }
+    parameters = list(model.parameters())
+    return Weights(
+        [parameter.detach() for parameter in parameters],
+        [_random_like(parameter, generator) if touches_all else parameter.grad for parameter in parameters],
+        [dims[id(parameter)] for parameter in parameters],
+    )
+
+
+def _random_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Without a zero, which a random number may be in bf16."""
+    random = torch.randn(parameter.shape, generator=generator).to(parameter)
+    return torch.where(random == 0, 1.0, random)
+
+
+def routed_adamw(weights: Weights) -> torch.optim.Optimizer:
+    """With the blocks of a routed model, in one group for each kind."""
+    made = weights.parameters()
+    groups = [
+        {
+            "params": [p for p, dim in zip(made, weights.block_dims, strict=True) if dim == block_dim],
+            "block_dim": block_dim,
+        }
+        for block_dim in dict.fromkeys(weights.block_dims)
+    ]
+    return RoutedAdamW(groups, **OPTIONS)
+
+
+def adamw(weights: Weights, foreach: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights.parameters(), **OPTIONS, foreach=foreach)
+
+
+OPTIMIZERS: dict[str, Callable[[Weights], torch.optim.Optimizer]] = {
+    BASE: partial(adamw, foreach=False),
+    "AdamW, foreach=True": partial(adamw, foreach=True),
+    OWN: routed_adamw,
+}
+
+
+def steps(optimizer: torch.optim.Optimizer, mode: str) -> list[Step]:
+    return [optimizer.step]
+
+
+def examine(weights: Weights, variants: Mapping[str, Any]) -> Findings:
+    """Compares the variants with torch's loop over tensors; see CHECKED."""
+    expected = stepped(weights, OPTIMIZERS[BASE])
+    return {name: attempt(partial(_examine, weights, expected, name)) for name in variants}
+
+
+def stepped(weights: Weights, make: Callable[[Weights], torch.optim.Optimizer]) -> list[Tensor]:
+    """The parameters after some steps, in the order of the weights."""
+    optimizer = make(weights)
+    for _ in range(CHECKED_STEPS):
+        optimizer.step()
+    by_gradient = {id(p.grad): p.detach() for group in optimizer.param_groups for p in group["params"]}
+    return [by_gradient[id(gradient)] for gradient in weights.gradients]
+
+
+def _examine(weights: Weights, expected: list[Tensor], name: str) -> dict[str, Any]:
+    got = stepped(weights, OPTIMIZERS[name])
+    worst = 0.0
+    of_all = zip(got, expected, weights.values, weights.untouched(), strict=True)
+    for index, (one, exact, before, untouched) in enumerate(of_all):
+        if name == OWN:
+            if not torch.equal(one.where(untouched, before), before):
+                return {"wrong": f"parameter {index}: what no gradient touches has moved"}
+            exact = exact.where(~untouched, before)
+            if one.device.type == "cpu" and not torch.equal(one, exact):
+                return {"wrong": f"parameter {index}: got other bits than torch's loop"}
+        change = (exact.float() - before.float()).abs().max().clamp_min(1e-30)
+        worst = max(worst, float((one.float() - exact.float()).abs().max() / change))
+    allowed = TOLERANCE_OF_BF16 if weights.values[0].dtype == torch.bfloat16 else TOLERANCE
+    if not worst <= allowed:
+        return {"wrong": f"the error is {worst:.3g} of a parameter's largest change, expected {allowed:g}"}
+    return {"largest_error": worst}
