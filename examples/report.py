@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,18 @@ def with_experiments(readme: str, results: list[dict[str, Any]]) -> str:
 def paragraph(result: dict[str, Any]) -> str:
     checks = result["checks"]
     held = sum(check["passed"] for check in checks)
-    verdict = f"{held} of {len(checks)} checks hold"
-    link = f"[table](examples/results/{result['name']}.md), [plot](examples/results/{result['name']}.png)"
-    return (
+    files = f"[table](examples/results/{result['name']}.md), [plot](examples/results/{result['name']}.png)"
+    lines = (
         f"**{result['title']}**: `{result['command']}` ({result['seeds']} seeds, {result['seconds'] / 60:.1f} min; "
-        f"{link}; {verdict}).\nIn the paper: {result['paper']} Here: {result['found']}\n"
+        f"{files}; {held} of {len(checks)} checks hold).",
+        f"*In the paper*: {result['paper']}",
+        f"*Here*: {result['found']}",
     )
+    return "\n".join(map(wrapped, lines)) + "\n"
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

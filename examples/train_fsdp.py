@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradroute.models import route, sgtm
+from gradroute.optim import RoutedAdamW, routed_param_groups
 
 ROUTES = ("retain", "forget")
 IGNORED = -100
@@ -37,8 +38,8 @@ def main() -> None:
     args = parsed()
     device = start()
     model = make_model(args, device)
-    # No weight decay, which would move what a mask protects.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    # torch's AdamW would move, by decay and momentum, what a mask protects.
+    optimizer = RoutedAdamW(routed_param_groups(model), lr=args.lr, weight_decay=0.01)
     batches = synthetic_batches(args, model.config.vocab_size, device)
     for step in range(args.steps):
         losses = train_step(model, optimizer, [next(batches) for _ in range(args.accumulate)])

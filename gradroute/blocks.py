@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,11 @@ class Units:
 
     inputs: Sequence[str]
     outputs: Sequence[str]
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "outputs"):
+            if isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a list of paths")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +94,11 @@ class Part:
     size: int = 0
     group: int = 1
 
+    @property
+    def key(self) -> Any:
+        """What parts of one module have in common."""
+        return self.module, self.what, tuple(p.parameter for p in self.pieces if p.role == "output")
+
 
 class Block:
     """Rows and columns of a model's parameters: of hidden units, of heads, or of anything.
@@ -97,13 +107,20 @@ class Block:
     until `gradroute.era` changes their shape. Blocks that do not overlap are joined by `|`.
 
     Attributes:
-        parts: by module.
+        parts: by module; what is joined of one module is one part.
+
+    Raises:
+        ValueError: parts that overlap, or that have one group of heads in common.
     """
 
     def __init__(self, parts: Iterable[Part]) -> None:
-        self.parts = tuple(parts)
-        if not self.parts:
+        groups: dict[Any, list[Part]] = {}
+        for part_ in parts:
+            groups.setdefault(part_.key, []).append(part_)
+        if not groups:
             raise ValueError("parts: got none, expected at least one")
+        _refuse_overlaps([piece for group in groups.values() for part_ in group for piece in part_.pieces])
+        self.parts = tuple(map(_joined, groups.values()))
 
     @classmethod
     def units(
@@ -163,17 +180,20 @@ class Block:
         Raises:
             ValueError: no such parameter or dimension, an index out of range, or nothing chosen.
         """
-        parameters = dict(model.named_parameters())
+        parameters = _named(model)
         chosen = []
         for name, (dim, which) in pieces.items():
             if name not in parameters:
                 raise ValueError(f"pieces: got {name!r}, expected the name of one of the model's parameters")
             if not 0 <= dim < parameters[name].dim():
                 raise ValueError(
-                    f"pieces[{name!r}]: got dimension {dim} of a parameter {list(parameters[name].shape)}"
+                    f"pieces[{name!r}]: got dimension {dim}, expected one of a parameter of shape "
+                    f"{list(parameters[name].shape)}, from 0 on"
                 )
             index = _indices(f"pieces[{name!r}]", which, parameters[name].shape[dim])
             chosen.append(Piece(name, dim, index, parameters[name].shape[dim]))
+        if not chosen:
+            raise ValueError("pieces: got none, expected at least one")
         return cls([Part("", "parameters", torch.empty(0, dtype=torch.int64), tuple(chosen))])
 
     @property
@@ -189,12 +209,6 @@ class Block:
     def __or__(self, other: Block) -> Block:
         if not isinstance(other, Block):
             return NotImplemented
-        for one in self.pieces:
-            for two in other.pieces:
-                if one.parameter == two.parameter and _overlap(one, two):
-                    raise ValueError(
-                        f"blocks: got two that overlap in {one.parameter}, expected disjoint ones"
-                    )
         return Block(self.parts + other.parts)
 
     @property
@@ -208,7 +222,7 @@ class Block:
         Raises:
             ValueError: the model is not of the shape that the block was made for.
         """
-        named = dict(inner_model(model).named_parameters(remove_duplicate=False))
+        named = _named(model)
         found = []
         for piece in self.pieces:
             parameter = named.get(piece.parameter)
@@ -251,9 +265,13 @@ class Block:
             strange = sorted(state.keys() ^ present.keys())
             raise ValueError(f"state: got keys that differ from the block's in {strange[:4]}")
         for key, values in present.items():
-            if state[key].shape != values.shape:
+            given = state[key]
+            if not isinstance(given, Tensor) or given.shape != values.shape:
+                got = (
+                    f"shape {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+                )
                 raise ValueError(
-                    f"state[{key!r}]: got shape {list(state[key].shape)}, expected {list(values.shape)}"
+                    f"state[{key!r}]: got {got}, expected a tensor of shape {list(values.shape)}"
                 )
         for key, (piece, parameter) in zip(self.keys, self.parameters(model), strict=True):
             piece.write(parameter, state[key])
@@ -284,17 +302,18 @@ class Block:
 
 def check_disjoint(blocks: Mapping[str, Block], model: nn.Module) -> None:
     """Raises ValueError where two of the named blocks have an element of a parameter in common."""
-    owners: dict[str, list[tuple[str, Tensor]]] = {}
+    named = _named(model)
+    owners: dict[int, list[tuple[str, Tensor]]] = {}  # tied parameters are one
     for name, block in blocks.items():
         for parameter, mask in block.masks(model).items():
-            for other, taken in owners.setdefault(parameter, []):
+            for other, taken in owners.setdefault(id(named[parameter]), []):
                 common = int((mask & taken).sum())
                 if common:
                     raise ValueError(
                         f"blocks: got {other!r} and {name!r}, which overlap in {common} elements of {parameter}; "
                         "expected disjoint ones"
                     )
-            owners[parameter].append((name, mask))
+            owners[id(named[parameter])].append((name, mask))
 
 
 @dataclass(frozen=True)
@@ -406,8 +425,6 @@ def _decoder_widths(model: nn.Module, what: str, architecture: Architecture) -> 
 
 
 def _width_between(model: nn.Module, units: Units) -> Width:
-    if not units.inputs or not units.outputs:
-        raise ValueError(f"between: got {units}, expected inputs and outputs")
     sizes = {}
     for paths, dim in ((units.inputs, 0), (units.outputs, 1)):
         for path in paths:
@@ -445,9 +462,13 @@ def _check_readable(path: str, linear: Any) -> None:
         )
     if not isinstance(linear, nn.Linear) and not is_transposed(linear):
         raise TypeError(f"{path}: got a {type(linear).__name__}, expected a torch.nn.Linear")
+    if not linear.weight.is_floating_point():
+        raise TypeError(f"{path}: got a weight of dtype {linear.weight.dtype}, expected floating point")
 
 
 def _parts(widths: list[Width], what: str, which: Which, layers: Collection[int] | None) -> list[Part]:
+    if layers is not None and not isinstance(layers, Collection):
+        raise TypeError(f"layers: got {layers!r}, expected indices of layers")
     chosen = sorted(range(len(widths)) if layers is None else set(layers))
     unknown = [i for i in chosen if i not in range(len(widths))]
     if unknown or not chosen:
@@ -462,8 +483,14 @@ def _parts(widths: list[Width], what: str, which: Which, layers: Collection[int]
 
 
 def _indices(name: str, which: Which, size: int) -> Tensor:  # [n], ascending
-    if isinstance(which, bool):
-        raise TypeError(f"{name}: got {which}, expected a number, a slice or indices")
+    if isinstance(which, (bool, str)):
+        raise TypeError(f"{name}: got {which!r}, expected a number, a slice or indices")
+    if not isinstance(which, (int, slice)):
+        which = torch.as_tensor(which, device="cpu")
+        if which.dim() > 1:
+            raise ValueError(f"{name}: got indices of shape {list(which.shape)}, expected one dimension")
+        if which.dim() == 0 and not which.is_floating_point():
+            which = int(which)  # a number of NumPy or torch is a number
     if isinstance(which, int):
         if not 1 <= which <= size:
             raise ValueError(f"{name}: got {which}, expected 1 to {size}")
@@ -481,13 +508,51 @@ def _indices(name: str, which: Which, size: int) -> Tensor:  # [n], ascending
             )
         index = (index.long() % size).unique()  # also sorts
     if not len(index):
-        raise ValueError(f"{name}: got {which}, which chooses none of {size}")
+        raise ValueError(f"{name}: got {which!r}, which chooses none of {size}")
     return index
 
 
-def _overlap(one: Piece, two: Piece) -> bool:
-    """Rows and columns of one matrix always cross."""
-    return one.dim != two.dim or bool(torch.isin(one.index, two.index).any())
+def _refuse_overlaps(pieces: Sequence[Piece]) -> None:
+    """Raises where two pieces have an element in common: rows and columns of one matrix always cross."""
+    by_parameter: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        for other in by_parameter.setdefault(piece.parameter, []):
+            if piece.dim != other.dim or bool(torch.isin(piece.index, other.index).any()):
+                raise ValueError(f"blocks: got two that overlap in {piece.parameter}, expected disjoint ones")
+        by_parameter[piece.parameter].append(piece)
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """Parts of one module as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if len({part_.size for part_ in parts}) > 1:
+        raise ValueError(
+            f"blocks: got two of {first.module} when it had {[part_.size for part_ in parts]} {first.what}, expected "
+            "blocks of one shape"
+        )
+    groups = torch.cat([(part_.index // first.group).unique() for part_ in parts])
+    if first.group > 1 and len(groups.unique()) < len(groups):  # k and v would be nobody's
+        raise ValueError(
+            f"blocks: got heads of {first.module} that share a key and value head in two blocks, expected them in one: "
+            "Block.heads(model, [...])"
+        )
+    pieces: dict[Any, list[Piece]] = {}
+    for part_ in parts:
+        for piece in part_.pieces:
+            pieces.setdefault((piece.parameter, piece.dim, piece.role), []).append(piece)
+    joined = tuple(replace(same[0], index=_merged(piece.index for piece in same)) for same in pieces.values())
+    return replace(first, index=_merged(part_.index for part_ in parts), pieces=joined)
+
+
+def _merged(indices: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(indices)).unique()  # also sorts
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the model inside PEFT's, tied ones under each of their names."""
+    return dict(inner_model(model).named_parameters(remove_duplicate=False))
 
 
 def _join(path: str, name: str) -> str:

@@ -76,8 +76,9 @@ def expand(
             whose head width follows from their number (GPT-2, GPT-Neo, GPT-NeoX) take none.
         std: of the new weights; default: that of the parameter they are added to.
         zero_output: False: output weights are drawn as well, and the model computes something else.
-        optimizer: one that has the parameters: it gets the new ones in their place, its state zeros for what is new.
-            Default: none; make it afterwards.
+        optimizer: one that has the parameters: it gets the new ones in their place, its state zeros for what is new
+            (beside an old step count, which makes their first updates some times larger). Its groups stay: make a
+            RoutedAdamW after `route`, or the plan's columns are not its blocks. Default: none; make it afterwards.
         between: where the units are in a module that gradroute does not know.
         architecture: see `gradroute.models.route`.
 
@@ -99,19 +100,21 @@ def expand(
         ]
     if heads:
         growths += [_Growth("heads", width, heads) for width in _free_heads(model, architecture)]
+    _check_std(std)
     for _, width, count in growths:
         if count % width.group:
             raise ValueError(
                 f"heads: got {count}, expected a multiple of the {width.group} that share a key and value head"
             )
-        _check_no_sites(width)
-    parts = [_added_part(*growth) for growth in growths]
-    _check_config(inner, parts, 1)
-    for part in parts:
-        _insert(inner, part.pieces, optimizer)
-        _draw(inner, part.pieces, std, not zero_output, generator=None)
-    _resize(inner, parts, 1)
-    return Block(parts)
+    block = Block([_added_part(*growth) for growth in growths])
+    _check_parameters(block, inner)
+    _check_change(inner, block, 1, optimizer)
+    drawn = _drawn(inner, block.pieces, std, not zero_output, None)
+    for piece in block.pieces:
+        _insert(inner, piece, optimizer)
+    _write(inner, drawn)
+    _resize(inner, block.parts, 1)
+    return block
 
 
 @torch.no_grad()
@@ -128,10 +131,11 @@ def ablate(
     Args:
         model: the model, routed or not.
         block: what of it.
-        how: "zero": all of the block's parameters are 0; those of hidden units have gradients of 0 from then on, so
-            that training the model as a whole does not bring them back. "resample": they are drawn anew, from a normal
-            distribution with the standard deviation of the rest of each parameter, biases are 0; the block has an
-            influence that nothing has taught. "slice": as `contract`, influence or not; unroute the model before.
+        how: "zero": all of the block's parameters are 0; those of hidden units, where act(0) = 0, have gradients of 0
+            from then on, so that training the model as a whole does not bring them back. "resample": they are drawn
+            anew, from a normal distribution with the standard deviation of the rest of each parameter, biases are 0;
+            the block has an influence that nothing has taught. "slice": as `contract`, influence or not; unroute the
+            model before.
         optimizer: whose state of the block becomes 0 too. Without it momentum would bring some of the block back.
         generator: of "resample", on the CPU; default: torch's.
 
@@ -143,7 +147,8 @@ def ablate(
     if how not in HOW:
         raise ValueError(f"how: got {how!r}, expected one of {', '.join(map(repr, HOW))}")
     inner = inner_model(model)
-    _refuse_sharded(block, inner)
+    _check_optimizer(optimizer)
+    _check_parameters(block, inner)
     if block.is_whole and not block.has_influence(inner):
         raise ValueError(
             f"block: got {block}, which has no influence on the model: its output weights are 0, as it was ablated "
@@ -152,12 +157,14 @@ def ablate(
     if how == "slice":
         _take_out(_ordinary(model), block, optimizer)
         return
-    if how == "resample":
-        _draw(inner, block.pieces, None, True, generator)
-    for piece, parameter in block.parameters(inner):
-        if how == "zero":
-            piece.write(parameter, 0.0)
+    pieces = block.parameters(inner)
+    drawn = _drawn(inner, block.pieces, None, True, generator) if how == "resample" else []
+    for piece, parameter in pieces:
+        piece.write(parameter, 0.0)
+        if parameter.grad is not None:  # it would bring the block back in the next step
+            piece.write(parameter.grad, 0.0)
         _zero_state(parameter, piece, optimizer)
+    _write(inner, drawn)
 
 
 @torch.no_grad()
@@ -185,7 +192,7 @@ def contract(
     inner = _ordinary(model)
     if not isinstance(block, Block):
         block = Block.units(model, block, architecture=architecture)
-    _refuse_sharded(block, inner)
+    _check_parameters(block, inner)
     _check_removed(block, inner)
     if block.has_influence(inner):
         raise ValueError(
@@ -224,11 +231,11 @@ def merge(
             block's. Nothing has changed then.
     """
     inner = _ordinary(model)
-    _refuse_sharded(block, inner)
+    _check_parameters(block, inner)
     _check_fits(inner, block, state)
-    _check_config(inner, block.parts, 1)
-    for part in block.parts:
-        _insert(inner, part.pieces, optimizer)
+    _check_change(inner, block, 1, optimizer)
+    for piece in block.pieces:
+        _insert(inner, piece, optimizer)
     block.load_state_dict(inner, state)
     _resize(inner, block.parts, 1)
 
@@ -253,7 +260,7 @@ def gate(model: nn.Module, block: Block, scale: float) -> Gate:
     """
     if not block.is_whole:
         raise ValueError(f"block: got {block}, expected one of units or heads (Block.units, Block.heads)")
-    _refuse_sharded(block, inner_model(model))
+    _check_parameters(block, inner_model(model))
     return Gate(model, block, scale)
 
 
@@ -261,6 +268,7 @@ class Gate:
     """A block's scale, see `gate`."""
 
     def __init__(self, model: nn.Module, block: Block, scale: float) -> None:
+        self._model = model
         self._outputs = [pair for pair in block.parameters(model) if pair[0].role == "output"]
         self._original = [piece.of(parameter) for piece, parameter in self._outputs]
         self._written = self._original
@@ -277,7 +285,14 @@ class Gate:
         if not math.isfinite(scale):
             raise ValueError(f"scale: got {scale}, expected a finite number")
         self._check_unchanged()
-        self._written = [values if scale == 1 else values * scale for values in self._original]
+        scaled = [values if scale == 1 else values * scale for values in self._original]
+        for (piece, _), values in zip(self._outputs, scaled, strict=True):
+            if scale != 1 and not torch.isfinite(values).all():
+                raise ValueError(
+                    f"scale: got {scale}, by which {piece.parameter} is not finite in {values.dtype}, expected a "
+                    "smaller one"
+                )
+        self._written = scaled
         for (piece, parameter), values in zip(self._outputs, self._written, strict=True):
             piece.write(parameter, values)
         self._scale = float(scale)
@@ -292,8 +307,9 @@ class Gate:
         self._original, self._scale = self._written, 1.0
 
     def _check_unchanged(self) -> None:
+        named = dict(inner_model(self._model).named_parameters(remove_duplicate=False))
         for (piece, parameter), values in zip(self._outputs, self._written, strict=True):
-            if not torch.equal(piece.of(parameter), values):
+            if named.get(piece.parameter) is not parameter or not torch.equal(piece.of(parameter), values):
                 raise RuntimeError(
                     f"scale: {piece.parameter} was changed by something else since, by training or another gate, which "
                     "would be undone; remove gates in reverse order, and merge() one before training"
@@ -329,11 +345,8 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if save is not None:
         save(path)
         return
-    torch.save({name: value.detach().cpu().clone() for name, value in model.state_dict().items()}, path)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Checks.
+    state = model.state_dict()
+    torch.save({k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in state.items()}, path)
 
 
 def _ordinary(model: nn.Module) -> nn.Module:
@@ -374,26 +387,71 @@ def _added_part(what: str, width: Width, number: int) -> Part:
     return Part(width.path, what, added.nonzero().flatten(), width.pieces(added), size, width.group)
 
 
-def _check_config(inner: nn.Module, parts: Sequence[Part], sign: int) -> None:
-    """Raises where the model's configuration cannot say what becomes of it."""
-    if _config(inner) is not None:
-        _new_numbers(_config(inner), _changes(parts, sign))
-
-
-def _check_no_sites(width: Width) -> None:
-    if isinstance(width.module, RoutedModule) and width.module.sites is not None:
-        raise ValueError(
-            f"model: got {width.path or type(width.module).__name__} with sites, whose tables have its width; expected "
-            "sites = None, to be set again afterwards"
-        )
-
-
-def _refuse_sharded(block: Block, model: nn.Module) -> None:
-    named = dict(model.named_parameters())
+def _check_change(inner: nn.Module, block: Block, sign: int, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises where parameters of another shape would not fit what else knows of them."""
+    for part in block.parts:
+        module = inner.get_submodule(part.module)
+        if isinstance(module, RoutedModule) and module.sites is not None:
+            raise ValueError(
+                f"model: got {part.module or type(module).__name__} with sites, whose tables have its width; expected "
+                "sites = None, to be set again afterwards"
+            )
+    config = _config(inner)
+    if config is not None:
+        if not all(part.module for part in block.parts):
+            raise ValueError(
+                f"between: got layers of a {type(inner).__name__}, whose configuration could not say their new width; "
+                "expected a module without a configuration"
+            )
+        _new_numbers(config, _changes(block.parts, sign))
+    names: dict[int, list[str]] = {}
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    named = dict(inner.named_parameters(remove_duplicate=False))
     for piece in block.pieces:
-        if is_dtensor(named.get(piece.parameter)):
+        tied = names[id(named[piece.parameter])]
+        if len(tied) > 1:
+            raise ValueError(f"model: got {' and '.join(tied)} tied, expected parameters of their own")
+    _check_optimizer(optimizer)
+    if optimizer is not None:
+        _check_states(optimizer, {piece.parameter: named[piece.parameter] for piece in block.pieces})
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: got a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+
+
+def _check_states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises where an optimizer's state is not laid out like its parameters."""
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor) or value.dim() == 0 or key == "step":
+                continue
+            if value.shape != parameter.shape or not value.is_floating_point():
+                raise TypeError(
+                    f"optimizer: got state {key!r} of shape {list(value.shape)} and {value.dtype} for {name} of shape "
+                    f"{list(parameter.shape)}, expected floating point of its shape; make the optimizer anew"
+                )
+
+
+def _check_std(std: Any) -> None:
+    if std is not None and not (isinstance(std, (int, float)) and 0 <= std < math.inf):
+        raise ValueError(f"std: got {std!r}, expected a finite number, 0 or more")
+
+
+def _check_parameters(block: Block, model: nn.Module) -> None:
+    """Raises unless all parameters of a block that are there are whole and have values."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for piece in block.pieces:
+        parameter = named.get(piece.parameter)
+        if is_dtensor(parameter):
             raise TypeError(
                 f"{piece.parameter}: got a sharded parameter, expected a whole one: do this before sharding"
+            )
+        if parameter is not None and parameter.is_meta:
+            raise ValueError(
+                f"{piece.parameter}: got a parameter on the meta device, expected one with values"
             )
 
 
@@ -414,7 +472,6 @@ def _check_removed(block: Block, inner: nn.Module) -> None:
             )
     if _config(inner) is None:
         return
-    _check_config(inner, block.parts, -1)
     for what in ("units", "heads"):
         counts = {part.module: len(part.index) for part in block.parts if part.what == what and part.module}
         layers = Shape.of(_config(inner)).layers
@@ -428,8 +485,10 @@ def _check_removed(block: Block, inner: nn.Module) -> None:
 def _check_fits(inner: nn.Module, block: Block, state: Mapping[str, Tensor]) -> None:
     """Raises unless the state is the block's, and the model what is left without it."""
     keys = block.keys
-    if list(state) != keys:
-        raise ValueError(f"state: got keys {list(state)[:2]}..., expected the block's, {keys[:2]}...")
+    if state.keys() != set(keys):
+        raise ValueError(
+            f"state: got keys that differ from the block's in {sorted(state.keys() ^ set(keys))[:4]}"
+        )
     named = dict(inner.named_parameters())
     for key, piece in zip(keys, block.pieces, strict=True):
         got = list(named[piece.parameter].shape) if piece.parameter in named else None
@@ -445,34 +504,31 @@ def _check_fits(inner: nn.Module, block: Block, state: Mapping[str, Tensor]) -> 
             )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Parameters of another size, and an optimizer's state of them.
+def _insert(model: nn.Module, piece: Piece, optimizer: torch.optim.Optimizer | None) -> None:
+    """Makes room for a piece: zeros at its indices, everything else in its order around them."""
+    kept = _others(piece)
 
+    def grown(old: Tensor) -> Tensor:
+        shape = [*old.shape]
+        shape[piece.dim] = piece.size
+        return old.new_zeros(shape).index_copy_(piece.dim, kept.to(old.device), old)
 
-def _insert(model: nn.Module, pieces: Sequence[Piece], optimizer: torch.optim.Optimizer | None) -> None:
-    """Makes room for pieces: zeros at their indices, everything else in its order around them."""
-    for piece in pieces:
-        kept = _others(piece)
-
-        def grown(old: Tensor, piece: Piece = piece, kept: Tensor = kept) -> Tensor:
-            shape = [*old.shape]
-            shape[piece.dim] = piece.size
-            return old.new_zeros(shape).index_copy_(piece.dim, kept.to(old.device), old)
-
-        _replace(model, piece, grown, optimizer)
+    _replace(model, piece, grown, optimizer)
 
 
 def _take_out(model: nn.Module, block: Block, optimizer: torch.optim.Optimizer | None) -> None:
     _check_removed(block, model)
-    block.parameters(model)  # raises where the model is not of its shape, before anything changes
+    block.parameters(model)  # raises where the model is not of its shape
+    _check_change(model, block, -1, optimizer)
     for piece in block.pieces:
-        kept = _others(piece)
-
-        def left(old: Tensor, piece: Piece = piece, kept: Tensor = kept) -> Tensor:
-            return old.index_select(piece.dim, kept.to(old.device))
-
-        _replace(model, piece, left, optimizer)
+        _remove(model, piece, optimizer)
     _resize(model, block.parts, -1)
+
+
+def _remove(model: nn.Module, piece: Piece, optimizer: torch.optim.Optimizer | None) -> None:
+    """Takes a piece out of its parameter."""
+    kept = _others(piece)
+    _replace(model, piece, lambda old: old.index_select(piece.dim, kept.to(old.device)), optimizer)
 
 
 def _others(piece: Piece) -> Tensor:
@@ -526,45 +582,64 @@ def _hand_over(
         return
     state = optimizer.state.pop(old)
     optimizer.state[new] = {
-        key: change(value) if _runs_along(value, old, dim) else value for key, value in state.items()
+        key: change(value) if _runs_along(key, value, old, dim) else value for key, value in state.items()
     }
 
 
-def _runs_along(value: Any, parameter: Tensor, dim: int) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.dim() == parameter.dim()
-        and value.shape[dim] == parameter.shape[dim]
-    )
+def _runs_along(key: str, value: Any, parameter: Tensor, dim: int) -> bool:
+    """Whether state has an element for each index of a parameter along a dimension."""
+    if not isinstance(value, Tensor) or value.dim() != parameter.dim():
+        return False
+    if key == "step" and parameter.dim() > 1:  # [n, 1] or [1, m]
+        return value.numel() == value.shape[dim] == parameter.shape[dim] > 1
+    return value.shape == parameter.shape
 
 
 def _zero_state(parameter: nn.Parameter, piece: Piece, optimizer: torch.optim.Optimizer | None) -> None:
     if optimizer is None:
         return
-    for value in optimizer.state.get(parameter, {}).values():
-        if _runs_along(value, parameter, piece.dim):
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if _runs_along(key, value, parameter, piece.dim):
             piece.write(value, 0.0)
 
 
-def _draw(
+def _drawn(
     model: nn.Module,
     pieces: Sequence[Piece],
     std: float | None,
     with_outputs: bool,
     generator: torch.Generator | None,
-) -> None:
-    """Draws pieces of weights anew, with the standard deviation of the rest of each; biases become 0."""
-    named = dict(model.named_parameters())
+) -> list[tuple[Piece, Tensor]]:
+    """New values of pieces of weights: normal, with the standard deviation of the rest of each; of the others none."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    drawn = []
     for piece in pieces:
-        parameter = named[piece.parameter]
-        if parameter.dim() < 2:
-            piece.write(parameter, 0.0)
-        elif piece.role != "output" or with_outputs:
-            rest = parameter.index_select(piece.dim, _others(piece).to(parameter.device))
-            scale = float(rest.std()) if std is None else std
-            shape = [*parameter.shape]
-            shape[piece.dim] = len(piece.index)
-            piece.write(parameter, torch.empty(shape).normal_(std=scale, generator=generator))
+        parameter = named[piece.parameter].detach()
+        if parameter.dim() < 2 or (piece.role == "output" and not with_outputs):
+            continue
+        scale = float(_rest(piece, parameter).float().std(correction=0)) if std is None else std
+        shape = [*parameter.shape]
+        shape[piece.dim] = len(piece.index)
+        values = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(std=scale, generator=generator)
+        drawn.append((piece, values))
+    return drawn
+
+
+def _rest(piece: Piece, parameter: Tensor) -> Tensor:
+    """What of a parameter is not the piece's, or all of it where the piece has yet to be added."""
+    if parameter.shape[piece.dim] < piece.size:
+        return parameter
+    if len(piece.index) == piece.size:
+        raise ValueError(
+            f"block: got all of {piece.parameter}, expected a rest whose standard deviation new values could have"
+        )
+    return parameter.index_select(piece.dim, _others(piece).to(parameter.device))
+
+
+def _write(model: nn.Module, drawn: Sequence[tuple[Piece, Tensor]]) -> None:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for piece, values in drawn:
+        piece.write(named[piece.parameter], values)
 
 
 def _config(model: nn.Module) -> Any:
@@ -621,9 +696,12 @@ def _resize(model: nn.Module, parts: Sequence[Part], sign: int) -> None:
     for part in parts:
         module: Any = model.get_submodule(part.module)
         if part.what == "heads":
-            for name, group in (("heads", 1), ("kv_heads", part.group), ("num_key_value_heads", part.group)):
-                if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, getattr(module, name) + sign * len(part.index) // group)
+            named = {"heads": 1, "kv_heads": part.group, "num_key_value_heads": part.group}
+        else:
+            named = {"intermediate_size": 1} if part.module else {}
+        for name, group in named.items():
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, getattr(module, name) + sign * len(part.index) // group)
     config = _config(model)
     if config is not None:
         for name, value in _new_numbers(config, _changes(parts, sign)).items():

@@ -20,6 +20,8 @@ from .tables import Table
 # Options of torch.optim.AdamW's groups that say how it computes.
 _HOW_TORCH_COMPUTES = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # the last with amsgrad
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
@@ -170,11 +172,15 @@ class RoutedAdamW(Optimizer):
         """Takes over a state of this class, or of `torch.optim.AdamW`, whose step count becomes that of every block.
 
         Raises:
-            ValueError: step counts that are not those of a parameter's blocks; the state of an Adam that adds weight
-                decay to the gradient; groups that do not fit.
+            ValueError: step counts that are not those of a parameter's blocks, or moments of another shape; the state
+                of an Adam that adds weight decay to the gradient; groups that do not fit. Nothing is then taken over.
         """
         saved = state_dict["param_groups"]
         adopted = [_adopted(theirs, own) for theirs, own in zip(saved, self.param_groups, strict=False)]
+        for theirs, own in zip(adopted, self.param_groups, strict=False):
+            # Another number of groups or parameters is refused by torch's, before it takes anything over.
+            for index, parameter in zip(theirs["params"], own["params"], strict=False):
+                _check_state(parameter, theirs["block_dim"], state_dict["state"].get(index, {}))
         super().load_state_dict({**state_dict, "param_groups": adopted + saved[len(adopted) :]})
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -197,7 +203,7 @@ class RoutedAdamW(Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = _steps(parameter, group["block_dim"])
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
+            for name in _MOMENTS[: 3 if group["amsgrad"] else 2]:
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         local = {name: _local(value) for name, value in state.items()}
         if local["step"].shape != touched.shape:
@@ -548,17 +554,29 @@ def _adopted(saved: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return options | {"block_dim": own["block_dim"]}
 
 
+def _check_state(parameter: Tensor, block_dim: int | None, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError where a parameter's saved state is not of its shape."""
+    shape, blocks = parameter.shape, _blocks(parameter.shape, block_dim)
+    steps = torch.as_tensor(saved.get("step", 0))
+    if steps.dim() and steps.shape != blocks:
+        raise ValueError(
+            f"state_dict: got steps of shape {list(steps.shape)} for a parameter of shape {list(shape)} and "
+            f"block_dim={block_dim}, expected {list(blocks)} or one number"
+        )
+    for name in _MOMENTS:
+        if name in saved and saved[name].shape != shape:
+            raise ValueError(
+                f"state_dict: got {name} of shape {list(saved[name].shape)} for a parameter of shape {list(shape)}, "
+                "expected the parameter's"
+            )
+
+
 def _loaded_steps(parameter: Tensor, block_dim: int | None, saved: Any) -> Tensor:
     """Saved steps on the parameter's device; one number is that of every block."""
-    shape = _blocks(parameter.shape, block_dim)
     steps = torch.as_tensor(saved)
-    if steps.dim() == 0 and (shape or _is_distributed(parameter) != _is_distributed(steps)):
+    is_count = bool(_blocks(parameter.shape, block_dim)) or _is_distributed(parameter) != _is_distributed(steps)
+    if steps.dim() == 0 and is_count:
         return _steps(parameter, block_dim, float(_local(steps)))
-    if steps.shape != shape:
-        raise ValueError(
-            f"state_dict: got steps of shape {list(steps.shape)} for a parameter of shape {list(parameter.shape)} and "
-            f"block_dim={block_dim}, expected {list(shape)} or one number"
-        )
     return steps.to(device=parameter.device, dtype=torch.float32)
 
 

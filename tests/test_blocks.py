@@ -1,6 +1,7 @@
 """Blocks: which elements of which parameters, in every architecture and in modules of one's own; overlaps; refusals."""
 
 import model_zoo
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -135,6 +136,22 @@ def test_overlaps_are_refused():
     check_disjoint({"a": first, "b": Block.units(model, slice(8, 12))}, model)
 
 
+def test_numbers_of_numpy_and_torch_are_numbers():
+    model, _ = built("llama")
+    for three in (np.int64(3), torch.tensor(3)):
+        assert Block.units(model, three).parts[0].index.tolist() == [61, 62, 63]
+    with pytest.raises(ValueError, match=r"units: got indices of shape \[1, 2\], expected one dimension"):
+        Block.units(model, [[1, 2]])
+
+
+def test_tied_parameters_overlap():
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    rows = {name: Block.of(model, {f"{name}.weight": (0, [0, 1])}) for name in model}
+    with pytest.raises(ValueError, match="'embedding' and 'head', which overlap in 8 elements"):
+        check_disjoint(rows, model)
+
+
 def test_refusals():
     model, _ = built("llama")
     with pytest.raises(
@@ -145,7 +162,7 @@ def test_refusals():
         Block.units(model, [99])
     with pytest.raises(TypeError, match=r"units: got indices of dtype torch.float32, expected integers"):
         Block.units(model, [0.5])
-    with pytest.raises(ValueError, match=r"units: got \[\], which chooses none"):
+    with pytest.raises(ValueError, match="which chooses none of 64"):
         Block.units(model, [])
     with pytest.raises(ValueError, match=r"layers: got \[5\], expected indices from 0 to 1"):
         Block.units(model, 2, layers=[5])
@@ -153,6 +170,12 @@ def test_refusals():
         ValueError, match="pieces: got 'nothing', expected the name of one of the model's parameters"
     ):
         Block.of(model, {"nothing": (0, 1)})
+    with pytest.raises(ValueError, match="pieces: got none, expected at least one"):
+        Block.of(model, {})
+    with pytest.raises(TypeError, match="layers: got 0, expected indices of layers"):
+        Block.units(model, 2, layers=0)
+    with pytest.raises(ValueError, match="inputs: got '0', expected a list of paths"):
+        Units("0", "2")
     with pytest.raises(ValueError, match=r"pieces\['model.norm.weight'\]: got dimension 1"):
         Block.of(model, {"model.norm.weight": (1, 1)})
     with pytest.raises(TypeError, match="got a Linear of model_type None"):

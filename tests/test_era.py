@@ -357,3 +357,123 @@ def test_refusals(tokens):
     ):
         with pytest.raises(ValueError, match="got a routed model, expected an ordinary one"):
             call()
+
+
+def test_joined_blocks_of_one_layer_are_one(tokens):
+    """Indices of the second count in the model of before the first was taken out."""
+    model, _ = built("phi3")
+    whole, _ = built("phi3")
+    whole.load_state_dict(model.state_dict())
+    joined = Block.units(model, [3, 60]) | Block.units(model, [1, 62]) | Block.heads(model, [2, 3])
+    assert len(joined.parts) == 2 * len(model.model.layers)
+    era.ablate(model, joined, how="slice")
+    era.ablate(whole, Block.units(whole, [1, 3, 60, 62]) | Block.heads(whole, 2), how="slice")
+    assert_bits(model, bits(whole))
+    assert model.config.intermediate_size == model_zoo.HIDDEN - 4
+    with pytest.raises(ValueError, match=r"heads of .* in two blocks, expected them in one"):
+        Block.heads(whole, [0]) | Block.heads(whole, [1])
+
+
+@pytest.mark.parametrize("what", ["block", "route"])
+def test_a_gradient_that_is_left_over_brings_nothing_back(tokens, what):
+    model, _ = built("llama")
+    model.train()
+    block = Block.units(model, ADDED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    route(model, sgtm(model.config, forget_heads=0, forget_units=ADDED))
+    for _ in range(2):
+        model(tokens, labels=tokens, route_ids=torch.ones_like(tokens)).loss.backward()
+        optimizer.step()
+    if what == "block":
+        era.ablate(model, block, optimizer=optimizer)
+    else:
+        routed_models.ablate(model, 0, optimizer=optimizer)
+    optimizer.step()
+    unroute(model)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert not block.has_influence(model)
+
+
+def test_a_gate_notices_that_its_parameters_are_gone():
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    between = Units(["0"], ["2"])
+    gate = era.gate(model, Block.units(model, 2, between=between), 3.0)
+    era.expand(model, 2, between=between)
+    with pytest.raises(RuntimeError, match=r"2.weight was changed by something else since"):
+        gate.remove()
+    half = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).half()
+    before = bits(half)
+    with pytest.raises(ValueError, match=r"2.weight is not finite in torch.float16, expected a smaller one"):
+        era.gate(half, Block.units(half, 2, between=between), 1e7)
+    assert_bits(half, before)
+
+
+def test_what_would_fail_halfway_changes_nothing():
+    between = Units(["0"], ["2"])
+
+    def plain():
+        return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+
+    model = plain()
+    before, x = bits(model), torch.randn(4, 3)
+    for std in (-1.0, float("nan"), "wide"):
+        with pytest.raises(ValueError, match=r"std: got .*, expected a finite number, 0 or more"):
+            era.expand(model, 2, between=between, std=std)
+    with pytest.raises(ValueError, match=r"overlap in 0.weight, expected disjoint ones"):
+        era.expand(model, 2, between=[between, between])
+    with pytest.raises(TypeError, match=r"optimizer: got a str, expected a torch.optim.Optimizer"):
+        era.expand(model, 2, between=between, optimizer="sgd")
+    with pytest.raises(ValueError, match="expected a rest whose standard deviation"):
+        era.ablate(model, Block.units(model, 6, between=between), how="resample")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model[0].weight] = {"exp_avg_sq_row": torch.zeros(6)}
+    with pytest.raises(
+        TypeError, match=r"optimizer: got state 'exp_avg_sq_row' of shape .* make the optimizer anew"
+    ):
+        era.expand(model, 2, between=between, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"0.weight: got a parameter on the meta device"):
+        era.expand(plain().to("meta"), 2, between=between)
+    assert_bits(model, before)
+    tied = nn.ModuleList([RoutedMLP(8, 12), RoutedMLP(8, 12)])
+    tied[1].fc_in.weight = tied[0].fc_in.weight
+    with pytest.raises(ValueError, match=r"got 0.fc_in.weight and 1.fc_in.weight tied"):
+        era.expand(tied, 4)
+    routed = RoutedMLP(8, 12, sites=MLPSites(hidden=localize(2, 12, {1: slice(0, 4)})))
+    with pytest.raises(ValueError, match="got RoutedMLP with sites, whose tables have its width"):
+        era.ablate(routed, Block.units(routed, 2), how="slice")
+    llama, _ = built("llama")
+    inside = Units(
+        ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"], ["model.layers.0.mlp.down_proj"]
+    )
+    with pytest.raises(ValueError, match="whose configuration could not say their new width"):
+        era.expand(llama, 2, between=inside)
+    assert model(x).shape == (4, 2)
+
+
+@pytest.mark.parametrize("block_dim", [0, 1])
+def test_step_counts_of_rows_and_columns_go_with_them(block_dim):
+    from gradroute.optim import RoutedAdamW
+
+    model = RoutedMLP(8, 12, bias=False)
+    optimizer = RoutedAdamW(model.parameters(), lr=1e-2, block_dim=block_dim)
+    trained(model, optimizer, torch.randn(5, 8), steps=3)
+    block = era.expand(model, 4, optimizer=optimizer)
+    inner, outer = (optimizer.state[linear.weight]["step"] for linear in (model.fc_in, model.fc_out))
+    grown, other = (inner, outer) if block_dim == 0 else (outer, inner)
+    assert grown.flatten().tolist() == [3.0] * 12 + [0.0] * 4
+    assert other.flatten().tolist() == [3.0] * 8
+    trained(model, optimizer, torch.randn(5, 8), steps=2)
+    era.ablate(model, block, optimizer=optimizer)
+    grown = optimizer.state[(model.fc_in if block_dim == 0 else model.fc_out).weight]["step"]
+    assert grown.flatten().tolist() == [5.0] * 12 + [0.0] * 4
+
+
+def test_state_may_come_in_any_order(tokens):
+    model, _ = built("llama")
+    before = bits(model)
+    block = Block.units(model, 4) | Block.heads(model, 2)
+    state = dict(sorted(block.state_dict(model).items()))  # as safetensors does, "10." before "2."
+    era.ablate(model, block, how="slice")
+    era.merge(model, block, state)
+    assert_bits(model, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ def token_sequences(
 
     Returns:
         Each sequence once, in the order of the words. Forms with the tokenizer's unknown token in them are left out:
-        they would match whatever else it does not know.
+        they would match whatever else it does not know. So are forms of which it drops characters, as a BPE without an
+        unknown token does: they would match other words. Slow tokenizers of transformers do not say what they drop.
 
     Raises:
         TypeError: `words` is one string or has other things than strings; the tokenizer is neither kind.
@@ -72,15 +74,25 @@ def token_sequences(
         raise ValueError("words: got none, expected at least one")
     encode = _encoder(tokenizer)
     unknown = _unknown_token(tokenizer)
+    drops = _dropper(tokenizer)
     found: dict[tuple[int, ...], None] = {}
     for index, word in enumerate(words):
         _check_word(f"words[{index}]", word)
-        encoded = [tuple(encode(form)) for form in _forms(word, case_variants, leading_space)]
-        known = [sequence for sequence in encoded if sequence and unknown not in sequence]
+        encoded = {form: tuple(encode(form)) for form in _forms(word, case_variants, leading_space)}
+        known = [
+            sequence
+            for form, sequence in encoded.items()
+            if sequence and unknown not in sequence and not drops(form)
+        ]
         if not known:
+            expected = (
+                f"a word without its unknown token ({unknown})"
+                if unknown in encoded[word]
+                else "a word of which the tokenizer drops no characters"
+            )
             raise ValueError(
-                f"words[{index}]: got {word!r}, which the tokenizer turns into {list(encoded[0])}, expected a word "
-                f"without its unknown token ({unknown})"
+                f"words[{index}]: got {word!r}, which the tokenizer turns into {list(encoded[word])}, expected "
+                f"{expected}"
             )
         found.update(dict.fromkeys(known))
     return list(found)
@@ -119,10 +131,54 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def _unknown_token(tokenizer: Any) -> int | None:
-    if hasattr(tokenizer, "unk_token_id"):
-        return tokenizer.unk_token_id
-    token = getattr(getattr(tokenizer, "model", None), "unk_token", None)
-    return None if token is None else tokenizer.token_to_id(token)
+    known = getattr(tokenizer, "unk_token_id", None)
+    inner = _inner_tokenizer(tokenizer)
+    if known is not None or inner is None:
+        return known
+    if hasattr(inner.model, "unk_token"):
+        return None if inner.model.unk_token is None else inner.token_to_id(inner.model.unk_token)
+    return json.loads(inner.to_str())["model"].get("unk_id")  # a Unigram's, which has no attribute for it
+
+
+def _inner_tokenizer(tokenizer: Any) -> Any:
+    """The `tokenizers.Tokenizer` that a tokenizer is or has; None: it has none."""
+    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    return inner if hasattr(inner, "model") and hasattr(inner, "to_str") else None
+
+
+def _dropper(tokenizer: Any) -> Callable[[str], bool]:
+    """Whether the tokenizer drops characters of a text; False where it has no offsets to tell from.
+
+    A BPE lays its tokens end to end, so that what it drops is missing at the end of the offsets. What the normaliser
+    changes or takes away is no drop, as every text goes through it, but has no offsets either: of e and a combining
+    accent, NFKC makes one character, at the place of the e. So it is normalised text that is looked at. A normaliser
+    that changes its own output again (a space prepended, bytes as characters) makes another text of it, and the text
+    itself is then looked at too.
+    """
+    inner = _inner_tokenizer(tokenizer)
+    if inner is None:
+        return lambda text: False
+
+    def offsets(text: str) -> list[tuple[int, int]]:
+        if inner is tokenizer:
+            return tokenizer.encode(text, add_special_tokens=False).offsets
+        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+    def is_short(text: str) -> bool:
+        covered = {place for span in offsets(text) for place in range(*span)}
+        # "▁" is what normalisers make of a space.
+        return any(
+            not char.isspace() and char != "▁" and place not in covered for place, char in enumerate(text)
+        )
+
+    def drops(text: str) -> bool:
+        if inner.normalizer is None:
+            return is_short(text)
+        normalised = inner.normalizer.normalize_str(text)
+        is_stable = inner.normalizer.normalize_str(normalised) == normalised
+        return is_short(normalised) and (is_stable or is_short(text))
+
+    return drops
 
 
 def match_ngrams(

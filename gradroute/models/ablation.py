@@ -17,7 +17,7 @@ from .swapped import Swapped
 
 
 @torch.no_grad()
-def ablate(model: nn.Module, route: int = 0) -> None:
+def ablate(model: nn.Module, route: int = 0, *, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Makes the ordinary forward of a routed model, in place, what it is for tokens of one route.
 
     Hidden units and heads that the route does not see (weight 0 in `forward` and `forward_heads`) are zeroed, those of
@@ -29,11 +29,12 @@ def ablate(model: nn.Module, route: int = 0) -> None:
     Args:
         model: a routed model whose plan masks in forward; unroute it afterwards.
         route: whose forward stays.
+        optimizer: whose state of what is zeroed becomes 0 too. Without it momentum would bring some of it back.
 
     Raises:
         TypeError: linear layers with adapters, or sharded ones.
         ValueError: the model is not routed, has no such route, or the plan does not mask in forward; it was ablated
-            already, which would scale by fractional weights twice.
+            already since it was routed, which would scale by fractional weights twice.
     """
     top = inner_model(model)
     if not isinstance(top, Swapped):
@@ -41,6 +42,8 @@ def ablate(model: nn.Module, route: int = 0) -> None:
             f"model: got a {type(top).__name__} that is not routed, expected one that route() made so"
         )
     num_routes = top.routing_plan.num_routes
+    if isinstance(route, bool) or not isinstance(route, int):
+        raise TypeError(f"route: got {route!r}, expected an int")
     if not 0 <= route < num_routes:
         raise ValueError(f"route: got {route}, expected 0 to {num_routes - 1}")
     masked = [
@@ -58,7 +61,18 @@ def ablate(model: nn.Module, route: int = 0) -> None:
         )
     for module, weights in masked:
         module.scale_features(weights)
+        for name in module.names:
+            for parameter in getattr(module, name).parameters(recurse=False):
+                _zero_history(parameter, optimizer)
     top._routing["ablated"] = any(((weights != 0) & (weights != 1)).any() for _, weights in masked)
+
+
+def _zero_history(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> None:
+    """Zeroes gradients and moments where a parameter is 0: they would bring it back in the next step."""
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    for value in (parameter.grad, *state.values()):
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.masked_fill_(parameter == 0, 0.0)
 
 
 def _adds(module: MLP | Attention, weights: Tensor) -> bool:

@@ -50,7 +50,8 @@ def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
     For Llama, Mistral, Qwen2, Qwen3 and Gemma 3, routed or not. Call it after `route`, and before `fully_shard` (over
     another dimension of the mesh) and torch.compile. All ranks of the mesh are given the same batch. Embeddings, norms
     and the head stay as they are, so every rank must have made the same ones: seed before the model is made. Their
-    parameters are ordinary tensors beside DTensors, which `torch.nn.utils.clip_grad_norm_` cannot mix.
+    parameters are ordinary tensors beside DTensors, which `torch.nn.utils.clip_grad_norm_` cannot mix, but
+    `gradroute.optim.RoutedAdamW.clip_grad_norm_` can.
     Where eager attention returns probabilities, they are those of this rank's heads.
 
     Args:

@@ -22,7 +22,7 @@ class Measurement:
         handles: of the hooks.
         called: the watched modules whose forward ran.
         batch: the ids of the current batch.
-        snapshot: the parameters before the update, by region.
+        snapshot: the parameters before the update, by region; None: the update has not begun.
     """
 
     def __init__(self, routes: int, modules: list[str], reads_forward: bool) -> None:
@@ -30,7 +30,7 @@ class Measurement:
         self.handles: list[Any] = []
         self.called: set[str] = set()
         self.batch: BatchRoutes | None = None
-        self.snapshot: list[tuple[int, Tensor, Tensor]] = []
+        self.snapshot: list[tuple[int, Tensor]] | None = None
         self._routes = routes
         self._present: list[Tensor] = []  # each [R], of one batch
         self._squares: dict[str, list[Tensor]] = {name: [] for name in modules}  # each [R], of one backward
@@ -67,9 +67,12 @@ class Measurement:
     def before_update(self, regions: Regions, rest: bool) -> None:
         gradients = [(p, p.grad) for p in regions.parameters() if p.grad is not None]
         self._gradient = regions.squares(gradients), regions.nonzeros(gradients)
-        for region, parameter, values in regions.split([(p, p.detach()) for p in regions.trained()], rest):
-            self.snapshot.append((region, parameter, values.clone()))
-        self._before = regions.sum_squares((region, values) for region, _, values in self.snapshot)
+        # Whole tensors are the parameters themselves; what is in other regions is copied already.
+        self.snapshot = [
+            (region, values.clone() if values is whole else values)
+            for whole in (p.detach() for p in regions.trained())
+            for region, _, values in ()
+        ]
 
     @torch.no_grad()
     def after_update(self, regions: Regions) -> None:

@@ -200,24 +200,32 @@ class Telemetry:
 
         Raises:
             RuntimeError: outside of a step.
-            ValueError: route ids of another shape.
+            TypeError: `counted` is not bool.
+            ValueError: route ids, or `counted`, of another shape.
         """
         measurement = self._current("token_losses")
         if measurement is None:
             return
         losses = losses.detach()
         counted = torch.ones_like(losses, dtype=torch.bool) if counted is None else counted
+        if not isinstance(counted, Tensor) or counted.dtype != torch.bool:
+            got = f"dtype {counted.dtype}" if isinstance(counted, Tensor) else f"a {type(counted).__name__}"
+            raise TypeError(f"counted: got {got}, expected a tensor of dtype torch.bool")
+        if counted.shape != losses.shape:
+            raise ValueError(
+                f"counted: got shape {list(counted.shape)}, expected that of losses, {list(losses.shape)}"
+            )
         belongs = measurement.batch_of("losses").belongs(losses.shape, losses.device, "losses")
         measurement.add_losses(losses, counted, belongs)
 
     def before_update(self) -> None:
         """Measures `.grad` and the parameters: for loops without an optimizer whose hooks `step` can use."""
-        if self._measurement is not None and not self._measurement.snapshot:
+        if self._measurement is not None and self._measurement.snapshot is None:
             self._measurement.before_update(self._regions, self.rest)
 
     def after_update(self) -> None:
         """Measures how far the parameters moved since `before_update`."""
-        if self._measurement is not None and self._measurement.snapshot:
+        if self._measurement is not None and self._measurement.snapshot is not None:
             self._measurement.after_update(self._regions)
 
     def leakage(
@@ -474,7 +482,9 @@ class Telemetry:
         return watch
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and (measurement := self._reading()) is not None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return  # an evaluation within the step trains nothing
+        if (measurement := self._reading()) is not None:
             ids = kwargs.get("routes") if kwargs.get("route_ids") is None else kwargs["route_ids"]
             measurement.take(None if ids is None else self._batch(ids))
 
@@ -552,14 +562,18 @@ class Telemetry:
     def _leakages(self, losses: Tensor, belongs: Tensor) -> dict[str, float]:
         """Of losses `[*tokens]` and which of them are each route's, `[R, *tokens]`."""
         parameters = self._regions.trained()
+        present = belongs.flatten(1).any(1).tolist()
         squares, counts = [], []
-        for mine in belongs:
+        for mine, is_present in zip(belongs, present, strict=True):
+            if not is_present:
+                squares.append(self._regions.squares([]))
+                counts.append(self._regions.nonzeros([]))
+                continue
             total = torch.where(mine, losses, 0.0).sum() / mine.sum()
             gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
             found = [pair for pair in zip(parameters, gradients, strict=True) if pair[1] is not None]
             squares.append(self._regions.squares(found))
             counts.append(self._regions.nonzeros(found))
-        present = belongs.flatten(1).any(1).tolist()
         return self._leakage_values(torch.stack(squares), torch.stack(counts).tolist(), present)
 
     def _leakage_values(
