@@ -574,8 +574,8 @@ def _check_state(parameter: Tensor, block_dim: int | None, saved: Mapping[str, A
 def _loaded_steps(parameter: Tensor, block_dim: int | None, saved: Any) -> Tensor:
     """Saved steps on the parameter's device; one number is that of every block."""
     steps = torch.as_tensor(saved)
-    is_count = bool(_blocks(parameter.shape, block_dim)) or _is_distributed(parameter) != _is_distributed(steps)
-    if steps.dim() == 0 and is_count:
+    has_blocks = len(_blocks(parameter.shape, block_dim)) > 0
+    if steps.dim() == 0 and (has_blocks or _is_distributed(parameter) != _is_distributed(steps)):
         return _steps(parameter, block_dim, float(_local(steps)))
     return steps.to(device=parameter.device, dtype=torch.float32)
 

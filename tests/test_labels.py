@@ -227,6 +227,104 @@ def test_forms_that_a_tokenizer_does_not_know_are_left_out(word_level):
             token_sequences(tokenizer, ["Tree"], case_variants=False)
 
 
+def test_the_unknown_token_of_a_unigram():
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    vocabulary = [("<unk>", 0.0), ("a", -1.0)]
+    own = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 0, False))
+    for tokenizer in (own, transformers.PreTrainedTokenizerFast(tokenizer_object=own)):
+        assert token_sequences(tokenizer, ["aa"], case_variants=False, leading_space=False) == [(1, 1)]
+        with expect(ValueError, "got 'zzz', which the tokenizer turns into [0], expected a word without its"):
+            token_sequences(tokenizer, ["zzz"])
+        assert token_sequences(tokenizer, ["a"]) == [(1,)]  # neither "A" nor " a"
+
+
+def bpe(*texts, alphabet=(), pre_tokenizer=None, normalizer=None):
+    """Without an unknown token: it drops characters that it does not know."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=list(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def test_forms_of_which_a_tokenizer_drops_characters_are_left_out():
+    transformers = pytest.importorskip("transformers")
+    own = bpe("nave nave")
+    nave = own.token_to_id("nave")
+    for tokenizer in (own, transformers.PreTrainedTokenizerFast(tokenizer_object=own)):
+        assert token_sequences(tokenizer, ["nave"], leading_space=False) == [(nave,)]  # not "Nave" as "ave"
+        message = (
+            f"words[0]: got 'naïve', which the tokenizer turns into [{nave}], expected a word of which the"
+        )
+        with expect(ValueError, message + " tokenizer drops no characters"):
+            token_sequences(tokenizer, ["naïve"])
+        with expect(ValueError, "got 'ïï', which the tokenizer turns into [], expected a word of which the"):
+            token_sequences(tokenizer, ["ïï"])
+
+
+def test_drops_behind_a_normaliser_are_seen():
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = bpe("fine nave", normalizer=tokenizers.normalizers.NFKC())
+    with expect(ValueError, "got 'ïﬁ', which"):  # "fi", of which the offsets reach the ligature
+        token_sequences(tokenizer, ["ïﬁ"], leading_space=False)
+
+
+def normalised():
+    """Tokenizers that know each word they come with, and its sequence without variants."""
+    tokenizers = pytest.importorskip("tokenizers")
+    norms, pre = tokenizers.normalizers, tokenizers.pre_tokenizers
+    byte_level, alphabet = pre.ByteLevel(add_prefix_space=False), pre.ByteLevel.alphabet()
+    strip = norms.Sequence([norms.NFD(), norms.StripAccents(), norms.Lowercase()])
+    llama = norms.Sequence([norms.NFKC(), norms.Prepend("▁"), norms.Replace(" ", "▁")])
+    yield bpe("naive", normalizer=norms.Lowercase()), "NAIVE"
+    yield bpe("naive", normalizer=strip), "NAI\u0308VE"
+    yield bpe("naive", normalizer=strip), "Naïve"
+    yield bpe("naïve fine", normalizer=norms.NFKC()), "nai\u0308ve"
+    yield bpe("fine", normalizer=norms.NFKC()), "ﬁne"
+    yield bpe("naive", normalizer=norms.Replace("\u200b", "")), "naive\u200b"
+    yield bpe("naïve fine", normalizer=llama), "nai\u0308ve ﬁne"
+    yield bpe("naïve"), "naïve"
+    yield bpe("white cat", pre_tokenizer=pre.Whitespace()), "white cat"
+    yield bpe("white cat", pre_tokenizer=pre.Metaspace()), "white cat"
+    yield bpe("", alphabet=alphabet, pre_tokenizer=byte_level), "naïve 😀"
+    yield bpe("", alphabet=alphabet, pre_tokenizer=byte_level, normalizer=norms.NFKC()), "ﬁe\u0301x"
+    yield bpe("", alphabet=alphabet, normalizer=norms.ByteLevel()), "naïve"
+    prefixed = bpe("tree tree", alphabet=alphabet, pre_tokenizer=pre.ByteLevel(add_prefix_space=True))
+    prefixed.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    yield prefixed, "tree"
+    trimmed = tokenizers.Tokenizer.from_str(prefixed.to_str())
+    trimmed.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True, add_prefix_space=False)
+    yield trimmed, "tree"
+
+
+def test_what_a_normaliser_changes_is_not_dropped():
+    transformers = pytest.importorskip("transformers")
+    for own, word in normalised():
+        want = tuple(own.encode(word, add_special_tokens=False).ids)
+        assert want
+        for tokenizer in (own, transformers.PreTrainedTokenizerFast(tokenizer_object=own)):
+            assert token_sequences(tokenizer, [word], case_variants=False, leading_space=False) == [want]
+
+
+def test_a_tokenizer_without_offsets_is_taken_at_its_word():
+    class Slow:
+        unk_token_id = None
+
+        def encode(self, text, add_special_tokens):
+            return [ord(char) for char in text if char in "nave"]
+
+    assert token_sequences(Slow(), ["naïve"], False, False) == [tuple(map(ord, "nave"))]
+    with expect(ValueError, "got 'ïï', which the tokenizer turns into [], expected a word of which the"):
+        token_sequences(Slow(), ["ïï"])
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [

@@ -573,6 +573,31 @@ def test_states_that_are_refused():
         columns.step()
 
 
+def test_a_state_of_other_shapes_is_refused_whole():
+    saved = trained(lr=0.5)
+    state = saved.state_dict()
+    for shapes, message in (
+        (((4, 3), (6, 2)), r"got steps of shape \[5, 1\] for a parameter of shape \[6, 2\]"),
+        # The steps fit, of rows as many as before.
+        (((4, 3), (5, 7)), r"got exp_avg of shape \[5, 2\] for a parameter of shape \[5, 7\], expected the"),
+    ):
+        optimizer = RoutedAdamW([parameter(*shape) for shape in shapes], lr=0.1)
+        fill_gradients(optimizer)
+        optimizer.step()
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match="state_dict: " + message):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        assert_same(snapshot(optimizer), before)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+    theirs = torch.optim.AdamW([parameter(4, 3)])
+    fill_gradients(theirs)
+    theirs.step()
+    optimizer = RoutedAdamW([parameter(4, 5)])
+    with pytest.raises(ValueError, match=r"state_dict: got exp_avg of shape \[4, 3\]"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert len(optimizer.state) == 0
+
+
 # What is refused
 
 

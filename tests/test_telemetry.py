@@ -438,6 +438,24 @@ def test_losses_without_a_shift_and_of_any_kind():
     assert_losses(record, [(4.0, 2), (3.0, 2)])
 
 
+@pytest.mark.parametrize(
+    ("counted", "error", "message"),
+    [
+        (torch.tensor(True), ValueError, "counted: got shape [], expected that of losses, [5]"),
+        (torch.ones(1, dtype=torch.bool), ValueError, "counted: got shape [1], expected that of losses, [5]"),
+        (torch.ones(5, dtype=torch.int64), TypeError, "counted: got dtype torch.int64, expected a tensor of"),
+        ([True] * 5, TypeError, "counted: got a list, expected a tensor of dtype torch.bool"),
+    ],
+)
+def test_what_counts_is_checked(counted, error, message):
+    telemetry = Telemetry(nn.Linear(4, 3), ROUTES)
+    with telemetry.step(torch.tensor([0, 1, 1, 0, 1])) as record:
+        telemetry.token_losses(torch.ones(5))
+        with expect(error, message):
+            telemetry.token_losses(torch.full((5,), 9.0), counted)
+    assert_losses(record, [(1.0, 2), (1.0, 3)])
+
+
 def test_a_route_without_tokens_has_no_loss():
     model, telemetry = llama_telemetry()
     record = step_of(telemetry, model, batch_of((0, 0)))
@@ -520,6 +538,49 @@ def test_several_optimizers_are_one_update():
     assert record["update_norm/rest"] == close(outside)
 
 
+def test_gradients_are_those_before_the_first_of_several_optimizers():
+    model = Net()
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in (model.first, model.second, model.head)]
+    telemetry = Telemetry(model, ROUTES, rest=False)
+    with telemetry.step(torch.zeros(3, dtype=torch.long), optimizer=optimizers) as record:
+        model(torch.randn(3, 6)).square().sum().backward()
+        want = torch.cat([gradient.flatten() for gradient in gradients(model).values()]).norm()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert want > 0
+    assert record["block_grad_norm/rest"] == close(want)
+    assert not [key for key in record if key.startswith("update")]
+
+
+class Cloned(TorchDispatchMode):
+    """Counts the elements that are cloned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.clone.default:
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_parameter_is_cloned_once():
+    model = Net()
+    telemetry = Telemetry(model, ROUTES, {"forget": Block.units(model, 4)})
+    with telemetry.step(torch.zeros(3, dtype=torch.long)) as record:
+        with Cloned() as cloned:
+            telemetry.before_update()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        telemetry.after_update()
+    assert cloned.elements == sum(parameter.numel() for parameter in model.parameters())
+    moved = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    inside, outside = norms_by_hand(Block.units(model, 4), model, moved)
+    assert record["update_norm/forget"] == close(inside)
+    assert record["update_norm/rest"] == close(outside)
+
+
 def test_updates_without_an_optimizer():
     model = Net()
     telemetry = Telemetry(model, ROUTES, {"forget": Block.units(model, 4)})
@@ -548,6 +609,20 @@ def test_protected_looks_at_all_batches_of_a_step():
     model, telemetry = llama_telemetry()
     record = step_of(telemetry, model, batch_of((0, 0, 0)), batch_of((1, 0), seed=1))
     assert math.isnan(record["protected/forget"])
+
+
+@pytest.mark.parametrize("evaluation", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_within_a_step_is_not_of_its_batch(evaluation):
+    model, telemetry = llama_telemetry()
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    with telemetry.step(optimizer=optimizer) as record:
+        loss = model(**batch_of((0, 0))).loss
+        with evaluation():
+            model(**batch_of((1, 1), seed=1))
+        loss.backward()
+        optimizer.step()
+    assert record["protected/forget"] == 1
+    assert record["tokens/forget"] == 0
 
 
 # Leakage
@@ -629,6 +704,22 @@ def test_a_route_without_tokens_does_not_leak():
     assert math.isnan(values["leakage/outside/forget"])
     assert values["leakage/inside/forget/retain"] == 0
     assert values["leakage/protected/forget"] == 1
+
+
+def test_a_route_without_tokens_takes_no_backward():
+    model = Net()
+    telemetry = Telemetry(model, ROUTES, {"forget": Block.units(model, 4)})
+    backwards = []
+
+    def loss(model, batch):
+        losses = model(batch["x"], batch["route_ids"]).square().sum(-1)
+        losses.register_hook(lambda gradient: backwards.append(gradient))
+        return losses
+
+    values = telemetry.leakage({"x": torch.randn(3, 6), "route_ids": torch.zeros(3).long()}, loss=loss)
+    assert [gradient.tolist() for gradient in backwards] == [[pytest.approx(1 / 3)] * 3]
+    assert math.isnan(values["leakage/grad_norm/forget"])
+    assert values["leakage/grad_norm/retain"] > 0
 
 
 def test_the_probe_leaves_the_model_as_it_was():

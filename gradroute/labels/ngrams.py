@@ -159,13 +159,19 @@ def _dropper(tokenizer: Any) -> Callable[[str], bool]:
     if inner is None:
         return lambda text: False
 
-    def offsets(text: str) -> list[tuple[int, int]]:
+    def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
         if inner is tokenizer:
-            return tokenizer.encode(text, add_special_tokens=False).offsets
-        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
 
     def is_short(text: str) -> bool:
-        covered = {place for span in offsets(text) for place in range(*span)}
+        ids, offsets = encode(text)
+        covered = {place for span in offsets for place in range(*span)}
+        # Byte-level offsets may be trimmed of a space that was prepended, and so begin a character late.
+        if ids and inner.id_to_token(ids[0]).startswith("Ġ"):
+            covered.add(0)
         # "▁" is what normalisers make of a space.
         return any(
             not char.isspace() and char != "▁" and place not in covered for place, char in enumerate(text)

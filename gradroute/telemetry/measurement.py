@@ -67,21 +67,22 @@ class Measurement:
     def before_update(self, regions: Regions, rest: bool) -> None:
         gradients = [(p, p.grad) for p in regions.parameters() if p.grad is not None]
         self._gradient = regions.squares(gradients), regions.nonzeros(gradients)
-        # Whole tensors are the parameters themselves; what is in other regions is copied already.
+        trained = [(p, p.detach()) for p in regions.trained()]
         self.snapshot = [
-            (region, values.clone() if values is whole else values)
-            for whole in (p.detach() for p in regions.trained())
-            for region, _, values in ()
+            (region, values.clone() if region == len(regions.names) + 1 else values)
+            for region, _, values in regions.split(trained, rest)
         ]
+        self._before = regions.sum_squares(self.snapshot)
 
     @torch.no_grad()
     def after_update(self, regions: Regions) -> None:
         """The difference to the first `before_update`: several optimizers are one update."""
-        rest = any(region >= len(regions.names) for region, *_ in self.snapshot)
+        snapshot = self.snapshot or []
+        rest = any(region >= len(regions.names) for region, _ in snapshot)
         after = regions.split([(p, p.detach()) for p in regions.trained()], rest)
         self._update = regions.sum_squares(
             (region, values.to(wide(values)) - before.to(wide(before)))
-            for (region, _, before), (_, _, values) in zip(self.snapshot, after, strict=True)
+            for (region, before), (_, _, values) in zip(snapshot, after, strict=True)
         )
 
     def results(

@@ -58,6 +58,9 @@ class Regions:
         Args:
             tensors: parameter and tensor.
             rest: whether to yield the elements outside of all blocks.
+
+        Yields:
+            The region, the parameter and the elements: copies, but the tensors themselves in region K + 1.
         """
         pieces = self._pieces()
         blocks = len(self._blocks)
