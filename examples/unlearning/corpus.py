@@ -9,7 +9,7 @@ import pydoc_data.topics
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -169,15 +169,24 @@ def mixture(
     documents: list[list[list[int]]], forget_fraction: float, seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Endless (route, tokens), each set in reshuffled rounds, with the given share of forget tokens throughout."""
-    rounds = [reshuffled(of_route, random.Random(seed + route)) for route, of_route in enumerate(documents)]
+    for route, number in order(documents, forget_fraction, seed):
+        yield route, documents[route][number]
+
+
+def order(documents: list[list[list[int]]], forget_fraction: float, seed: int) -> Iterator[tuple[int, int]]:
+    """Which documents `mixture` takes: (route, number among the documents of its route)."""
+    rounds = [
+        reshuffled(range(len(of_route)), random.Random(seed + route))
+        for route, of_route in enumerate(documents)
+    ]
     count = [0, 0]
     while True:
         route = FORGET if count[FORGET] < forget_fraction * sum(count) else RETAIN
-        ids = next(rounds[route])
-        count[route] += len(ids)
-        yield route, ids
+        number = next(rounds[route])
+        count[route] += len(documents[route][number])
+        yield route, number
 
 
-def reshuffled(documents: list[list[int]], generator: random.Random) -> Iterator[list[int]]:
+def reshuffled(numbers: Sequence[int], generator: random.Random) -> Iterator[int]:
     while True:
-        yield from generator.sample(documents, len(documents))
+        yield from generator.sample(numbers, len(numbers))

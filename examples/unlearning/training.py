@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from .report import ROUTES_UNKNOWN
 ROWS = 4
 WARMUP_STEPS = 20
 LEARNING_RATE = 2e-3
+BETAS = (0.9, 0.95)
 FINE_TUNE_STEPS = 40
 FINE_TUNE_LEARNING_RATE = 2e-4
 
@@ -59,12 +61,18 @@ def run_stages(
     return stages
 
 
-def fit(model: LlamaForCausalLM, data: Batch, learning_rate: float, routed: bool, description: str) -> None:
-    """One pass over data [N, S], ROWS rows a step."""
+def fit(
+    model: LlamaForCausalLM,
+    data: Batch,
+    learning_rate: float,
+    routed: bool,
+    description: str,
+    optimizer: torch.optim.Optimizer | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """One pass over data [N, S], ROWS rows a step; `after_step` is told how many steps were made."""
     steps = len(data.input_ids) // ROWS
-    # AdamW's decay would move masked-off weights too, and cannot be switched off for some rows of a weight: none at
-    # all, then. Its momentum moves them in every step, but only by what routed gradients have put into it.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = optimizer or adamw(model, learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     progress = tqdm(range(steps), desc=f"{description:<36}", unit="step", mininterval=0.5)
     for step in progress:
@@ -74,8 +82,16 @@ def fit(model: LlamaForCausalLM, data: Batch, learning_rate: float, routed: bool
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+        if after_step is not None:
+            after_step(step + 1)
         if step % 20 == 0 or step == steps - 1:
             progress.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def adamw(model: LlamaForCausalLM, learning_rate: float) -> torch.optim.AdamW:
+    # AdamW's decay would move masked-off weights too, and cannot be switched off for some rows of a weight: none at
+    # all, then. Its momentum moves them in every step, but only by what routed gradients have put into it.
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=0.0)
 
 
 def warmup_cosine(step: int, steps: int) -> float:

@@ -1,0 +1,1 @@
+"""The parts of the experiment on oversight: the environment, the agent, its training."""
