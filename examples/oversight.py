@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 OVERSIGHT = (0.02, 0.1, 0.4)
 FEW, SOME = OVERSIGHT[:2]
 COMPARED = ("routing", "filtering", "naive")  # at every level of oversight
-UPDATES, QUICK_UPDATES = 600, 2
+UPDATES, QUICK_UPDATES = 400, 2
 LONGER = 2  # times as many updates
-EVALUATIONS = 12  # of a training, the last at its end
+EVALUATIONS = 10  # of a training, the last at its end
 EPISODES, QUICK_EPISODES = 2048, 32  # of an evaluation
 ROUTING_LONGER, NAIVE_LONGER, GATE_LONGER = "routing, longer", "naive, longer", "gate, no routing, longer"
 # Of every training: its name, the level of oversight, the method, and how many times UPDATES. Longest first, so that no

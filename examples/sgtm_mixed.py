@@ -293,8 +293,8 @@ def found(runs: list[Run]) -> str:
         f"{nats(damage, ONE_LABEL)}. With as many tokens, each at its better learning rate, mixed batches end "
         f"{abs(lead):.2f} nats {'lower' if lead >= 0 else 'higher'} (lower in {ahead} of {len(runs)} seeds); the "
         f"final loss of one label a step is reached in {100 * median([steps_ratio(run) for run in runs]):.0f} % of its "
-        f"{steps} steps. A mixed step's forward and backward take {median([time_ratio(run) for run in runs]):.2f} times "
-        f"one of one label in SGTM's form "
+        f"{steps} steps. A mixed step's forward and backward take "
+        f"{median([time_ratio(run) for run in runs]):.2f} times one of one label in SGTM's form "
         f"({unrouted:.2f} times an un-routed one), so that loss takes "
         f"{100 * median([steps_ratio(run) * time_ratio(run) for run in runs]):.0f} % of the time."
     )
