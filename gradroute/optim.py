@@ -599,6 +599,8 @@ def routed_param_groups(
 
     Where both rows and columns are masked, blocks are those of which more weights are 0 (counted in routes that mask
     some and not all of them), and rows if there are as many: what the others mask drifts in blocks that are touched.
+    By rows an embedding's tokens that a batch lacks wait, moments and all, as under lazy optimizers; small models train
+    the worse for it. Where everybody trains the embedding, give it a group of its own with `block_dim=None`.
     A tied parameter has columns only if all of its layers mask them. The Conv1D of transformers stores its weight
     transposed, so its rows are `block_dim=1`.
 
