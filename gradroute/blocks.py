@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .layers import RoutedAttention, RoutedGatedMLP, RoutedMLP
 from .models.architectures import Architecture, part
 from .models.attention import head_features
-from .models.lora import is_adapter
-from .models.modules import is_dtensor, is_transposed, matrix
+from .models.lora import refuse_unreadable
+from .models.modules import is_transposed, matrix
 from .models.routing import architecture_of, inner_model
 
 if TYPE_CHECKING:
@@ -454,12 +454,8 @@ def _separate_heads(group: int, head_dim: int, chosen: Tensor) -> tuple[list[Ten
 
 
 def _check_readable(path: str, linear: Any) -> None:
-    """Raises where a linear layer's own parameters are not all that it computes with, or are distributed."""
-    if is_adapter(linear) or any(map(is_dtensor, linear.parameters(recurse=False))):
-        raise TypeError(
-            f"{path}: got adapters or sharded parameters, expected a plain linear layer: merge adapters first "
-            "(merge_and_unload), and do this before sharding"
-        )
+    """Raises unless a layer is linear, and its own parameters, whole and floating point, are all of it."""
+    refuse_unreadable(path, linear)
     if not isinstance(linear, nn.Linear) and not is_transposed(linear):
         raise TypeError(f"{path}: got a {type(linear).__name__}, expected a torch.nn.Linear")
     if not linear.weight.is_floating_point():

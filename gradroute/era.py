@@ -674,7 +674,7 @@ def _new_numbers(config: Any, changes: Mapping[str, tuple[int, int]]) -> dict[st
         setattr(changed, name, value)
     try:
         getattr(changed, "validate", lambda: None)()
-    except Exception as error:
+    except Exception as error:  # of which class differs between versions of transformers
         raise ValueError(
             f"{', '.join(changes)}: got numbers that {type(config).__name__} refuses, expected others: "
             f"{error.__cause__ or error}"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .attention import Attention
-from .lora import is_adapter
+from .lora import refuse_unreadable
 from .mlp import MLP
-from .modules import is_dtensor, matrix
+from .modules import matrix
 from .routing import inner_model
 from .swapped import Swapped
 
@@ -54,7 +51,8 @@ def ablate(model: nn.Module, route: int = 0, *, optimizer: torch.optim.Optimizer
     if not masked:
         raise ValueError("model: got a plan that masks nothing in forward, expected forward or forward_heads")
     for module, _ in masked:
-        _refuse_unreadable(module, module.names)
+        for name in module.names:
+            refuse_unreadable(f"{type(module).__name__}.{name}", getattr(module, name))
     if top._routing.get("ablated") or not any(_adds(module, weights) for module, weights in masked):
         raise ValueError(
             f"model: got one in which what route {route} does not see was ablated already, expected one with influence"
@@ -80,14 +78,3 @@ def _adds(module: MLP | Attention, weights: Tensor) -> bool:
     output = matrix(getattr(module, module.names[-1]))  # [d_model, features]
     weights = weights.repeat_interleave(output.shape[1] // len(weights)).to(output)
     return not torch.equal(output * weights, output)
-
-
-def _refuse_unreadable(module: Any, names: Sequence[str]) -> None:
-    """Raises where a linear layer's own parameters are not all that it computes with, or are distributed."""
-    for name in names:
-        linear = getattr(module, name)
-        if is_adapter(linear) or any(map(is_dtensor, linear.parameters(recurse=False))):
-            raise TypeError(
-                f"{type(module).__name__}.{name}: got adapters or sharded parameters, expected a plain linear layer: "
-                "merge adapters first (merge_and_unload), and do this before sharding"
-            )

@@ -13,7 +13,7 @@ from ..route_grad import route_grad
 from ..routes import Routes
 from ..sites import given
 from ..tables import Table
-from .modules import Linear, call_linear, full_name, swap_linear
+from .modules import Linear, call_linear, full_name, is_dtensor, swap_linear
 from .swapped import Swapped, swap
 
 
@@ -230,3 +230,12 @@ def _product(*tables: Table | None) -> Table | None:
     for other in weights[1:]:
         product = product * other
     return Table(product)
+
+
+def refuse_unreadable(path: str, linear: Any) -> None:
+    """Raises where a linear layer's own parameters are not all that it computes with, or are distributed."""
+    if is_adapter(linear) or any(map(is_dtensor, linear.parameters(recurse=False))):
+        raise TypeError(
+            f"{path}: got adapters or sharded parameters, expected a plain linear layer: merge adapters first "
+            "(merge_and_unload), and do this before sharding"
+        )
