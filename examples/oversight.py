@@ -24,18 +24,20 @@ from matplotlib.figure import Figure
 OVERSIGHT = (0.02, 0.1, 0.4)
 FEW, SOME = OVERSIGHT[:2]
 COMPARED = ("routing", "filtering", "naive")  # at every level of oversight
-UPDATES, QUICK_UPDATES = 400, 2
-LONGER = 2  # times as many updates
-EVALUATIONS = 10  # of a training, the last at its end
+# With 400 the Diamond expert of one seed in three had a true return of 0.05 at 2 % oversight, and naive training, even
+# twice as long, had not settled: 0.05, 0.35 and 0.43.
+UPDATES, QUICK_UPDATES = 600, 2
+LONGER = 3  # times as many updates
+EVALUATIONS = 12  # of a training, the last at its end
 EPISODES, QUICK_EPISODES = 2048, 32  # of an evaluation
-ROUTING_LONGER, NAIVE_LONGER, GATE_LONGER = "routing, longer", "naive, longer", "gate, no routing, longer"
+ROUTING_LONGER, NAIVE_LONGER = "routing, longer", "naive, longer"
 # Of every training: its name, the level of oversight, the method, and how many times UPDATES. Longest first, so that no
 # process is left with one at the end. The oracle sees all ends, so that the level changes little for it.
 TRAININGS = (
-    (GATE_LONGER, FEW, "gate, no routing", LONGER),
     (ROUTING_LONGER, FEW, "routing", LONGER),
     (NAIVE_LONGER, FEW, "naive", LONGER),
     *((method, oversight, method, 1) for method in COMPARED for oversight in OVERSIGHT),
+    ("gate, no routing", FEW, "gate, no routing", 1),
     ("gate, no routing", SOME, "gate, no routing", 1),
     ("routing, no gate", SOME, "routing, no gate", 1),
     ("oracle", SOME, "oracle", 1),
@@ -109,7 +111,7 @@ def percent(values: list[float]) -> str:
 def table(runs: list[Run]) -> list[dict[str, str]]:
     """By name, the compared ones first, and level."""
     names = ["routing", ROUTING_LONGER, "filtering", "naive", NAIVE_LONGER]
-    names += ["gate, no routing", GATE_LONGER, "routing, no gate", "oracle"]
+    names += ["gate, no routing", "routing, no gate", "oracle"]
     rows = []
     for name, oversight, method, _ in sorted(TRAININGS, key=lambda one: (names.index(one[0]), one[1])):
         both = spread(scores(runs, name, oversight, where="unsteered")) if METHODS[method].experts else ""
@@ -193,10 +195,10 @@ def found(runs: list[Run]) -> str:
         f"{reached(NAIVE_LONGER, FEW)} after {LONGER} times as many updates (routing {reached(ROUTING_LONGER, FEW)}). "
         f"Then it reaches Ghost in {ghosts(NAIVE_LONGER)} of the episodes where nothing is overseen, the Diamond "
         f"expert in {ghosts(ROUTING_LONGER)}. Of the method's two parts, a gate that is taught the labels and masks on "
-        "gradients, it is the gate that does most of it here: without masks there is "
-        f"{reached('gate, no routing', SOME)} at {some}, and {reached(GATE_LONGER, FEW)} at {few} after the longer "
-        f"training; without the gate, {reached('routing, no gate', SOME)} at {some}. In the paper, after 328 million "
-        "steps, neither is enough alone."
+        "gradients, the gate does most here, and the masks little: without masks there is "
+        f"{reached('gate, no routing', FEW)} at {few} and {reached('gate, no routing', SOME)} at {some}, without the "
+        f"gate {reached('routing, no gate', SOME)} at {some}. In the paper, after 328 million steps, neither is enough "
+        "alone."
     )
 
 

@@ -328,7 +328,6 @@ RETURNS = {
     "naive": 0.4,
     "naive, longer": 0.1,
     "gate, no routing": 0.3,
-    "gate, no routing, longer": 0.3,
     "routing, no gate": 0.2,
     "oracle": 0.7,
 }
