@@ -46,6 +46,9 @@ def main() -> None:
         if dist.get_rank() == 0 and (step % 5 == 0 or step == args.steps - 1):
             shown = ", ".join(f"{name} {loss:.4f}" for name, loss in zip(ROUTES, losses, strict=True))
             print(f"step {step}: loss {shown}", flush=True)
+    # A thread of gloo may still hold the tensor of the last collective, and let go of it under the interpreter's lock,
+    # which it gets while this one waits. Once the interpreter is about to end, the process would abort instead.
+    dist.barrier()
     dist.destroy_process_group()
 
 
