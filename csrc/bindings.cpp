@@ -20,6 +20,7 @@ namespace py = pybind11;
     GRADROUTE_DEFINE(embedding_backward);  \
     GRADROUTE_DEFINE(masked_heads);        \
     GRADROUTE_DEFINE(attention_delta);     \
+    GRADROUTE_DEFINE(adamw_step);          \
   }                                        \
   }
 

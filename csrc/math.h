@@ -197,5 +197,38 @@ GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
     }                                                          \
   }
 
+// What a step of AdamW has for all elements alike; averages and squares are weighted with β and what is left of 1.
+template <class C>
+struct AdamW {
+  C beta2, average_weight, square_weight, eps, sign;
+
+  AdamW(double beta1, double beta2, double eps, bool maximize)
+      : beta2(C(beta2)),
+        average_weight(C(1.0 - beta1)),
+        square_weight(C(1.0 - beta2)),
+        eps(C(eps)),
+        sign(maximize ? C(-1) : C(1)) {}
+};
+
+// The same for the elements of a block.
+template <class C>
+struct BlockFactors {
+  C decay, size, scale;  // 1 - lr λ, lr / (1 - β₁^t), 1 / √(1 - β₂^t)
+};
+
+// One element's step. `largest` is the largest v so far, or null.
+template <class C>
+GRADROUTE_INLINE void adamw(const AdamW<C>& options, const BlockFactors<C>& block, C g, C& p, C& m, C& v, C* largest) {
+  g *= options.sign;
+  m = interpolated(m, g, options.average_weight);
+  v = options.beta2 * v + options.square_weight * g * g;
+  C square = v;
+  if (largest != nullptr) {
+    if (v > *largest || v != v) *largest = v;
+    square = *largest;
+  }
+  p = p * block.decay - block.size * m / (std::sqrt(square) * block.scale + options.eps);
+}
+
 }  // namespace
 }  // namespace gradroute

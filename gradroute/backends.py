@@ -155,6 +155,22 @@ def _automatic(op: str, x: Tensor, refused: Mapping[str, str] | None, order: tup
     raise BackendError(f"{op}: no backend can run it: " + _listed(_rejected(op, names, x, refused)))
 
 
+def with_kernels(what: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that has kernels of its own for such tensors.
+
+    Raises:
+        BackendError: none has; the message names `what` wants them, and every backend with the reason.
+    """
+    names = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    reasons: dict[str, str] = {}
+    for name in names:
+        reason = _why_not(None, name, device, dtype)
+        if reason is None:
+            return name
+        reasons[name] = reason
+    raise BackendError(f"{what}: no backend can run it: {_listed(reasons)}")
+
+
 def kernels(backend: str) -> Any:
     """The module of a backend's leaf computations, which the autograd.Functions call."""
     return _KERNELS[backend]

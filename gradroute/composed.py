@@ -16,7 +16,7 @@ from . import attention_blocks
 from .activations import ACTIVATIONS
 from .attention_pattern import Pattern
 from .attention_vendor import VENDORS
-from .library import product_dtype, wanted
+from .library import AdamWOptions, product_dtype, wanted
 from .routes import Routes
 from .tables import Table
 
@@ -478,3 +478,39 @@ def attention_backward(
         product_(dk, routes, sites.key)
         product_(dv, routes, sites.value)
     return wanted((dq, want_query), (dk, want_key_value), (dv, want_key_value))
+
+
+def adamw_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    factors: Tensor,
+    by_column: bool,
+    options: AdamWOptions,
+) -> None:
+    """One step of `gradroute.optim.RoutedAdamW` on a parameter, in place: in fp32 (fp64 for fp64), rounded once.
+
+    Args:
+        parameter: θ `[N, M]`.
+        gradient: g.
+        exp_avg: m.
+        exp_avg_sq: v.
+        max_exp_avg_sq: the largest v so far, with amsgrad.
+        factors: `[4, n]`, of the dtype to compute in: 1 - lr λ, lr / (1 - β₁^t), 1 / √(1 - β₂^t), and 1 for blocks that
+            are touched, 0 for others.
+        by_column: blocks are columns, n = M; else rows, n = N. n = 1: there is one block.
+        options: β₁, β₂, ε, maximize.
+    """
+    beta1, beta2, eps, maximize = options
+    decay, size, scale, touched = factors.unsqueeze(1 if by_column else 2)
+    g = -gradient.to(factors.dtype) if maximize else gradient.to(factors.dtype)
+    average = torch.lerp(exp_avg.to(g.dtype), g, 1 - beta1)
+    square = beta2 * exp_avg_sq.to(g.dtype) + (1 - beta2) * g * g
+    changed = {exp_avg: average, exp_avg_sq: square}
+    if max_exp_avg_sq is not None:
+        square = changed[max_exp_avg_sq] = torch.maximum(max_exp_avg_sq.to(g.dtype), square)
+    changed[parameter] = parameter * decay - size * average / (square.sqrt() * scale + eps)
+    for old, new in changed.items():
+        old.copy_(torch.where(touched != 0, new.to(old.dtype), old))

@@ -107,6 +107,22 @@ MIDDLE_SCHEMA = (
 )
 
 
+class AdamWOptions(NamedTuple):
+    """What a step of AdamW takes that is the same for all elements: β₁, β₂, ε, whether to ascend."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    maximize: bool
+
+
+#: What a step of AdamW takes, and changes, in a schema of torch.library.
+ADAMW_SCHEMA = (
+    "(Tensor(a!) parameter, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, "
+    "Tensor factors, bool by_column, float beta1, float beta2, float eps, bool maximize) -> ()"
+)
+
+
 def wanted(*outputs: tuple[Tensor | None, bool]) -> tuple[Any, ...]:
     """The outputs of an op, None in place of those that are not wanted: an op returns empty tensors for them."""
     return tuple(output if is_wanted else None for output, is_wanted in outputs)

@@ -18,7 +18,9 @@ from torch import Tensor
 from . import composed
 from .attention_pattern import Pattern
 from .library import (
+    ADAMW_SCHEMA,
     MIDDLE_SCHEMA,
+    AdamWOptions,
     Middle,
     has_data,
     kernel_op,
@@ -625,3 +627,22 @@ def attention_backward(
         output_grad=attention_output_grad,
         product_=masked_heads_,
     )
+
+
+def adamw_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    factors: Tensor,
+    by_column: bool,
+    options: AdamWOptions,
+) -> None:
+    """See `gradroute.composed.adamw_step`."""
+    adamw_step_op(parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq, factors, by_column, *options)
+
+
+@kernel_op(f"native_adamw_step{ADAMW_SCHEMA}")
+def adamw_step_op(parameter: Tensor, *rest: Any) -> None:
+    launch("adamw_step", parameter, *rest)

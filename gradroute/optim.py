@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import backends
 from .attention import AttentionSites
 from .embedding import EmbeddingSites
 from .layers import RoutedModule
+from .library import AdamWOptions
 from .linear import LinearSites
 from .mlp import MLPSites
 from .tables import Table
@@ -64,10 +67,14 @@ class RoutedAdamW(Optimizer):
             one dimension an element. 1: a column. None: the whole parameter.
         amsgrad: divide by the largest v so far (Reddi et al. 2018).
         maximize: ascend.
+        fused: take a step by one kernel a parameter, of backend cpu, triton or cuda, instead of a dozen operations. It
+            computes in fp32 (fp64 for fp64) and rounds once, so it differs from the other way, and from
+            `torch.optim.AdamW`, in the last places, as torch's `fused=True` does.
 
     Raises:
         TypeError: complex parameters.
         ValueError: an option out of its range; `block_dim=1` for a parameter of fewer than two dimensions.
+        gradroute.BackendError: `fused`, and no backend has a kernel for a parameter's device and dtype.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class RoutedAdamW(Optimizer):
         block_dim: int | None = 0,
         amsgrad: bool = False,
         maximize: bool = False,
+        fused: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -90,6 +98,7 @@ class RoutedAdamW(Optimizer):
             "block_dim": block_dim,
             "amsgrad": amsgrad,
             "maximize": maximize,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -98,7 +107,7 @@ class RoutedAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, backends.BackendError):
             self.param_groups.pop()
             raise
 
@@ -127,10 +136,14 @@ class RoutedAdamW(Optimizer):
         gradients = self._gradients()
         for gradient, touched in zip(gradients, _touched(gradients), strict=True):
             update = self._update_of(gradient, touched)
-            kind = id(update.group), update.parameter.device, update.parameter.dtype
+            kind = id(update.group), update.parameter.device, update.parameter.dtype, update.is_fused()
             alike.setdefault(kind, []).append(update)
-        for updates in alike.values():
-            for update, factors in zip(updates, _Factors.of(updates), strict=True):
+        for (*_, is_fused), updates in alike.items():
+            corrections = _Corrections.of(updates)
+            if is_fused:
+                _apply_fused(updates, corrections)
+                continue
+            for update, factors in zip(updates, _Factors.of(updates, corrections), strict=True):
                 update.apply(factors)
         return loss
 
@@ -226,6 +239,8 @@ def _check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"betas: got {betas}, expected two numbers, 0 <= beta < 1")
     if isinstance(block_dim, bool) or block_dim not in (0, 1, None):
         raise ValueError(f"block_dim: got {block_dim!r}, expected 0, 1 or None")
+    if not isinstance(group["fused"], bool):
+        raise ValueError(f"fused: got {group['fused']!r}, expected True or False")
     for parameter in group["params"]:
         shape = list(parameter.shape)
         if parameter.is_complex():
@@ -237,6 +252,12 @@ def _check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"block_dim: got 1 for a parameter of shape {shape}, expected 0 or None: it has no columns"
             )
+        if group["fused"]:
+            _fused_backend(parameter.device, parameter.dtype)
+
+
+def _fused_backend(device: torch.device, dtype: torch.dtype) -> str:
+    return backends.with_kernels("RoutedAdamW(fused=True)", device, dtype)
 
 
 class _Gradient(NamedTuple):
@@ -281,6 +302,34 @@ class _Update(NamedTuple):
     state: Mapping[str, Tensor]
     touched: Tensor
 
+    def is_fused(self) -> bool:
+        """Whether a kernel takes the step: its group says so, and all is a matrix with blocks as rows or columns."""
+        if not self.group["fused"] or self.parameter.dim() <= 2:
+            return self.group["fused"]
+        moments = (self.state[name] for name in _MOMENTS if name in self.state)
+        in_order = all(tensor.is_contiguous() for tensor in (self.parameter, *moments))
+        if not in_order:
+            warnings.warn(
+                f"RoutedAdamW(fused=True): a parameter of shape {list(self.parameter.shape)} and strides "
+                f"{list(self.parameter.stride())} is updated by a dozen operations instead of one kernel, because its "
+                "elements do not lie in order; make it contiguous",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return in_order
+
+    def apply_fused(self, kernel: Callable[..., None], factors: Tensor, options: AdamWOptions) -> None:
+        """Moves what is touched by one kernel; factors `[4, blocks]`, see `gradroute.composed.adamw_step`."""
+        parameter, block_dim = self.parameter, self.group["block_dim"]
+        if parameter.numel() == 0:
+            return
+        if parameter.dim() > 2 and block_dim == 1:
+            factors = factors.repeat(1, len(parameter))  # a block is a row in each of so many matrices
+        gradient = self.gradient if parameter.dim() <= 2 else self.gradient.contiguous()
+        tensors = [parameter, gradient, *(self.state.get(name) for name in _MOMENTS)]
+        by_column = block_dim == (1 if parameter.dim() == 2 else 0) and parameter.dim() <= 2
+        kernel(*(_matrix(tensor, block_dim) for tensor in tensors), factors, by_column, options)
+
     def apply(self, factors: _Factors) -> None:
         """Moves what is touched. Every operation is that of torch's loop over tensors, and rounds where it does."""
         group, state, parameter = self.group, self.state, self.parameter
@@ -300,14 +349,69 @@ class _Update(NamedTuple):
         parameter.sub_(change)
 
 
+class _Corrections(NamedTuple):
+    """What blocks are multiplied by, of all parameters of one group, device and dtype one after the other: `[blocks]`.
+
+    Computed for all of them at once: one by one, these twenty small operations were a third of what a step of 39 tiny
+    parameters took on the CPU.
+
+    Attributes:
+        touched: bool.
+        decay: 1 - lr λ; 1 for blocks that are not touched.
+        size: lr / (1 - β₁^t).
+        root: √(1 - β₂^t).
+    """
+
+    touched: Tensor
+    decay: Tensor
+    size: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, updates: Sequence[_Update]) -> _Corrections:
+        group = updates[0].group
+        dtype = _factor_dtype(updates[0].parameter)
+        touched = _flat([update.touched for update in updates])
+        counts = _flat([update.state["step"] for update in updates]).double()
+        exact = dtype == torch.float64
+        first, second = (1 - _power(beta, counts, exact) for beta in group["betas"])
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        return cls(
+            touched,
+            _where(touched, 1 - lr * group["weight_decay"], dtype),
+            _quotient(lr, first).to(dtype),
+            _power(second, torch.full_like(second, 0.5), exact).to(dtype),
+        )
+
+
+def _apply_fused(updates: Sequence[_Update], corrections: _Corrections) -> None:
+    """Takes the steps of parameters of one group, device and dtype, each by one kernel."""
+    group, parameter = updates[0].group, updates[0].parameter
+    kernel = backends.kernels(_fused_backend(parameter.device, parameter.dtype)).adamw_step
+    beta1, beta2 = group["betas"]
+    options = AdamWOptions(beta1, beta2, group["eps"], group["maximize"])
+    touched, decay, size, root = corrections
+    factors = torch.stack([decay, size, root.reciprocal(), touched.to(decay.dtype)])  # [4, blocks]
+    of_each = factors.split([update.touched.numel() for update in updates], dim=1)
+    for update, its_factors in zip(updates, of_each, strict=True):
+        update.apply_fused(kernel, its_factors, options)
+
+
+def _matrix(tensor: Tensor | None, block_dim: int | None) -> Tensor | None:  # [N, M]
+    """The same memory as a matrix: with blocks along dimension 1 one below the other, else of rows."""
+    if tensor is None or tensor.dim() == 2:
+        return tensor
+    if tensor.dim() < 2:
+        return tensor.view(1, -1)
+    return tensor.view(tensor.shape[0] * tensor.shape[1] if block_dim == 1 else tensor.shape[0], -1)
+
+
 class _Factors(NamedTuple):
     """What the elements of a parameter's blocks are multiplied by, each of the shape of the blocks.
 
     Attributes:
-        decay: 1 - lr λ; 1 for blocks that are not touched.
+        decay: of `_Corrections`, as are `size` and `root`.
         second: β₂; 1 for blocks that are not touched.
-        size: lr / (1 - β₁^t).
-        root: √(1 - β₂^t).
         mask: all bits for blocks that are touched and none for others, as wide as the parameter's elements.
         change_mask: likewise, as wide as what is a product with `size`.
     """
@@ -320,25 +424,12 @@ class _Factors(NamedTuple):
     change_mask: Tensor
 
     @classmethod
-    def of(cls, updates: Sequence[_Update]) -> Iterator[_Factors]:
-        """Those of parameters of one group, device and dtype, computed for all of them at once.
-
-        One by one, these twenty small operations were a third of what a step of 39 tiny parameters took on the CPU.
-        """
+    def of(cls, updates: Sequence[_Update], corrections: _Corrections) -> Iterator[_Factors]:
+        """Those of parameters of one group, device and dtype."""
         group, parameter = updates[0].group, updates[0].parameter
-        dtype = _factor_dtype(parameter)
-        touched = _flat([update.touched for update in updates])
-        counts = _flat([update.state["step"] for update in updates]).double()
-        exact = dtype == torch.float64
-        first, second = (1 - _power(beta, counts, exact) for beta in group["betas"])
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        flat = [
-            _where(touched, 1 - lr * group["weight_decay"], dtype),
-            _where(touched, group["betas"][1], dtype),
-            _quotient(lr, first).to(dtype),
-            _power(second, torch.full_like(second, 0.5), exact).to(dtype),
-            *(touched.to(_INTEGERS[size]).neg_() for size in (parameter.itemsize, dtype.itemsize)),
-        ]
+        touched, decay, size, root = corrections
+        masks = (touched.to(_INTEGERS[width]).neg_() for width in (parameter.itemsize, decay.itemsize))
+        flat = [decay, _where(touched, group["betas"][1], decay.dtype), size, root, *masks]
         # Numbers of no dimensions would be cast to the dtype of what they are multiplied with.
         like = [
             update.touched if update.touched.dim() else update.touched.view([1] * update.parameter.dim())
@@ -545,13 +636,13 @@ def _norm_of_ranks(tensors: Sequence[Tensor], norm_type: float, groups: tuple[_G
 def _adopted(saved: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A saved group, or one of torch.optim.AdamW as one of this class; `own` is the group that takes its options."""
     if "block_dim" in saved:
-        return saved
+        return {**saved, "fused": own["fused"]}  # how this one computes is no state
     if not saved.get("decoupled_weight_decay", True):
         raise ValueError(
             "state_dict: got the state of an Adam that adds weight decay to the gradient, expected that of an AdamW"
         )
     options = {name: value for name, value in saved.items() if name not in _HOW_TORCH_COMPUTES}
-    return options | {"block_dim": own["block_dim"]}
+    return options | {"block_dim": own["block_dim"], "fused": own["fused"]}
 
 
 def _check_state(parameter: Tensor, block_dim: int | None, saved: Mapping[str, Any]) -> None:

@@ -7,11 +7,13 @@ from .launch import INTERPRETED, record, recording
 from .linear import bias_grad, input_grad, weight_grad
 from .mlp import activation_backward
 from .norm import layer_norm_backward, rms_norm_backward
+from .optim import adamw_step
 from .route_grad import masked_product, masked_product_
 
 __all__ = [
     "INTERPRETED",
     "activation_backward",
+    "adamw_step",
     "attention_backward",
     "attention_forward",
     "bias_grad",

@@ -13,6 +13,7 @@ import re
 import sys
 
 import cases
+import test_optim_fused
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -97,12 +98,25 @@ def attention_sample(head_dim, dtype, gathered=False, **options):
     return call.with_sites(AttentionSites(**call.tables | edges))
 
 
+def take_steps():
+    """Steps of RoutedAdamW in which every two of a shape, a dtype, a kind of blocks and amsgrad or not meet."""
+    axes = {
+        "shape": [(size.d_model, size.d_ff) for size in SIZES],
+        "dtype": (torch.bfloat16, torch.float32),
+        "blocks": test_optim_fused.BLOCKS,
+        "amsgrad": (False, True),
+    }
+    for case in cases.covering(axes):
+        test_optim_fused.Step(**case).take(kernels.adamw_step)
+
+
 def recorded(architecture):
-    """The launches of every op's samples on backend triton, forward and backward; nothing runs."""
+    """The launches of every op's samples on backend triton, forward and backward, and of steps; nothing runs."""
     with kernels.record(architecture) as launches:
         for op, row in backends.OPS.items():
             for call in samples(op) if "triton" in row else ():
                 call.run("triton")
+        take_steps()
     return launches
 
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from gradroute import native
 from gradroute.models import Shape, sgtm
 from gradroute.models.parallel import tensor_parallel
 from gradroute.optim import RoutedAdamW, routed_param_groups
@@ -47,7 +48,7 @@ def differing(ours, exact, optimizer, expected):
     return wrong
 
 
-def sharded(rank, placements, shape, block_dim, norm_type=None):
+def sharded(rank, placements, shape, block_dim, norm_type=None, fused=False):
     """Parameters that are sharded in some way, given the shards of gradients that every rank makes alike.
 
     Returns what differs from one process, and the number of collectives of a step.
@@ -60,8 +61,8 @@ def sharded(rank, placements, shape, block_dim, norm_type=None):
         exact[str(size)] = nn.Parameter(torch.randn(size))
         fitting = [p if p.is_replicate() or p.dim < len(size) else Replicate() for p in placements]
         ours[str(size)] = nn.Parameter(distribute_tensor(exact[str(size)].detach().clone(), mesh, fitting))
-    optimizer = RoutedAdamW(ours.values(), **OPTIONS, block_dim=block_dim, amsgrad=True)
-    expected = RoutedAdamW(exact.values(), **OPTIONS, block_dim=block_dim, amsgrad=True)
+    options = OPTIONS | {"block_dim": block_dim, "amsgrad": True, "fused": fused}
+    optimizer, expected = RoutedAdamW(ours.values(), **options), RoutedAdamW(exact.values(), **options)
     wrong, collectives = [], 0
     for step in range(4):
         for name, p in exact.items():
@@ -256,6 +257,11 @@ CELLS = {
     },
     "clipped rows": (sharded, [ROWS], (worker.RANKS,), 1, 2.0),
     "clipped columns": (sharded, [COLUMNS], (worker.RANKS,), 0, float("inf")),
+    **{
+        f"fused {how}": (sharded, placements, (worker.RANKS,), 1, None, True)
+        for how, placements in (("rows", [ROWS]), ("columns", [COLUMNS]))
+        if native.module is not None
+    },
     "partial": (partial_gradients,),
     "nan": (not_finite, float("nan")),
     "inf": (not_finite, float("inf")),

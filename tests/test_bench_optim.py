@@ -35,9 +35,10 @@ def test_every_variant_is_checked_and_timed(tmp_path):
     assert done.failures() == []
     for plan in plans:
         case = done.cases[plan.name]
-        assert set(case["variants"]) == {optim.OWN, *optim.RIVALS}
+        assert set(case["variants"]) == {optim.OWN, optim.FUSED, *optim.RIVALS}
         assert case["variants"][optim.OWN]["largest_error"] == 0
-        assert case["variants"]["AdamW, foreach=True"]["largest_error"] < optim.TOLERANCE
+        for name in (optim.FUSED, *optim.RIVALS):
+            assert case["variants"][name]["largest_error"] < optim.TOLERANCE
         assert all(done.figure(plan.name, name, STEP) for name in case["variants"])
     # The forget part of 2 layers: 2 of 4 heads of 8, 8 of 48 hidden units; and tokens that no row has.
     everything, retain = (done.cases[plan.name]["facts"]["untouched"] for plan in plans)

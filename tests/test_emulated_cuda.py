@@ -10,6 +10,7 @@ import emulated_cuda
 import pytest
 import test_native
 import test_ops
+import test_optim_fused
 import torch
 
 from gradroute import backends, composed, native, testing
@@ -181,6 +182,12 @@ def test_kernels_of_attention(dtype, shape):
     test_native.check_delta_of_attention(dtype, shape)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_of_adamw(dtype):
+    test_optim_fused.check_kernel(native.adamw_step, dtype)
+    test_optim_fused.check_strange_numbers(native.adamw_step, dtype)
+
+
 @pytest.mark.parametrize("tables", testing.TABLE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_in_place(dtype, tables):
@@ -219,6 +226,7 @@ def test_nothing_is_launched_for_empty_matrices(module, rows, cols):
         "embedding_backward": (m, m, 0, 0, -1, routing, None),
         "masked_heads": (heads, heads, routing, (0, 1)),
         "attention_delta": (heads, heads, heads, m, routing, None, None),
+        "adamw_step": (m, m, m, m, None, m, False, 0.9, 0.99, 1e-8, False),
     }
     for name, arguments in calls.items():
         assert getattr(module.cpu_baseline, name)(*arguments, stream) is None, name
@@ -237,6 +245,7 @@ REFUSING = {
     "embedding_backward": run_float64("routed_embedding"),
     "masked_heads": lambda: test_native.check_masks_by_token_and_head(torch.float64, False, HEADS[0]),
     "attention_delta": lambda: test_native.check_delta_of_attention(torch.float64, HEADS[0]),
+    "adamw_step": lambda: test_optim_fused.check_kernel(native.adamw_step, torch.float64),
 }
 
 

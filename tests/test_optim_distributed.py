@@ -64,6 +64,12 @@ def test_shards_are_those_of_one_process(results, name):
             assert result["collectives"] == (1 if shares else 0)
 
 
+@pytest.mark.parametrize("name", [name for name in optim_worker.CELLS if "fused" in name])
+def test_shards_that_kernels_update_are_those_of_one_process(results, name):
+    for result in passed(results, name):
+        assert result["wrong"] == []
+
+
 def test_partial_gradients_are_summed_first(results):
     assert passed(results, "partial") == [[1, 1, 0, 0]] * 2
 

@@ -1,0 +1,141 @@
+"""The step of RoutedAdamW on one parameter, in one pass over it."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..library import ADAMW_SCHEMA, AdamWOptions, kernel_op
+from .launch import config_of, launch, strides
+from .tiles import rounded
+
+
+@triton.jit
+def adamw_step_kernel(
+    p,  # [N, M]
+    g,  # [N, M]
+    m,  # [N, M], the mean of g
+    v,  # [N, M], the mean of g²
+    v_max,  # [N, M] or None, the largest v
+    factors,  # [4, blocks]
+    num_rows,
+    num_cols,
+    p_stride_n,
+    p_stride_m,
+    g_stride_n,
+    g_stride_m,
+    m_stride_n,
+    m_stride_m,
+    v_stride_n,
+    v_stride_m,
+    v_max_stride_n,
+    v_max_stride_m,
+    factors_stride,
+    beta2,
+    average_weight,  # 1 - β₁
+    square_weight,  # 1 - β₂
+    eps,
+    sign,
+    ROWS: tl.constexpr,  # blocks are rows; neither rows nor columns: there is one
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Elements of blocks that are not touched are neither read nor written."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    blocks = rows[:, None] * ROWS + cols[None, :] * COLUMNS
+    touched = inside & (tl.load(factors + 3 * factors_stride + blocks, mask=inside, other=0.0) != 0.0)
+    decay = tl.load(factors + blocks, mask=touched, other=1.0)
+    size = tl.load(factors + factors_stride + blocks, mask=touched, other=0.0)
+    scale = tl.load(factors + 2 * factors_stride + blocks, mask=touched, other=1.0)
+
+    p_at = p + rows[:, None] * p_stride_n + cols[None, :] * p_stride_m
+    g_at = g + rows[:, None] * g_stride_n + cols[None, :] * g_stride_m
+    m_at = m + rows[:, None] * m_stride_n + cols[None, :] * m_stride_m
+    v_at = v + rows[:, None] * v_stride_n + cols[None, :] * v_stride_m
+    p_tile = tl.load(p_at, mask=touched, other=0.0).to(tl.float32)
+    g_tile = tl.load(g_at, mask=touched, other=0.0).to(tl.float32) * sign
+    m_tile = tl.load(m_at, mask=touched, other=0.0).to(tl.float32)
+    v_tile = tl.load(v_at, mask=touched, other=0.0).to(tl.float32)
+
+    # As torch.lerp does.
+    difference = g_tile - m_tile
+    m_tile = tl.where(
+        average_weight < 0.5,
+        m_tile + average_weight * difference,
+        g_tile - difference * (1.0 - average_weight),
+    )
+    v_tile = beta2 * v_tile + square_weight * g_tile * g_tile
+    square = v_tile
+    if v_max is not None:
+        v_max_at = v_max + rows[:, None] * v_max_stride_n + cols[None, :] * v_max_stride_m
+        square = tl.maximum(
+            tl.load(v_max_at, mask=touched, other=0.0).to(tl.float32), square, tl.PropagateNan.ALL
+        )
+        tl.store(v_max_at, rounded(square, v_max.dtype.element_ty), mask=touched)
+    denominator = tl.sqrt_rn(square) * scale + eps
+    p_tile = p_tile * decay - tl.div_rn(size * m_tile, denominator)
+    tl.store(p_at, rounded(p_tile, p.dtype.element_ty), mask=touched)
+    tl.store(m_at, rounded(m_tile, m.dtype.element_ty), mask=touched)
+    tl.store(v_at, rounded(v_tile, v.dtype.element_ty), mask=touched)
+
+
+def adamw_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    factors: Tensor,
+    by_column: bool,
+    options: AdamWOptions,
+) -> None:
+    """See `gradroute.composed.adamw_step`."""
+    adamw_step_op(parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq, factors, by_column, *options)
+
+
+@kernel_op(f"adamw_step{ADAMW_SCHEMA}")
+def adamw_step_op(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    factors: Tensor,
+    by_column: bool,
+    *rest: Any,  # of AdamWOptions
+) -> None:
+    options = AdamWOptions(*rest)
+    rows, cols = parameter.shape
+    config = config_of(adamw_step_kernel, parameter.device)
+    grid = (triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(cols, config["BLOCK_M"]))
+    is_one = factors.shape[1] == 1
+    launch(
+        adamw_step_kernel,
+        grid,
+        config,
+        p=parameter,
+        g=gradient,
+        m=exp_avg,
+        v=exp_avg_sq,
+        v_max=max_exp_avg_sq,
+        factors=factors,
+        num_rows=rows,
+        num_cols=cols,
+        **strides("p", parameter, "nm"),
+        **strides("g", gradient, "nm"),
+        **strides("m", exp_avg, "nm"),
+        **strides("v", exp_avg_sq, "nm"),
+        **strides("v_max", exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq, "nm"),
+        factors_stride=factors.stride(0),
+        beta2=options.beta2,
+        average_weight=1 - options.beta1,
+        square_weight=1 - options.beta2,
+        eps=options.eps,
+        sign=-1.0 if options.maximize else 1.0,
+        ROWS=not (by_column or is_one),
+        COLUMNS=by_column and not is_one,
+    )
