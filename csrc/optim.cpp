@@ -6,9 +6,48 @@
 namespace gradroute {
 namespace {
 
-// Columns [first, first + n) of a row, no more than a block.
+// Columns [first, first + n) of a row, no more than a block; partly: not all of them are touched.
 struct Run {
   int64_t first, n;
+  bool partly;
+};
+
+// Elements of a row as memory has them, to put back what is not touched: rounding NaN to halves and back would not keep
+// all its bits.
+class Kept {
+ public:
+  void keep(const Matrix& m, int64_t row, const Run& run) {
+    switch_size(m.dtype, [&](auto element) {
+      using E = decltype(element);
+      const E* from = reinterpret_cast<const E*>(address(m, row, run.first, sizeof(E)));
+      for (int64_t i = 0; i < run.n; ++i) kept<E>()[i] = from[i * m.col_stride];
+    });
+  }
+
+  template <class C>
+  void put_back(const Matrix& m, int64_t row, const Run& run, const C* touched) {
+    switch_size(m.dtype, [&](auto element) {
+      using E = decltype(element);
+      E* to = reinterpret_cast<E*>(address(m, row, run.first, sizeof(E)));
+      for (int64_t i = 0; i < run.n; ++i)
+        to[i * m.col_stride] = touched[i] != C(0) ? to[i * m.col_stride] : kept<E>()[i];
+    });
+  }
+
+ private:
+  template <class Body>
+  static void switch_size(Dtype dtype, const Body& body) {
+    if (dtype == Dtype::float64) return body(uint64_t());
+    if (dtype == Dtype::float32) return body(uint32_t());
+    body(uint16_t());
+  }
+
+  template <class E>
+  E* kept() {
+    return reinterpret_cast<E*>(bytes);
+  }
+
+  alignas(64) char bytes[BLOCK * sizeof(double)];
 };
 
 template <class C>
@@ -56,17 +95,24 @@ struct Step {
       update<stride, true>(row, first, n, block);
   }
 
-  // What a row is updated in: all of it, or the columns that are touched.
+  // What a row is updated in.
   std::vector<Run> runs(bool columns) const {
     std::vector<Run> found;
-    for (int64_t first = 0; first < p.cols; ++first) {
-      int64_t last = first;
-      const int64_t end = std::min(first + BLOCK, p.cols);
-      while (last < end && (!columns || *factor(3, last) != C(0))) ++last;
-      if (last > first) found.push_back({first, last - first});
-      first = std::max(first, last - 1);
+    for (int64_t first = 0; first < p.cols; first += BLOCK) {
+      const int64_t n = std::min(BLOCK, p.cols - first);
+      const int64_t touched = columns ? std::count(factor(3, first), factor(3, first) + n, C(1)) : n;
+      if (touched > 0) found.push_back({first, n, touched < n});
     }
     return found;
+  }
+
+  void update_partly(int64_t row, const Run& run) const {
+    const Matrix* const changed[] = {&p, &m, &v, &largest};
+    const int64_t count = largest.data == nullptr ? 3 : 4;
+    Kept kept[4];
+    for (int64_t i = 0; i < count; ++i) kept[i].keep(*changed[i], row, run);
+    update<1>(row, run.first, run.n, run.first);
+    for (int64_t i = 0; i < count; ++i) kept[i].put_back(*changed[i], row, run, factor(3, run.first));
   }
 
   void run() const {
@@ -76,8 +122,10 @@ struct Step {
 #pragma omp parallel for schedule(static) if (p.rows * p.cols >= PARALLEL_FROM)
     for (int64_t tile = 0; tile < p.rows * count; ++tile) {
       const int64_t row = tile / count, block = columns || factors.cols == 1 ? 0 : row;
-      const Run run = of_row[tile % count];
-      if (columns)
+      const Run& run = of_row[tile % count];
+      if (run.partly)
+        update_partly(row, run);
+      else if (columns)
         update<1>(row, run.first, run.n, run.first);
       else if (*factor(3, block) != C(0))
         update<0>(row, run.first, run.n, block);

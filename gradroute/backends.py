@@ -156,15 +156,18 @@ def _automatic(op: str, x: Tensor, refused: Mapping[str, str] | None, order: tup
 
 
 def with_kernels(what: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that has kernels of its own for such tensors.
+    """The backend for what has kernels, or the composition of backend torch, but is no op of the table.
+
+    It is that of use_backend, else of GRADROUTE_BACKEND, else the first with kernels for such tensors.
 
     Raises:
-        BackendError: none has; the message names `what` wants them, and every backend with the reason.
+        BackendError: none can run it; the message says what, and names every backend with the reason.
     """
-    names = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    chosen = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    names = chosen if _process_wide is None else (_process_wide,)
     reasons: dict[str, str] = {}
     for name in names:
-        reason = _why_not(None, name, device, dtype)
+        reason = _why_not(None, name, device, dtype) if name in _KERNELS else "it has no kernels"
         if reason is None:
             return name
         reasons[name] = reason

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from . import backends
@@ -69,7 +70,8 @@ class RoutedAdamW(Optimizer):
         maximize: ascend.
         fused: take a step by one kernel a parameter, of backend cpu, triton or cuda, instead of a dozen operations. It
             computes in fp32 (fp64 for fp64) and rounds once, so it differs from the other way, and from
-            `torch.optim.AdamW`, in the last places, as torch's `fused=True` does.
+            `torch.optim.AdamW`, in the last places, as torch's `fused=True` does. With a warning the other way is taken
+            for parameters of three dimensions or more that are not contiguous, and for moments of another dtype.
 
     Raises:
         TypeError: complex parameters.
@@ -126,7 +128,8 @@ class RoutedAdamW(Optimizer):
 
         Raises:
             RuntimeError: sparse gradients.
-            ValueError: a group's `block_dim` has changed since its first step.
+            ValueError: a group's `block_dim`, or a parameter's shape, has changed since its first step.
+            gradroute.BackendError: as of the constructor, where parameters have moved since.
         """
         loss = None
         if closure is not None:
@@ -134,6 +137,8 @@ class RoutedAdamW(Optimizer):
                 loss = closure()
         alike: dict[Any, list[_Update]] = {}
         gradients = self._gradients()
+        for device, dtype in {(g.local.device, g.parameter.dtype) for g in gradients if g.group["fused"]}:
+            _fused_backend(device, dtype)  # raises before anything is counted
         for gradient, touched in zip(gradients, _touched(gradients), strict=True):
             update = self._update_of(gradient, touched)
             kind = id(update.group), update.parameter.device, update.parameter.dtype, update.is_fused()
@@ -181,6 +186,11 @@ class RoutedAdamW(Optimizer):
             gradient.local.mul_(factor.to(_factor_dtype(gradient.local)))
         return norm
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for options in (self.defaults, *self.param_groups):  # of a copy from before there was the option
+            options.setdefault("fused", False)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state of this class, or of `torch.optim.AdamW`, whose step count becomes that of every block.
 
@@ -224,6 +234,12 @@ class RoutedAdamW(Optimizer):
                 f"block_dim: got {group['block_dim']} for a parameter of shape {list(parameter.shape)} whose steps "
                 f"are counted in blocks of shape {list(state['step'].shape)}, expected it not to change"
             )
+        for name in _MOMENTS:
+            if name in local and local[name].shape != gradient.local.shape:
+                raise ValueError(
+                    f"params: got a parameter of shape {list(parameter.shape)} whose {name} is of shape "
+                    f"{list(state[name].shape)}, expected it not to change"
+                )
         local["step"].add_(touched)
         return _Update(group, _local(parameter), gradient.local, local, touched)
 
@@ -302,33 +318,52 @@ class _Update(NamedTuple):
     state: Mapping[str, Tensor]
     touched: Tensor
 
+    @property
+    def changed(self) -> list[Tensor]:
+        """The parameter and its moments."""
+        names = _MOMENTS[: 3 if self.group["amsgrad"] else 2]
+        return [self.parameter, *(self.state[name] for name in names)]
+
     def is_fused(self) -> bool:
-        """Whether a kernel takes the step: its group says so, and all is a matrix with blocks as rows or columns."""
-        if not self.group["fused"] or self.parameter.dim() <= 2:
-            return self.group["fused"]
-        moments = (self.state[name] for name in _MOMENTS if name in self.state)
-        in_order = all(tensor.is_contiguous() for tensor in (self.parameter, *moments))
-        if not in_order:
+        """Whether a kernel takes the step: its group says so, and no tensor is one that kernels do not take."""
+        if not self.group["fused"]:
+            return False
+        reason = self._why_not_fused()
+        if reason is not None and not torch.compiler.is_compiling():
             warnings.warn(
-                f"RoutedAdamW(fused=True): a parameter of shape {list(self.parameter.shape)} and strides "
-                f"{list(self.parameter.stride())} is updated by a dozen operations instead of one kernel, because its "
-                "elements do not lie in order; make it contiguous",
+                f"RoutedAdamW(fused=True): a parameter of shape {list(self.parameter.shape)} is updated by a dozen "
+                f"operations instead of one kernel: {reason}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-        return in_order
+        return reason is None
+
+    def _why_not_fused(self) -> str | None:
+        dtypes = {tensor.dtype for tensor in (self.gradient, *self.changed)}
+        if len(dtypes) > 1:
+            return f"it, its gradient and its moments are of {', '.join(sorted(map(str, dtypes)))}"
+        if self.parameter.dim() > 2 and not all(tensor.is_contiguous() for tensor in self.changed):
+            return "its elements, or those of its moments, do not lie in order; make it contiguous"
+        return None
 
     def apply_fused(self, kernel: Callable[..., None], factors: Tensor, options: AdamWOptions) -> None:
         """Moves what is touched by one kernel; factors `[4, blocks]`, see `gradroute.composed.adamw_step`."""
-        parameter, block_dim = self.parameter, self.group["block_dim"]
+        parameter, *moments = self.changed
         if parameter.numel() == 0:
             return
-        if parameter.dim() > 2 and block_dim == 1:
-            factors = factors.repeat(1, len(parameter))  # a block is a row in each of so many matrices
-        gradient = self.gradient if parameter.dim() <= 2 else self.gradient.contiguous()
-        tensors = [parameter, gradient, *(self.state.get(name) for name in _MOMENTS)]
-        by_column = block_dim == (1 if parameter.dim() == 2 else 0) and parameter.dim() <= 2
-        kernel(*(_matrix(tensor, block_dim) for tensor in tensors), factors, by_column, options)
+        dims, block_dim = parameter.dim(), self.group["block_dim"]
+        gradient = self.gradient if dims <= 2 else self.gradient.contiguous()
+        if dims > 2 and block_dim == 1:  # each block is several columns of the matrix
+            factors = factors.repeat_interleave(parameter[0, 0].numel(), dim=1)
+        matrices = [
+            tensor if dims == 2 else tensor.view(len(tensor) if dims > 2 else 1, -1)  # [N, M]
+            for tensor in (parameter, gradient, *moments)
+        ]
+        by_column = block_dim == (1 if dims >= 2 else 0)
+        kernel(*matrices, *[None] * (5 - len(matrices)), factors, by_column, options)
+        if not torch.compiler.is_compiling():
+            # As operations of torch do, so that a backward which still needs the old values raises.
+            increment_version(self.changed)
 
     def apply(self, factors: _Factors) -> None:
         """Moves what is touched. Every operation is that of torch's loop over tensors, and rounds where it does."""
@@ -343,7 +378,9 @@ class _Update(NamedTuple):
         if group["amsgrad"]:
             _write(torch.maximum(state["max_exp_avg_sq"], second), state["max_exp_avg_sq"], factors.mask)
             second = state["max_exp_avg_sq"]
-        denominator = torch.sqrt(second, out=spent).div_(factors.root).add_(group["eps"])
+        # Dynamo knows no `out` that is not contiguous.
+        root = second.sqrt() if torch.compiler.is_compiling() else torch.sqrt(second, out=spent)
+        denominator = root.div_(factors.root).add_(group["eps"])
         change = torch.mul(state["exp_avg"], factors.size).div_(denominator)
         _bits(change).bitwise_and_(factors.change_mask)
         parameter.sub_(change)
@@ -395,15 +432,6 @@ def _apply_fused(updates: Sequence[_Update], corrections: _Corrections) -> None:
     of_each = factors.split([update.touched.numel() for update in updates], dim=1)
     for update, its_factors in zip(updates, of_each, strict=True):
         update.apply_fused(kernel, its_factors, options)
-
-
-def _matrix(tensor: Tensor | None, block_dim: int | None) -> Tensor | None:  # [N, M]
-    """The same memory as a matrix: with blocks along dimension 1 one below the other, else of rows."""
-    if tensor is None or tensor.dim() == 2:
-        return tensor
-    if tensor.dim() < 2:
-        return tensor.view(1, -1)
-    return tensor.view(tensor.shape[0] * tensor.shape[1] if block_dim == 1 else tensor.shape[0], -1)
 
 
 class _Factors(NamedTuple):

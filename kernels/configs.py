@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "norm_bwd_kernel": {80: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 256}},
     "norm_bwd_chunked_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8, "maxnreg": 255}},
     "embedding_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
-    "adamw_step_kernel": {80: {"BLOCK_N": 4, "BLOCK_M": 256, "num_warps": 8}},
+    "adamw_step_kernel": {80: {"ELEMENTS": 1024, "num_warps": 4}},  # of a tile (kernels/optim.py)
     # fp32 products are sums of FMAs in registers, which leave room for smaller tiles only.
     "weight_grad_kernel": {
         80: {"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32, "num_warps": 4, "num_stages": 3},

@@ -14,6 +14,9 @@ from torch import Tensor
 from ..library import has_data
 from .configs import ARCHITECTURES, CONFIGS
 
+# Of the second and third dimension of a grid. CUDA's; the interpreter would take more.
+MOST_BLOCKS = 65535
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -71,6 +74,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **argumen
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if not has_data(first):
         return
+    assert all(blocks <= MOST_BLOCKS for blocks in grid[1:]), f"{kernel}: a grid of {grid}"
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, config, arguments))
     elif 0 not in grid:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 from ..library import ADAMW_SCHEMA, AdamWOptions, kernel_op
 from .launch import config_of, launch, strides
 from .tiles import rounded
+
+# Of a tile, unless it is of one row.
+MOST_COLUMNS = 256
 
 
 @triton.jit
@@ -43,14 +47,21 @@ def adamw_step_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """Elements of blocks that are not touched are neither read nor written."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    blocks = rows[:, None] * ROWS + cols[None, :] * COLUMNS
-    touched = inside & (tl.load(factors + 3 * factors_stride + blocks, mask=inside, other=0.0) != 0.0)
-    decay = tl.load(factors + blocks, mask=touched, other=1.0)
-    size = tl.load(factors + factors_stride + blocks, mask=touched, other=0.0)
-    scale = tl.load(factors + 2 * factors_stride + blocks, mask=touched, other=1.0)
+    tile = tl.program_id(0).to(tl.int64)
+    tiles_of_rows = tl.cdiv(num_cols, BLOCK_M)
+    rows = tile // tiles_of_rows * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tile % tiles_of_rows * BLOCK_M + tl.arange(0, BLOCK_M)
+    here, there = (rows < num_rows)[:, None], (cols < num_cols)[None, :]
+    blocks, present = (rows * 0)[:, None], here
+    if ROWS:
+        blocks = rows[:, None]
+    if COLUMNS:
+        blocks, present = cols[None, :], there
+    stride = tl.cast(factors_stride, tl.int64)
+    decay = tl.load(factors + blocks, mask=present, other=1.0)
+    size = tl.load(factors + stride + blocks, mask=present, other=0.0)
+    scale = tl.load(factors + 2 * stride + blocks, mask=present, other=1.0)
+    touched = here & there & (tl.load(factors + 3 * stride + blocks, mask=present, other=0.0) != 0.0)
 
     p_at = p + rows[:, None] * p_stride_n + cols[None, :] * p_stride_m
     g_at = g + rows[:, None] * g_stride_n + cols[None, :] * g_stride_m
@@ -110,8 +121,8 @@ def adamw_step_op(
 ) -> None:
     options = AdamWOptions(*rest)
     rows, cols = parameter.shape
-    config = config_of(adamw_step_kernel, parameter.device)
-    grid = (triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(cols, config["BLOCK_M"]))
+    config = _config(rows, cols, parameter.device)
+    grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(cols, config["BLOCK_M"]),)
     is_one = factors.shape[1] == 1
     launch(
         adamw_step_kernel,
@@ -139,3 +150,10 @@ def adamw_step_op(
         ROWS=not (by_column or is_one),
         COLUMNS=by_column and not is_one,
     )
+
+
+def _config(rows: int, cols: int, device: torch.device) -> dict[str, int]:
+    shipped = config_of(adamw_step_kernel, device)
+    block_m = min(triton.next_power_of_2(cols), shipped["ELEMENTS"] if rows == 1 else MOST_COLUMNS)
+    block_n = max(1, shipped["ELEMENTS"] // block_m)
+    return {"BLOCK_N": block_n, "BLOCK_M": block_m, "num_warps": shipped["num_warps"]}

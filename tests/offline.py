@@ -101,7 +101,7 @@ def attention_sample(head_dim, dtype, gathered=False, **options):
 def take_steps():
     """Steps of RoutedAdamW in which every two of a shape, a dtype, a kind of blocks and amsgrad or not meet."""
     axes = {
-        "shape": [(size.d_model, size.d_ff) for size in SIZES],
+        "shape": [*((size.d_model, size.d_ff) for size in SIZES), (1, 256), (256, 1)],
         "dtype": (torch.bfloat16, torch.float32),
         "blocks": test_optim_fused.BLOCKS,
         "amsgrad": (False, True),

@@ -5,6 +5,7 @@ import itertools
 
 import cases
 import pytest
+import test_optim_fused
 import torch
 from cases import every_function_backend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -253,6 +254,9 @@ def recorded_calls(device):
                 call = cases.make(op, tokens=17, tables=tables, strength=strength, device=device, **variant)
                 call.run(backend)
                 call.run(backend, frozen=call.differentiable[:1])
+        for backend in KERNEL_BACKENDS:
+            if backend in backends.available_backends(device=device):
+                test_optim_fused.take_steps(backends.kernels(backend).adamw_step, device)
         run_in_parts()
     return {
         func.name().removesuffix(".default"): (func, list(calls.values()))

@@ -186,6 +186,7 @@ def test_kernels_of_attention(dtype, shape):
 def test_steps_of_adamw(dtype):
     test_optim_fused.check_kernel(native.adamw_step, dtype)
     test_optim_fused.check_strange_numbers(native.adamw_step, dtype)
+    test_optim_fused.check_nan(native.adamw_step)
 
 
 @pytest.mark.parametrize("tables", testing.TABLE_KINDS)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import gradroute
 from gradroute import BackendError, backends, composed, native
 from gradroute.library import AdamWOptions
 from gradroute.optim import RoutedAdamW
@@ -111,6 +112,12 @@ class Step:
             assert same(one[~self.touched], old[~self.touched])
             wrong = ~((one.double() - expected).abs() <= bound) & self.touched
             assert not wrong.any(), (one[wrong], expected[wrong])
+
+
+def take_steps(kernel, device=None):
+    """With and without amsgrad, for what looks at calls."""
+    for amsgrad in (False, True):
+        Step((3, 7), torch.float32, "columns", amsgrad).take(kernel, device)
 
 
 SHAPES = ((1, 1), (3, 700), (70, 5), (1, 300), (40, 40))
@@ -219,16 +226,34 @@ def test_a_block_too_many_is_found():
         check_kernel(kernel, torch.float32)
 
 
-@needs_native
-def test_nan_is_not_hidden():
+def check_nan(kernel, device=None):
     """A gradient that is NaN makes NaN of all; the largest v is NaN from then on."""
-    step = Step((2, 40), torch.float32, "rows", True, share=1.0)
-    step.tensors[1][0] = torch.nan
-    step.tensors[4][1] = torch.nan
-    for got in (step.take(native.adamw_step), step.take(composed.adamw_step)):
+    for blocks in BLOCKS:
+        step = Step((3, 40), torch.float32, blocks, True, share=1.0)
+        step.tensors[1][0] = torch.nan
+        step.tensors[4][1] = torch.nan
+        got = step.take(kernel, device)
         assert all(torch.isnan(tensor[0]).all() for tensor in (got[0], *got[2:]))
         assert torch.isnan(torch.cat([got[4][1], got[0][1]])).all()
-        assert not torch.isnan(got[2][1]).any()
+        assert not torch.isnan(torch.cat([got[2][1], got[0][2], got[4][2]])).any()
+
+
+@pytest.mark.parametrize("backend", dict(STRANGE))
+def test_nan_is_not_hidden(backend):
+    check_nan(backends.kernels(backend).adamw_step)
+
+
+@pytest.mark.skipif(backends.triton_kernels is None, reason="the package triton is not installed")
+@pytest.mark.parametrize("shape", [(1, 2**27), (2**27, 1), (8, 2**24)])
+def test_grids_of_large_matrices(shape):
+    """Within what CUDA launches, which the interpreter would not mind; the matrices have no memory of that size."""
+    with backends.triton_kernels.record(90) as launches:
+        large = torch.zeros(1, 1).expand(shape)
+        options = AdamWOptions(0.9, 0.99, 1e-8, False)
+        backends.triton_kernels.adamw_step(*[large] * 4, None, torch.zeros(4, 1), False, options)
+    (launched,) = launches
+    tiles = shape[0] * shape[1] // (launched.config["BLOCK_N"] * launched.config["BLOCK_M"])
+    assert tiles == 2**17
 
 
 # The optimizer. ------------------------------------------------------------------------------------------------------
@@ -303,12 +328,70 @@ def test_elements_out_of_order_are_left_to_the_loop():
     expected = copy.deepcopy(shuffled)
     shuffled.grad = torch.randn_like(shuffled)
     expected.grad = shuffled.grad.clone()
+    optimizer = RoutedAdamW([shuffled], fused=True)
     with pytest.warns(
-        RuntimeWarning, match=r"shape \[2, 3, 4, 5\] and strides \[60, 1, 15, 3\] is updated by a dozen"
-    ):
-        RoutedAdamW([shuffled], fused=True).step()
+        RuntimeWarning, match=r"shape \[2, 3, 4, 5\] is updated by .* do not lie in order"
+    ) as told:
+        optimizer.step()
+    assert told[0].filename == __file__
     RoutedAdamW([expected]).step()
     assert same(shuffled, expected)
+    torch._dynamo.reset()
+    torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+
+
+@needs_native
+def test_moments_of_another_dtype_are_left_to_the_loop():
+    weight = nn.Parameter(torch.ones(3, 2))
+    weight.grad = torch.ones(3, 2)
+    optimizer = RoutedAdamW([weight], fused=True)
+    optimizer.step()
+    weight.data, weight.grad = weight.data.bfloat16(), None
+    weight.grad = torch.ones(3, 2, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match=r"its moments are of torch.bfloat16, torch.float32"):
+        optimizer.step()
+    assert (optimizer.state[weight]["step"] == 2).all()
+
+
+@needs_native
+def test_a_backward_that_needs_the_old_values_raises():
+    weight = nn.Parameter(torch.ones(3))
+    loss = (weight * weight).sum()
+    weight.grad = torch.ones(3)
+    RoutedAdamW([weight], fused=True).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_native)])
+def test_a_parameter_of_another_shape_is_refused(fused):
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = RoutedAdamW([weight], fused=fused)
+    optimizer.step()
+    weight.data, weight.grad = torch.ones(2, 5), None
+    weight.grad = torch.ones(2, 5)
+    with pytest.raises(
+        ValueError, match=r"shape \[2, 5\] whose exp_avg is of shape \[2, 2\], expected it not to"
+    ):
+        optimizer.step()
+    assert (optimizer.state[weight]["step"] == 1).all()
+    assert (weight == 1).all()
+
+
+@needs_native
+def test_the_largest_square_counts_with_amsgrad_only():
+    """Also where the option changes between steps."""
+    weights = [nn.Parameter(torch.ones(3, 2, dtype=torch.float64)) for _ in range(2)]
+    loop, fused = (RoutedAdamW([w], amsgrad=True, fused=w is weights[1]) for w in weights)
+    for step, amsgrad in enumerate((True, False)):
+        for optimizer in (loop, fused):
+            optimizer.param_groups[0]["amsgrad"] = amsgrad
+            optimizer.param_groups[0]["params"][0].grad = torch.full(
+                (3, 2), 1.0 - step / 2, dtype=torch.float64
+            )
+            optimizer.step()
+    torch.testing.assert_close(*weights, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("fused", [None, 1, "yes"])
@@ -317,16 +400,48 @@ def test_fused_is_a_bool(fused):
         RoutedAdamW([nn.Parameter(torch.zeros(2))], fused=fused)
 
 
-def test_without_kernels_it_is_refused(monkeypatch):
+def without_native(monkeypatch):
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "load_error", "the native module was not built")
+    return r"fused=True\): no backend can run it: cpu: the native module was not built"
+
+
+def test_without_kernels_it_is_refused(monkeypatch):
+    message = without_native(monkeypatch)
     optimizer = RoutedAdamW([nn.Parameter(torch.zeros(2))])
     group = {"params": [nn.Parameter(torch.zeros(3, dtype=torch.float16))], "fused": True}
-    with pytest.raises(
-        BackendError, match=r"fused=True\): no backend can run it: cpu: the native module was not built"
-    ):
+    with pytest.raises(BackendError, match=message):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+
+
+@needs_native
+def test_a_step_that_is_refused_is_not_counted(monkeypatch):
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    optimizer = RoutedAdamW([weight], fused=True)
+    optimizer.step()
+    with monkeypatch.context() as patched, pytest.raises(BackendError, match=without_native(patched)):
+        optimizer.step()
+    assert (optimizer.state[weight]["step"] == 1).all()
+    optimizer.step()
+    assert (optimizer.state[weight]["step"] == 2).all()
+
+
+def test_the_backend_that_is_chosen_for_the_process(monkeypatch):
+    """It computes there, or is refused there."""
+    called = []
+    monkeypatch.setattr(composed, "adamw_step", lambda *arguments: called.append(arguments))
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    with gradroute.use_backend("torch"):
+        RoutedAdamW([weight], fused=True).step()
+    assert len(called) == 1
+    with (
+        gradroute.use_backend("reference"),
+        pytest.raises(BackendError, match="no backend can run it: reference: it has no kernels"),
+    ):
+        RoutedAdamW([weight], fused=True)
 
 
 @needs_native
@@ -343,6 +458,14 @@ def test_how_it_computes_is_no_state(saved_fused):
     loaded.load_state_dict(optimizer(saved_fused).state_dict())
     assert loaded.param_groups[0]["fused"] is not saved_fused
     loaded.step()
+    # Of a version that had no such option.
+    state = optimizer(saved_fused).state_dict()
+    del state["param_groups"][0]["fused"]
+    loaded.load_state_dict(state)
+    assert loaded.param_groups[0]["fused"] is not saved_fused
+    pickled = optimizer(False)
+    del pickled.param_groups[0]["fused"], pickled.defaults["fused"]
+    copy.deepcopy(pickled).step()
 
 
 @needs_native
