@@ -1,7 +1,8 @@
 """Compiles, without a GPU, every Triton launch that the ops' samples make, as the runtime would compile it.
 
-`python tests/offline.py ARCHITECTURE` prints one JSON line a kernel: its name, dtype and configuration, registers,
-spills (bytes), shared memory (bytes), and whether Triton's runtime would have specialised it the same way. It must run
+`python tests/offline.py ARCHITECTURE [--sampled]` prints one JSON line a kernel: its name, dtype and configuration,
+registers, spills (bytes), shared memory (bytes), and whether Triton's runtime would have specialised it the same way.
+Sampled: of every kernel, dtype and configuration the first specialisation, and a third of the others. It must run
 without TRITON_INTERPRET, whose functions cannot be compiled.
 """
 
@@ -167,9 +168,9 @@ def compile_and_read(source, architecture, options):
     return binary, int(re.search(r"Used (\d+) registers", said)[1]), stores + loads
 
 
-def compiled(architecture):
-    """One report per distinct kernel."""
-    done = set()
+def compiled(architecture, sampled):
+    """One report per distinct kernel, or for a sample of them."""
+    done, kinds = set(), set()
     for launch in recorded(architecture):
         signature, constants, attributes = compile_arguments(launch)
         options = {name: launch.config[name] for name in OPTIONS if name in launch.config}
@@ -177,6 +178,11 @@ def compiled(architecture):
         if key in done:
             continue
         done.add(key)
+        dtype = next(kind for kind in signature.values() if kind.startswith("*"))
+        kind = (launch.kernel.__name__, dtype, repr(launch.config))
+        if sampled and kind in kinds and len(done) % 3:
+            continue
+        kinds.add(kind)
         source = ASTSource(launch.kernel, signature, constants, attributes)
         binary, registers, spilled = compile_and_read(
             source, architecture, options | {"enable_fp_fusion": True}
@@ -184,7 +190,7 @@ def compiled(architecture):
         yield {
             "kernel": launch.kernel.__name__,
             "constants": {name: value for name, value in constants.items() if name.isupper()},
-            "dtype": next(kind for kind in signature.values() if kind.startswith("*")),
+            "dtype": dtype,
             "options": options,
             "registers": registers,
             "spilled": spilled,
@@ -196,5 +202,5 @@ def compiled(architecture):
 if __name__ == "__main__":
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # nothing is said of what comes from the cache
-    for report in compiled(int(sys.argv[1])):
+    for report in compiled(int(sys.argv[1]), "--sampled" in sys.argv[2:]):
         print(json.dumps(report), flush=True)
