@@ -1,5 +1,6 @@
 """The demo's model on packed documents: they do not see each other, routes teach what they should, ablation saves."""
 
+import importlib.metadata
 import itertools
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from unlearning import cost
+from unlearning import corpus, cost
 from unlearning.corpus import FORGET, RETAIN, Batch, pack
 from unlearning.model import Shape, build, loss_of, routing_plan
 from unlearning.training import predicted, saved_and_loaded
@@ -100,3 +101,21 @@ def test_costs_are_those_of_equal_gradients(monkeypatch):
     ]
     assert measured["routed"]["saved_bytes"] < measured["unrouted"]["saved_bytes"]
     assert measured["unrouted"]["saved_bytes"] < measured["detach, hidden units only"]["saved_bytes"]
+
+
+def test_the_corpus_does_not_depend_on_where_packages_are(tmp_path, monkeypatch):
+    """Nor on the order in which they are found."""
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "z"):
+        for name in ("first", "second"):
+            information = folder / f"{name}-1.dist-info"
+            information.mkdir(parents=True)
+            (information / "METADATA").write_text(f"Name: {name}\nVersion: 1\n")
+            (information / "LICENSE").write_text(f"The licence of the {name}.")
+            (information / "RECORD").write_text(f"{name}-1.dist-info/LICENSE,,\n")
+        installed = list(importlib.metadata.distributions(path=[str(folder)]))
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda installed=installed: installed[::-1])
+        found.append(list(corpus.licence_texts()))
+        monkeypatch.undo()
+    assert found[0] == found[1]
+    assert found[0][-2:] == ["The licence of the first.", "The licence of the second."]

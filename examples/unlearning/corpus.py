@@ -11,7 +11,7 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import torch
@@ -84,14 +84,22 @@ def retain_texts() -> Iterator[str]:
 
 
 def licence_texts() -> Iterator[str]:
-    shared = Path("/usr/share/common-licenses")
-    paths = {Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", *shared.glob("*")}
-    for distribution in importlib.metadata.distributions():
-        for file in distribution.files or ():
-            if LICENCE_NAME.search(file.name) and file.suffix in LICENCE_SUFFIXES:
-                paths.add(Path(str(distribution.locate_file(file))))
-    for path in sorted({path.resolve() for path in paths if path.is_file()}):
-        yield path.read_text(encoding="utf-8", errors="replace")
+    """In an order that does not depend on where packages are: of paragraphs that repeat only the first is left."""
+    yield read(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt")
+    shared = {path.resolve() for path in Path("/usr/share/common-licenses").glob("*")}
+    yield from map(read, sorted(shared))
+    found = {
+        str(file): Path(str(distribution.locate_file(file)))
+        for distribution in importlib.metadata.distributions()
+        for file in distribution.files or ()
+        if LICENCE_NAME.search(file.name) and file.suffix in LICENCE_SUFFIXES
+    }
+    yield from (read(found[name]) for name in sorted(found, key=PurePath))
+
+
+def read(path: Path) -> str:
+    """A file's text; nothing where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def paragraphs(text: str) -> list[str]:
