@@ -1,4 +1,4 @@
-"""Builds gradroute: where the packages lie, and the native module gradroute._native, which is CMake's work.
+"""Builds gradroute: its packages, and the native module gradroute._native, which is CMake's work.
 
 It reads GRADROUTE_NATIVE, GRADROUTE_CUDA, CMAKE_ARGS and MAX_JOBS, and CMake the variables of CMAKE_READS: see "Build
 wheels for a cluster" in the README. Everything else is in pyproject.toml and csrc/CMakeLists.txt.
@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path, PurePosixPath
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -47,8 +47,7 @@ def main():
     if builds and missing and (wanted or switch("GRADROUTE_CUDA")):
         raise SystemExit(f"gradroute: the native module is required, but this machine lacks {missing}")
     setup(
-        packages=find_packages(include=["gradroute", "gradroute.*"]) + kernels(),
-        package_dir={"gradroute.kernels": "kernels"},
+        packages=find_namespace_packages(include=["gradroute", "gradroute.*"]),
         ext_modules=[] if wanted is False or missing else [Extension("gradroute._native", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
     )
@@ -59,14 +58,6 @@ def main():
             "GRADROUTE_NATIVE=0 silences it.",
             file=sys.stderr,
         )
-
-
-def kernels():
-    """The packages of kernels/, which stands at the top of the repository and installs inside gradroute.
-
-    A top-level package called "kernels" would shadow the one of that name on PyPI.
-    """
-    return ["gradroute.kernels"] + [f"gradroute.kernels.{name}" for name in find_packages("kernels")]
 
 
 def switch(name):

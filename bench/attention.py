@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gradroute import testing
-from gradroute.attention_plan import remaining_work
+from gradroute.backends.attention_plan import remaining_work
 
 from . import attention_check, memory
 from .attention_cases import CASES, DTYPES, SHAPES, Entry, Shape, Way, calls, warm_step_on_cpu

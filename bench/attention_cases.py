@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gradroute import AttentionSites, Routes, attention
-from gradroute.attention_plan import Plan
+from gradroute.backends.attention_plan import Plan
 from gradroute.tables import localize
 from gradroute.testing import Sample
 

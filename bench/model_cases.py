@@ -98,8 +98,6 @@ def make_batch(shape: Shape, device: torch.device, seed: int = 0) -> Batch:
 
 
 def transformers() -> Any:
-    # Run from the checkout, transformers would take the folder kernels/ for the package of that name, and import it.
-    sys.modules.setdefault("kernels", None)
     return importlib.import_module("transformers")
 
 

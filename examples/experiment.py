@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +27,6 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-
-# Run from the checkout, transformers would take the folder kernels/ for the package of that name, and import it.
-sys.modules.setdefault("kernels", None)
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("demo-results")

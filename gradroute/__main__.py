@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from . import backends, native, testing
+from . import backends, testing
+from .backends import native
 
 AGREES = "ok"
 DRIVER_VERSION = r"\s(\d+\.\d+(?:\.\d+)?)\s"

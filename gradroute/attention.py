@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import attention_edges, attention_plan, backends, reference
-from .attention_pattern import Pattern
-from .attention_plan import Plan
-from .border import autocast, check_shape, refuse_double_backward, unrouted
+from . import backends, reference
+from .backends import attention_plan
+from .backends.attention_plan import Plan
+from .checks import autocast, check_shape, refuse_double_backward, unrouted
 from .function import Function
+from .primitives import attention_edges
+from .primitives.attention_pattern import Pattern
 from .routes import Routes
 from .sites import Sites
 from .tables import TableLike

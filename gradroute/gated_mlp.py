@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
-from .border import (
+from .checks import (
     autocast,
     check_features,
     check_shape,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .activations import check_activation
 from .attention import AttentionSites, routed_attention
 from .attention_projections import ProjectionSites, check_sites, widths
-from .border import check_shape, unrouted
+from .checks import check_shape, unrouted
 from .embedding import EmbeddingSites, routed_embedding
 from .gated_mlp import routed_gated_mlp
 from .linear import LinearSites, routed_linear

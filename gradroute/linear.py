@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
-from .border import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
+from .checks import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
 from .function import Function
 from .rectangles import Rows, linear_input_grad, linear_weight_grad
 from .routes import Routes

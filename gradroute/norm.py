@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
-from .border import check_features, check_shape, flat, refuse_double_backward, unrouted
+from .checks import check_features, check_shape, flat, refuse_double_backward, unrouted
 from .function import Function
 from .routes import Routes
 from .sites import Sites

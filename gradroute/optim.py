@@ -16,9 +16,9 @@ from . import backends
 from .attention import AttentionSites
 from .embedding import EmbeddingSites
 from .layers import RoutedModule
-from .library import AdamWOptions
 from .linear import LinearSites
 from .mlp import MLPSites
+from .primitives.arguments import AdamWOptions
 from .tables import Table
 
 # Options of torch.optim.AdamW's groups that say how it computes.
@@ -347,7 +347,7 @@ class _Update(NamedTuple):
         return None
 
     def apply_fused(self, kernel: Callable[..., None], factors: Tensor, options: AdamWOptions) -> None:
-        """Moves what is touched by one kernel; factors `[4, blocks]`, see `gradroute.composed.adamw_step`."""
+        """Moves what is touched by one kernel; factors `[4, blocks]`, see `gradroute.backends.composed.adamw_step`."""
         parameter, *moments = self.changed
         if parameter.numel() == 0:
             return

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .border import flat, refuse_double_backward
+from .checks import flat, refuse_double_backward
 from .routes import Routes
 from .tables import Table
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import backends, reference
-from .border import flat, refuse_double_backward, unrouted
+from .checks import flat, refuse_double_backward, unrouted
 from .function import Function
 from .routes import Routes
 from .sites import check_table

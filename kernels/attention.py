@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention_edges import TILE, EdgeBits, TileBits
-from ..attention_pattern import PATTERN_SCHEMA, Pattern
-from ..library import kernel_op, tokens_of, wanted, weights_on
+from ..primitives.arguments import tokens_of, wanted, weights_on
+from ..primitives.attention_edges import TILE, EdgeBits, TileBits
+from ..primitives.attention_pattern import PATTERN_SCHEMA, Pattern
+from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .launch import config_of, dot_precision, launch, route_arguments, strides, table_arguments
 from .tiles import dot, load_strength, load_weights, rounded
@@ -876,7 +877,7 @@ class Forward(NamedTuple):
     @property
     def pattern(self) -> Pattern:
         """Which keys a query sees."""
-        return Pattern(*self[-len(Pattern._fields) :])
+        return Pattern(self.causal, self.window, self.scale, self.dropout, self.cu_seqlens, self.key_mask)
 
 
 def attention_forward(
@@ -888,7 +889,7 @@ def attention_forward(
     pattern: Pattern,
     vendor: str | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See `gradroute.composed.attention_forward`. No vendor's kernel has a part in it; saved is the log-sum-exp."""
+    """See `gradroute.backends.composed.attention_forward`. It runs no vendor kernel; saved is the log-sum-exp."""
     z, lse = attention_forward_op(
         q, k, v, *_tokens(routes), *weights_on(q.device, sites.forward_heads), *pattern
     )
@@ -967,7 +968,7 @@ class Backward(NamedTuple):
     @property
     def pattern(self) -> Pattern:
         """Which keys a query sees."""
-        return Pattern(*self[-len(Pattern._fields) - 2 : -2])
+        return Pattern(self.causal, self.window, self.scale, self.dropout, self.cu_seqlens, self.key_mask)
 
 
 def attention_backward(
@@ -985,7 +986,7 @@ def attention_backward(
     want_query: bool,
     want_key_value: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See `gradroute.composed.attention_backward`."""
+    """See `gradroute.backends.composed.attention_backward`."""
     by_head = (sites.heads, sites.forward_heads)
     strength = None if routes is None else routes.strength
     is_binary = all(table is None or (table.binary and strength is None) for table in by_head)

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import kernel_op, tokens_of, weights_on
+from ..primitives.arguments import tokens_of, weights_on
+from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
 from .launch import config_of, launch, route_arguments, strides, table_arguments
@@ -67,7 +68,7 @@ def embedding_backward(
     num_embeddings: int,
     padding_idx: int | None,
 ) -> Tensor:
-    """See `gradroute.composed.embedding_backward`."""
+    """See `gradroute.backends.composed.embedding_backward`."""
     return embedding_backward_op(
         dy, tokens, *tokens_of(routes), *weights_on(dy.device, update), num_embeddings, padding_idx
     )

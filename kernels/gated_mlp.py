@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import MIDDLE_SCHEMA, Middle, kernel_op, wanted
+from ..primitives.arguments import MIDDLE_SCHEMA, Middle, wanted
+from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .activations import value_and_derivative
 from .launch import config_of, launch, route_arguments, strides, table_arguments
@@ -122,7 +123,7 @@ def glu_backward(
     want_bias: bool,
     overwrite: bool = False,  # torch's allocator for CUDA has new matrices at no cost
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See `gradroute.composed.glu_backward`."""
+    """See `gradroute.backends.composed.glu_backward`."""
     dgate, dup, z, db_gate, db_up = glu_backward_op(
         dz, gate, up, *Middle.of(gate, routes, sites, activation, want_z, want_bias)
     )

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..library import has_data
+from ..primitives.arguments import has_data
 from .configs import ARCHITECTURES, CONFIGS
 
 # Of the second and third dimension of a grid. CUDA's; the interpreter would take more.
@@ -92,8 +92,8 @@ def strides(name: str, tensor: Tensor, dimensions: str) -> dict[str, int]:
     return {f"{name}_stride_{d}": stride for d, stride in zip(dimensions, tensor.stride(), strict=True)}
 
 
-def route_arguments(ids: Tensor, strength: Tensor | None) -> dict[str, Any]:
-    """The arguments every routed kernel takes: ids `[T]`, strength `[T]`, 0-dim (stride 0) or None."""
+def route_arguments(ids: Tensor | None, strength: Tensor | None) -> dict[str, Any]:
+    """The arguments every routed kernel takes: ids `[T]` or None, strength `[T]`, 0-dim (stride 0) or None."""
     per_token = strength is not None and strength.dim() > 0
     return {"ids": ids, "strength": strength, "strength_stride": int(per_token)}
 

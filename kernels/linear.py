@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import kernel_op, tokens_of, weights_on
+from ..primitives.arguments import tokens_of, weights_on
+from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
 from .launch import config_of, dot_precision, launch, route_arguments, strides, table_arguments

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import MIDDLE_SCHEMA, Middle, kernel_op, wanted
+from ..primitives.arguments import MIDDLE_SCHEMA, Middle, wanted
+from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .activations import value_and_derivative
 from .launch import config_of, launch, route_arguments, strides, table_arguments
@@ -103,7 +104,7 @@ def activation_backward(
     want_bias: bool,
     overwrite: bool = False,  # torch's allocator for CUDA has new matrices at no cost
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See `gradroute.composed.activation_backward`."""
+    """See `gradroute.backends.composed.activation_backward`."""
     da, z, db = activation_backward_op(dz, a, *Middle.of(a, routes, sites, activation, want_z, want_bias))
     return wanted((da, dz is not None), (z, want_z), (db, want_bias))
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import kernel_op, norm_leaves
+from ..primitives.arguments import norm_leaves
+from ..primitives.registration import kernel_op
 from .launch import config_of, launch, route_arguments, strides, table_arguments
 from .tiles import load_strength, masked, rounded
 
@@ -233,7 +234,7 @@ def norm_backward_op(
         config,
         dy=dy,
         x=x,
-        weight=weight.contiguous() if want_dx else None,
+        weight=None if weight is None else weight.contiguous(),
         dx=dx if want_dx else None,
         weight_partial=weight_partial if want_weight else None,
         bias_partial=bias_partial if want_bias else None,

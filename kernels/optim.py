@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import ADAMW_SCHEMA, AdamWOptions, kernel_op
+from ..primitives.arguments import ADAMW_SCHEMA, AdamWOptions
+from ..primitives.registration import kernel_op
 from .launch import config_of, launch, strides
 from .tiles import rounded
 
@@ -104,7 +105,7 @@ def adamw_step(
     by_column: bool,
     options: AdamWOptions,
 ) -> None:
-    """See `gradroute.composed.adamw_step`."""
+    """See `gradroute.backends.composed.adamw_step`."""
     adamw_step_op(parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq, factors, by_column, *options)
 
 

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..library import kernel_op, tokens_of
+from ..primitives.arguments import tokens_of
+from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
 from .launch import config_of, launch, route_arguments, strides, table_arguments

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from gradroute import backends, native, testing
+from gradroute import backends, testing
+from gradroute.backends import native
 
 #: Every op on every backend that implements it.
 OP_BACKENDS = [(op, backend) for op, row in backends.OPS.items() for backend in row]

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of pytest-xdist already fill the cores
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
@@ -19,9 +18,6 @@ if not torch.cuda.is_available():
         interpreter.patch_the_language_once_a_launch()
 
 import gradroute
-
-# Run from the checkout, transformers would take the folder kernels/ for the package of that name, and import it.
-sys.modules.setdefault("kernels", None)
 
 # A busy machine is slow now and then: how long an example takes says nothing about it. Examples are the same in every
 # run, so that a change is what turns a test red; `--hypothesis-profile explore` draws others.

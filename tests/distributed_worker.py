@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import sys
 import time
 import warnings
 from datetime import timedelta
@@ -20,9 +19,6 @@ from gradroute import AttentionSites, EmbeddingSites, LinearSites, MLPSites, Nor
 from gradroute.models import ResidualSites, RoutingPlan, route
 from gradroute.models.parallel import tensor_parallel
 from gradroute.tables import localize
-
-# Run from the checkout, transformers would take the folder kernels/ for the package of that name, and import it.
-sys.modules.setdefault("kernels", None)
 
 RANKS = 2
 VOCABULARY, D_MODEL, D_FF, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 50, 32, 64, 4, 2, 8, 10

@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from gradroute import AttentionSites, backends, kernels, testing
+from gradroute import AttentionSites, backends, testing
+from gradroute.backends import triton as kernels
 
 # Widths at which pointers and strides are divisible by 16, as in real models, and odd ones: two kernels come out.
 SIZES = (testing.Sizes(d_model=256, d_ff=512, vocabulary=64), testing.Sizes(d_model=131, d_ff=261))

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from gradroute import native
+from gradroute.backends import native
 from gradroute.models import Shape, sgtm
 from gradroute.models.parallel import tensor_parallel
 from gradroute.optim import RoutedAdamW, routed_param_groups

@@ -1,0 +1,261 @@
+"""Which backend runs an op: one literal table, the automatic choice, and the reasons for a refusal."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import composed, native
+
+#: Every backend there is, by name.
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+
+# op → the backends that implement it, in the order in which the automatic choice tries them.
+OPS: dict[str, tuple[str, ...]] = {
+    "route_grad": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_linear": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_activation": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_glu": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_mlp": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_gated_mlp": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_rms_norm": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_layer_norm": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_embedding": ("triton", "cuda", "cpu", "torch", "reference"),
+    "routed_attention": ("triton", "cuda", "cpu", "torch", "reference"),
+}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Imported eagerly, because traced code cannot import; absent where triton is (macOS, Windows).
+triton_kernels: Any = None
+if importlib.util.find_spec("triton") is not None:
+    triton_kernels = importlib.import_module("gradroute.backends.triton")
+
+_KERNELS: dict[str, Any] = {"torch": composed, "cpu": native, "triton": triton_kernels, "cuda": native}
+
+_process_wide: str | None = os.environ.get("GRADROUTE_BACKEND") or None
+
+
+class BackendError(RuntimeError):
+    """No backend can run a call; the message names every rejected one with its reason."""
+
+
+class use_backend:
+    """Chooses `backend` for every later call of the process (None: automatic again).
+
+    As a context manager it restores the earlier choice on leaving. An explicit choice never falls back: a call
+    that the backend cannot run raises BackendError. Under torch.compile it is read when a function is traced.
+
+    Raises:
+        ValueError: no such backend.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        global _process_wide
+        if backend is not None:
+            _check_name(backend)
+        self._earlier = _process_wide
+        _process_wide = backend
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _process_wide
+        _process_wide = self._earlier
+
+
+def available_backends(op: str | None = None, device: torch.device | str | None = None) -> tuple[str, ...]:
+    """The backends that can run here, best first: those of `op` (default: of any op) on `device` (default: any)."""
+    reasons = unavailable_backends(op, device)
+    names = BACKENDS[::-1] if op is None else OPS[op]
+    return tuple(name for name in names if name not in reasons)
+
+
+def unavailable_backends(op: str | None = None, device: torch.device | str | None = None) -> dict[str, str]:
+    """The backends that cannot run here, each with the reason."""
+    if op is not None and op not in OPS:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+    where = None if device is None else torch.device(device)
+    reasons = {}
+    for name in BACKENDS:
+        reason = _why_not(op, name, where)
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def choose(
+    op: str,
+    requested: str | None,
+    x: Tensor,
+    refused: Mapping[str, str] | None = None,
+    order: tuple[str, ...] | None = None,
+) -> str:
+    """The backend that runs `op` on the activation `x`.
+
+    An explicit choice (`requested`, else use_backend, else GRADROUTE_BACKEND) is taken or refused; the automatic
+    one takes the first of the op's backends that supports the call, and warns when it is not the fastest there.
+
+    Args:
+        op: its name in OPS.
+        requested: the argument `backend`.
+        x: the activation.
+        refused: backends that cannot run this very call, with the reasons.
+        order: in which the automatic choice tries the op's backends; default: that of OPS.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: the explicit backend, or every backend, cannot run the call.
+    """
+    explicit = requested or _process_wide
+    if explicit is not None:
+        _check_name(explicit)
+        reason = _why_not(op, explicit, x.device, x.dtype) or (refused or {}).get(explicit)
+        if reason is not None:
+            raise BackendError(f"{op}: the requested backend {explicit!r} cannot run it: {reason}")
+        return explicit
+    if order is None and not refused and not torch.compiler.is_compiling():
+        return _remembered(op, x)
+    return _automatic(op, x, refused, order)
+
+
+def _remembered(op: str, x: Tensor) -> str:
+    """The automatic choice, made once: to make it anew took 2 of the 33 µs of a small gated MLP's call."""
+    key = (op, x.device, x.dtype)
+    found = _choices.get(key)
+    if found is None:
+        found = _choices[key] = _automatic(op, x, None, None)
+    return found
+
+
+_choices: dict[Any, str] = {}
+
+
+def _automatic(op: str, x: Tensor, refused: Mapping[str, str] | None, order: tuple[str, ...] | None) -> str:
+    """The first of the backends that supports the call."""
+    names = order or OPS[op]
+    for name in names:
+        if _is_elsewhere(name, x) or _why_not_automatic(op, name, x, refused):
+            continue
+        is_slow = name == "reference" or (name == "torch" and native.module is None)
+        if is_slow or (x.is_cuda and name != names[0]):
+            _warn_slow(op, name, _rejected(op, names[: names.index(name)], x, refused))
+        return name
+    raise BackendError(f"{op}: no backend can run it: " + _listed(_rejected(op, names, x, refused)))
+
+
+def with_kernels(what: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for what has kernels, or the composition of backend torch, but is no op of the table.
+
+    It is that of use_backend, else of GRADROUTE_BACKEND, else the first with kernels for such tensors.
+
+    Raises:
+        BackendError: none can run it; the message says what, and names every backend with the reason.
+    """
+    chosen = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    names = chosen if _process_wide is None else (_process_wide,)
+    reasons: dict[str, str] = {}
+    for name in names:
+        reason = _why_not(None, name, device, dtype) if name in _KERNELS else "it has no kernels"
+        if reason is None:
+            return name
+        reasons[name] = reason
+    raise BackendError(f"{what}: no backend can run it: {_listed(reasons)}")
+
+
+def kernels(backend: str) -> Any:
+    """The module of a backend's leaf computations, which the autograd.Functions call."""
+    return _KERNELS[backend]
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def _why_not(
+    op: str | None, name: str, device: torch.device | None, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why backend `name` cannot run `op` on tensors of this device and dtype; None when it can."""
+    implemented = any(name in row for row in OPS.values()) if op is None else name in OPS[op]
+    if not implemented:
+        return f"there are no {name} kernels for {op or 'any op'} yet"
+    if dtype is not None and dtype not in DTYPES:
+        return f"dtype {dtype} is not supported, only float32, bfloat16, float16 and float64"
+    if name == "triton":
+        return _why_not_triton(device, dtype)
+    if name in ("cpu", "cuda"):
+        return _why_not_native(name, device, dtype)
+    return None
+
+
+def _why_not_triton(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    if triton_kernels is None:
+        return "the package triton is not installed"
+    if dtype == torch.float64:
+        return "float64 runs on the backends reference, torch and cpu"
+    if triton_kernels.INTERPRETED or triton_kernels.recording():
+        return None
+    if device is None:
+        return (
+            None
+            if torch.cuda.is_available()
+            else "no CUDA device is visible, and TRITON_INTERPRET=1 is not set"
+        )
+    if device.type not in ("cuda", "meta"):
+        return f"Triton runs on CUDA devices (elsewhere only under TRITON_INTERPRET=1); the tensors are on {device}"
+    return None
+
+
+def _why_not_native(name: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    reason = native.why_not(name)
+    if reason is not None:
+        return reason
+    if name == "cuda" and dtype == torch.float64:
+        return "float64 runs on the backends reference, torch and cpu"
+    if device is None:
+        return "no CUDA device is visible" if name == "cuda" and not torch.cuda.is_available() else None
+    if device.type not in (name, "meta"):
+        return f"its kernels take tensors on {name}; these are on {device}"
+    if device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
+        return native.why_not_on(torch.cuda.get_device_capability(device))
+    return None
+
+
+def _is_elsewhere(name: str, x: Tensor) -> bool:
+    """Whether the automatic choice passes a backend over without a word: to say why took 2 µs of a call on the CPU."""
+    return x.device.type == "cpu" and name in ("triton", "cuda")
+
+
+def _why_not_automatic(op: str, name: str, x: Tensor, refused: Mapping[str, str] | None) -> str | None:
+    if name == "triton" and not x.is_cuda:
+        return f"Triton is chosen by itself for CUDA tensors, and these are on {x.device}"
+    return _why_not(op, name, x.device, x.dtype) or (refused or {}).get(name)
+
+
+def _rejected(
+    op: str, names: tuple[str, ...], x: Tensor, refused: Mapping[str, str] | None
+) -> dict[str, str]:
+    """The reasons why the automatic choice passed over these backends."""
+    reasons = {name: _why_not_automatic(op, name, x, refused) for name in names}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _warn_slow(op: str, name: str, rejected: dict[str, str]) -> None:
+    why = _listed(rejected) or "no faster backend exists yet"
+    warnings.warn(f"{op} runs on the slower backend {name!r}: {why}", RuntimeWarning, stacklevel=4)
+
+
+def _listed(rejected: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in rejected.items())

@@ -1,0 +1,116 @@
+"""Which kernels run a call of attention: the rules, in one place, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import backends
+from ..primitives.attention_pattern import Pattern
+from ..routes import Routes
+from . import vendor as attention_vendor
+
+# Below this share of a dense backward's work, kernels that leave out what has no weight beat the fastest dense ones:
+# a split Triton backward takes 1.5 to 1.9 times as long as a vendor's (published figures for Hopper; not yet measured
+# with these kernels).
+SKIP_BELOW = 0.6
+
+# Of a backward's seven products of a tile, four make dK and dV and three dQ.
+KEY_VALUE_SHARE = 4 / 7
+
+MAX_HEAD_DIM = 256  # of backend triton: a tile has whole rows
+
+
+class Plan(NamedTuple):
+    """What runs a call.
+
+    Attributes:
+        backend: of `gradroute.backends.BACKENDS`.
+        vendor: the vendor's kernel, of `gradroute.backends.vendor.VENDORS` (with edges its forward alone); None: the
+            backend's own kernels, on backends torch and cpu blocks of torch's products.
+        reason: why.
+    """
+
+    backend: str
+    vendor: str | None
+    reason: str
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Routes | None,
+    sites: Any,
+    pattern: Pattern,
+    requested: str | None,
+) -> Plan:
+    """What runs a call with these effective sites.
+
+    Vendors' kernels are the fastest where their whole backward is needed and no edges are; own kernels can do all of
+    it, and leave out what has no weight.
+
+    Raises:
+        BackendError: the requested backend, or none, can run it.
+    """
+    vendor, vendor_reason = attention_vendor.choose(q, k, v, pattern)
+    has_edges = sites.score_edges is not None or sites.value_edges is not None
+    work = remaining_work(routes, sites)
+    own_first = has_edges or vendor is None or work < SKIP_BELOW
+    order = OWN_FIRST if own_first else VENDOR_FIRST
+    backend = backends.choose(
+        "routed_attention", requested, q, refused(q, vendor, vendor_reason, has_edges, pattern), order
+    )
+    if backend in ("reference", "triton"):
+        why = "it was asked for"
+        if has_edges:
+            why = "edges between routes need own kernels"
+        elif vendor is None:
+            why = f"no vendor's kernel can run it: {vendor_reason}"
+        elif work < SKIP_BELOW:
+            why = "masks leave so little of the backward's work that own kernels, which make no more, are faster"
+        return Plan(backend, None, why)
+    if has_edges and vendor is not None:
+        return Plan(backend, vendor, f"{vendor_reason}; edges between routes need a backward in blocks")
+    return Plan(backend, vendor, vendor_reason)
+
+
+OWN_FIRST = ("triton", "cuda", "cpu", "torch", "reference")
+VENDOR_FIRST = ("cuda", "cpu", "torch", "triton", "reference")
+
+
+def refused(
+    q: Tensor, vendor: str | None, vendor_reason: str, has_edges: bool, pattern: Pattern
+) -> dict[str, str]:
+    """The backends that cannot run the call for what it asks, each with the reason."""
+    reasons = {}
+    if vendor is None:
+        reasons["cuda"] = f"it masks around a vendor's kernel, and none can run the call: {vendor_reason}"
+    if has_edges:
+        reasons["cuda"] = "there is no CUDA kernel for edges between routes yet"
+    if q.shape[3] > MAX_HEAD_DIM:
+        reasons["triton"] = (
+            f"its tiles have whole rows of at most {MAX_HEAD_DIM} features, and these have {q.shape[3]}"
+        )
+    if pattern.dropout > 0:
+        own = "own kernels do not drop out; only vendors' kernels on CUDA do"
+        reasons |= dict.fromkeys(("reference", "triton"), own)
+        if has_edges:
+            reasons |= dict.fromkeys(("cpu", "torch"), f"edges between routes need own kernels, and {own}")
+        elif vendor is None:
+            reasons |= dict.fromkeys(("cpu", "torch"), f"{own}, and none can run the call: {vendor_reason}")
+    return reasons
+
+
+def remaining_work(routes: Routes | None, sites: Any) -> float:
+    """The share of a dense backward that masks leave, taken as if tokens came in long runs of every route alike."""
+    if routes is None or routes.strength is not None:
+        return 1.0
+    by_query = _density(sites.heads) * _density(sites.forward_heads)
+    by_key = min(1.0, _density(sites.key) + _density(sites.value))
+    return by_query * (KEY_VALUE_SHARE * by_key + (1 - KEY_VALUE_SHARE) * _density(sites.query))
+
+
+def _density(table: Any) -> float:
+    return 1.0 if table is None else float(table.density)

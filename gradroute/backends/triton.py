@@ -1,0 +1,30 @@
+"""Backend `triton`: the leaf computations of the autograd.Functions as Triton kernels with their launchers."""
+
+from ..kernels.attention import attention_backward, attention_forward
+from ..kernels.embedding import embedding_backward
+from ..kernels.gated_mlp import glu_backward
+from ..kernels.launch import INTERPRETED, record, recording
+from ..kernels.linear import bias_grad, input_grad, weight_grad
+from ..kernels.mlp import activation_backward
+from ..kernels.norm import layer_norm_backward, rms_norm_backward
+from ..kernels.optim import adamw_step
+from ..kernels.route_grad import masked_product, masked_product_
+
+__all__ = [
+    "INTERPRETED",
+    "activation_backward",
+    "adamw_step",
+    "attention_backward",
+    "attention_forward",
+    "bias_grad",
+    "embedding_backward",
+    "glu_backward",
+    "input_grad",
+    "layer_norm_backward",
+    "masked_product",
+    "masked_product_",
+    "record",
+    "recording",
+    "rms_norm_backward",
+    "weight_grad",
+]

@@ -1,0 +1,103 @@
+"""Edges between routes as attention's kernels read them: bits per token, and bits per tile of tokens.
+
+All of it is made of the ids on their device, without a wait, once per batch and table: `Routes.derived` keeps it for
+the other layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..routes import Routes
+from ..tables import Table
+
+#: One bit of an int64 a route.
+MAX_ROUTES = 64
+
+# Tokens of a tile: kernels' tiles are multiples of it, or divide it.
+TILE = 32
+
+# Of a table with more different weights, kernels gather weights one by one.
+MAX_LEVELS = 4
+
+
+class EdgeBits(NamedTuple):
+    """A table of edges by query token.
+
+    Attributes:
+        bits: `[levels, B * S]`, int32 up to 32 routes and else int64: bit c says that the edge to keys of route c has
+            the level's value. Without levels: the ids `[B * S]`.
+        values: `[levels]` fp32, the levels' values; None where the only one is 1. All other edges are 0. Without
+            levels: the table `[R, R]`.
+        levels: how many there are; 0: weights are gathered.
+    """
+
+    bits: Tensor | None
+    values: Tensor | None
+    levels: int
+
+    @staticmethod
+    def of(routes: Routes | None, table: Table | None) -> EdgeBits:
+        """Those of a table; None for its tensors without one."""
+        if table is None:
+            return EdgeBits(None, None, 0)
+        assert routes is not None
+        return routes.derived(("edge bits", table), lambda: _edge_bits(routes, table))
+
+
+def _edge_bits(routes: Routes, table: Table) -> EdgeBits:
+    weights = table.on(routes.device)
+    levels = [value for value in table.values if value != 0]
+    if not 0 < len(levels) <= MAX_LEVELS:
+        return EdgeBits(routes.ids, weights, 0)
+    dtype = torch.int32 if routes.num_routes <= 32 else torch.int64
+    by_route = torch.stack([_packed(weights == value, dtype) for value in levels])  # [levels, R]
+    values = None
+    if not table.binary:
+        values = torch.stack([weights.new_full((), value) for value in levels])
+    return EdgeBits(by_route[:, routes.ids.long()], values, len(levels))
+
+
+def _packed(flags: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Booleans `[..., R]` as bits of one integer `[...]`."""
+    routes = torch.arange(flags.shape[-1], device=flags.device)
+    return (flags.long() << routes).sum(-1).to(dtype)
+
+
+class TileBits(NamedTuple):
+    """Which tiles of TILE queries and of TILE keys have an edge: where `reach & present` is not 0.
+
+    Attributes:
+        reach: `[B, tiles]` int64, the routes to whose keys the tile's queries have an edge.
+        present: `[B, tiles]` int64, the routes of the tile's tokens.
+    """
+
+    reach: Tensor | None
+    present: Tensor | None
+
+    @staticmethod
+    def of(routes: Routes | None, shape: tuple[int, int], *tables: Table | None) -> TileBits:
+        """For edges in any of `tables`, ids `[B, S]` of this shape; none where a table is None: all edges are there."""
+        if routes is None or any(table is None for table in tables):
+            return TileBits(None, None)
+        return routes.derived(("tile bits", shape, *tables), lambda: _tile_bits(routes, shape, tables))
+
+
+def _tile_bits(routes: Routes, shape: tuple[int, int], tables: tuple[Table | None, ...]) -> TileBits:
+    batch, length = shape
+    tiles = -(-length // TILE)
+    ids = torch.nn.functional.pad(routes.ids.view(shape), (0, tiles * TILE - length), value=-1)
+    ids = ids.view(batch, tiles, TILE, 1)
+    names = torch.arange(routes.num_routes, device=ids.device)
+    present = (ids == names).any(2)  # [B, tiles, R]
+    has_edge = _any_edge([table.on(ids.device) for table in tables if table is not None])
+    reach = (present.float() @ has_edge.float()) > 0
+    return TileBits(_packed(reach), _packed(present))
+
+
+def _any_edge(tables: list[Tensor]) -> Tensor:
+    """`[R, R]`, where any of the tables is not 0."""
+    return torch.stack([table != 0 for table in tables]).any(0)

@@ -1,0 +1,317 @@
+"""Every op of the table has all its pieces; what is missing is named. CONTRIBUTING.md lists them for a new op."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+
+import gradroute
+from gradroute import backends, reference, testing
+from gradroute.backends import composed
+from gradroute.backends import triton as kernels
+from gradroute.backends import native
+from gradroute.kernels import configs
+
+ROOT = Path(__file__).parents[2]
+
+# Where an op's stem stands for a backend; the reference has its own file for all.
+STEM_FILES = {
+    "torch": "gradroute/{}.py",
+    "triton": "kernels/{}.py",
+    "cpu": "csrc/{}.cpp",
+    "cuda": "csrc/{}.cu",
+}
+
+
+def missing_pieces(op):
+    """What an op of the table lacks, in words."""
+    return [
+        *missing_meaning(op),
+        *missing_public_names(op),
+        *missing_samples(op),
+        *missing_files(op),
+        *missing_leaves(op),
+    ]
+
+
+def missing_meaning(op):
+    if not inspect.isfunction(getattr(reference, op, None)):
+        yield f"gradroute.reference has no {op}, the meaning of the op"
+
+
+def missing_public_names(op):
+    function = getattr(gradroute, op, None)
+    if function is None or op not in gradroute.__all__:
+        yield f"gradroute does not export {op}, the public function"
+        return
+    if "backend" not in inspect.signature(function).parameters:
+        yield f"gradroute.{op} takes no backend"
+    if not function.__doc__ or "Raises:" not in function.__doc__ or "Returns:" not in function.__doc__:
+        yield f"gradroute.{op} has no docstring with its Returns and Raises"
+    sites = "routes: Routes | None, sites: " in str(inspect.signature(function)).replace("'", "")
+    if not sites and op != "route_grad":
+        yield f"gradroute.{op} does not take routes, then sites"
+
+
+def missing_samples(op):
+    known = testing.OPS.get(op)
+    if known is None:
+        yield f"gradroute.testing.OPS has no {op}, the generator of its samples"
+        return
+    if known.sites_name is None:
+        return
+    sites = getattr(gradroute, known.sites_name, None)
+    if sites is None:
+        yield f"gradroute does not export {known.sites_name}, the sites of {op}"
+        return
+    # The updates of attention concern projections: sites of layers, refused by the function.
+    fields = {field.name for field in dataclasses.fields(sites)}
+    if op == "routed_attention":
+        fields = {name for name in fields if not name.startswith("update")}
+    for name in sorted(fields ^ set(testing.site_names(op))):
+        yield f"gradroute.testing and gradroute.{known.sites_name} disagree on the site {name} of {op}"
+
+
+def stem_of(op):
+    """The file name that all of an op's files share: that of its public function."""
+    return getattr(gradroute, op).__module__.rpartition(".")[2]
+
+
+def missing_files(op):
+    if getattr(gradroute, op, None) is None:
+        return
+    for backend in backends.OPS[op]:
+        if backend in STEM_FILES and not (ROOT / STEM_FILES[backend].format(stem_of(op))).exists():
+            yield f"{STEM_FILES[backend].format(stem_of(op))} is missing: {op} is in the table for {backend}"
+
+
+def leaves_of(op):
+    """The leaf computations that an op's Functions call on their backend."""
+    source = (ROOT / f"gradroute/{stem_of(op)}.py").read_text(encoding="utf-8")
+    return sorted(set(re.findall(r"\bkernels\.(\w+)\(", source)) - {"kernels"})
+
+
+def missing_leaves(op):
+    if getattr(gradroute, op, None) is None:
+        return
+    modules = {"torch": composed, "triton": kernels, "cpu": native, "cuda": native}
+    for leaf in leaves_of(op):
+        for backend in backends.OPS[op]:
+            if backend in modules and not callable(getattr(modules[backend], leaf, None)):
+                yield f"{modules[backend].__name__} has no {leaf}, a leaf computation of {op} on {backend}"
+
+
+def leaf_functions():
+    """The leaf computations that Triton kernels exist for."""
+    return [
+        name
+        for name in kernels.__all__
+        if inspect.isfunction(getattr(kernels, name)) and name not in NOT_LEAVES
+    ]
+
+
+NOT_LEAVES = ("record", "recording")  # what launch.py offers beside
+
+
+def signature_difference(leaf, module):
+    """How a leaf differs from its composed one in what it takes; either may take more, with defaults."""
+    if not hasattr(composed, leaf):
+        return f"gradroute.backends.composed has no {leaf}"
+    own, composition = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(getattr(of, leaf)).parameters.values()]
+        for of in (module, composed)
+    )
+    shared = min(len(own), len(composition))
+    extra = own[shared:] + composition[shared:]
+    if own[:shared] != composition[:shared] or any(
+        default is inspect.Parameter.empty for _, _, default in extra
+    ):
+        taken, composed_takes = ([name for name, *_ in parameters] for parameters in (own, composition))
+        return f"{leaf} takes {taken} in {module.__name__}, {composed_takes} in gradroute.backends.composed"
+    return None
+
+
+def kernel_entries():
+    """The names of all @triton.jit functions that launchers launch."""
+    modules = [
+        importlib.import_module(f"gradroute.kernels.{info.name}")
+        for info in pkgutil.iter_modules(gradroute.kernels.__path__)
+    ]
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+def configuration_errors():
+    """What the table of launch configurations lacks, or has too much; a name may end with a dtype, as in x.float32."""
+    configured = {name.partition(".")[0] for name in configs.CONFIGS}
+    for name in sorted(kernel_entries() - configured):
+        yield f"gradroute.kernels.configs.CONFIGS has no {name}"
+    for name in sorted(configured - kernel_entries()):
+        yield f"gradroute.kernels.configs.CONFIGS has {name}, and no kernel has that name"
+    for name, shipped in configs.CONFIGS.items():
+        if configs.ARCHITECTURES[0] not in shipped:
+            yield f"gradroute.kernels.configs.CONFIGS[{name!r}] has no entry for {configs.ARCHITECTURES[0]}"
+        for architecture in sorted(set(shipped) - set(configs.ARCHITECTURES)):
+            yield f"gradroute.kernels.configs.CONFIGS[{name!r}] has an unknown architecture {architecture}"
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_every_op_is_complete(op):
+    assert missing_pieces(op) == []
+
+
+def test_every_row_of_the_table_names_backends_and_ends_with_the_meaning():
+    for op, row in backends.OPS.items():
+        assert set(row) <= set(backends.BACKENDS), op
+        assert row[-1] == "reference", op
+
+
+@pytest.mark.parametrize("module", [kernels, native], ids=["triton", "native"])
+@pytest.mark.parametrize("leaf", leaf_functions())
+def test_every_leaf_has_one_signature(leaf, module):
+    assert signature_difference(leaf, module) is None
+
+
+DECLARATIONS = (ROOT / "csrc/declarations.inc").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kernel", re.findall(r"^void (\w+)\(", DECLARATIONS, re.MULTILINE))
+def test_every_native_kernel_is_defined_and_bound(kernel):
+    """Once for the CPU and once for CUDA, in files of the same stem."""
+    bindings = (ROOT / "csrc/bindings.cpp").read_text(encoding="utf-8")
+    assert f"GRADROUTE_DEFINE({kernel})" in bindings
+    stems = {}
+    for kind in ("cpp", "cu"):
+        found = [
+            file.stem
+            for file in (ROOT / "csrc").glob(f"*.{kind}")
+            if re.search(rf"^void {kernel}\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+        ]
+        assert len(found) == 1, f"{kernel} is defined in {found} of csrc/*.{kind}"
+        stems[kind] = found
+    assert stems["cpp"] == stems["cu"]
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.load_error))
+def test_every_native_kernel_is_in_every_implementation():
+    declared = set(re.findall(r"^void (\w+)\(", DECLARATIONS, re.MULTILINE))
+    built = [name for name in dir(native.module) if name.startswith(("cpu_", "cuda"))]
+    assert {f"cpu_{name}" for name in native.module.INSTRUCTION_SETS} <= set(built)
+    for name in built:
+        assert declared <= set(dir(getattr(native.module, name))), name
+
+
+def test_every_leaf_of_the_ops_has_kernels():
+    assert {leaf for op in backends.OPS for leaf in leaves_of(op)} <= set(leaf_functions())
+
+
+def test_every_kernel_has_a_configuration():
+    assert len(kernel_entries()) >= len(leaf_functions()) - 3
+    assert list(configuration_errors()) == []
+
+
+def test_every_op_of_the_samples_is_in_the_table():
+    assert set(testing.OPS) == set(backends.OPS)
+
+
+def test_files_of_an_op_share_its_stem():
+    """The middles of the MLPs live with them, the norms together."""
+    assert stem_of("routed_activation") == stem_of("routed_mlp") == "mlp"
+    assert stem_of("routed_glu") == stem_of("routed_gated_mlp") == "gated_mlp"
+    assert stem_of("routed_rms_norm") == stem_of("routed_layer_norm") == "norm"
+    assert stem_of("route_grad") == "route_grad"
+
+
+# The tests above fail when a piece is removed, and say which.
+
+REMOVALS = {
+    "gradroute.routed_linear": "gradroute does not export routed_linear, the public function",
+    "gradroute.LinearSites": "gradroute does not export LinearSites, the sites of routed_linear",
+    "gradroute.reference.routed_linear": "gradroute.reference has no routed_linear, the meaning of the op",
+    "gradroute.backends.composed.weight_grad": (
+        "gradroute.backends.composed has no weight_grad, a leaf computation of routed_linear on torch"
+    ),
+    "gradroute.backends.triton.weight_grad": (
+        "gradroute.backends.triton has no weight_grad, a leaf computation of routed_linear on triton"
+    ),
+}
+
+
+@pytest.mark.parametrize("piece", REMOVALS)
+def test_a_removed_piece_is_named(piece, monkeypatch):
+    module, _, name = piece.rpartition(".")
+    monkeypatch.delattr(sys.modules[module], name)
+    assert REMOVALS[piece] in missing_pieces("routed_linear")
+
+
+def test_a_removed_sample_is_named(monkeypatch):
+    monkeypatch.delitem(testing.OPS, "routed_linear")
+    assert missing_pieces("routed_linear") == [
+        "gradroute.testing.OPS has no routed_linear, the generator of its samples"
+    ]
+
+
+def test_a_site_that_no_sample_has_is_named(monkeypatch):
+    known = testing.OPS["routed_linear"]
+
+    def fewer(*arguments):
+        return {name: width for name, width in known.site_features(*arguments).items() if name != "input"}
+
+    monkeypatch.setitem(testing.OPS, "routed_linear", known._replace(site_features=fewer))
+    assert missing_pieces("routed_linear") == [
+        "gradroute.testing and gradroute.LinearSites disagree on the site input of routed_linear"
+    ]
+
+
+def test_a_removed_file_is_named(monkeypatch):
+    monkeypatch.setitem(STEM_FILES, "triton", "kernels/of/{}.py")
+    assert missing_pieces("routed_rms_norm") == [
+        "kernels/of/norm.py is missing: routed_rms_norm is in the table for triton"
+    ]
+
+
+def test_a_removed_configuration_is_named(monkeypatch):
+    for name in [name for name in configs.CONFIGS if name.partition(".")[0] == "bias_grad_kernel"]:
+        monkeypatch.delitem(configs.CONFIGS, name)
+    assert list(configuration_errors()) == ["gradroute.kernels.configs.CONFIGS has no bias_grad_kernel"]
+
+
+def test_a_configuration_without_a_kernel_is_named(monkeypatch):
+    monkeypatch.setitem(configs.CONFIGS, "conv_bwd_kernel", {80: {"num_warps": 4}})
+    assert list(configuration_errors()) == [
+        "gradroute.kernels.configs.CONFIGS has conv_bwd_kernel, and no kernel has that name"
+    ]
+
+
+def test_an_op_without_any_piece_is_named(monkeypatch):
+    monkeypatch.setitem(backends.OPS, "routed_conv", ("triton", "torch", "reference"))
+    assert missing_pieces("routed_conv") == [
+        "gradroute.reference has no routed_conv, the meaning of the op",
+        "gradroute does not export routed_conv, the public function",
+        "gradroute.testing.OPS has no routed_conv, the generator of its samples",
+    ]
+
+
+def test_another_signature_is_named(monkeypatch):
+    monkeypatch.setattr(composed, "bias_grad", lambda g, table, routes: None)
+    assert signature_difference("bias_grad", kernels) == (
+        "bias_grad takes ['g', 'routes', 'table'] in gradroute.backends.triton, ['g', 'table', 'routes'] in gradroute.backends.composed"
+    )
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_samples_are_reproducible_and_have_what_was_asked_for(op):
+    first, second, other = (cases.make(op, strength="token", seed=seed) for seed in (0, 0, 1))
+    for name in first.differentiable:
+        assert first.tensors[name].equal(second.tensors[name])
+        assert not first.tensors[name].equal(other.tensors[name])
+    assert first.routes.ids.unique().tolist() == [0, 1, 2, 3]
+    assert set(first.tables) == set(testing.site_names(op))
+    unused = cases.make(op, tables="unused", gradient="zero_stride", inputs="transposed")
+    assert unused.routes.counts[-1] == 0
+    assert set(unused.upstream.stride()) == {0}

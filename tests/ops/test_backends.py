@@ -1,0 +1,271 @@
+"""The choice of a backend: explicit and never falling back, automatic, and the reasons in every refusal."""
+
+import re
+import subprocess
+import sys
+
+import cases
+import pytest
+import torch
+
+import gradroute
+from gradroute import BackendError, available_backends, backends, reference, unavailable_backends, use_backend
+from gradroute.backends import choose, native
+
+X = torch.zeros(2, 3)
+
+
+def expect(error, message):
+    return pytest.raises(error, match=re.escape(message))
+
+
+@pytest.fixture
+def without_interpreter(monkeypatch):
+    """Triton as on a machine without a GPU and without TRITON_INTERPRET."""
+    monkeypatch.setattr(backends.triton_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+# Explicit
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton"])
+def test_an_explicit_choice_is_taken(backend):
+    cases.require(backend, X.device)
+    assert choose("routed_linear", backend, X) == backend
+    with use_backend(backend):
+        assert choose("routed_linear", None, X) == backend
+
+
+def test_the_argument_goes_before_the_process():
+    with use_backend("torch"):
+        assert choose("routed_linear", "reference", X) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"), cases.OP_BACKENDS, ids=["-".join(pair) for pair in cases.OP_BACKENDS]
+)
+def test_every_backend_of_the_table_runs_its_op(op, backend, monkeypatch):
+    """The reference is asked when it is chosen, and only then."""
+    cases.require(backend, X.device)
+    asked = []
+    meaning = getattr(reference, op)
+    monkeypatch.setattr(reference, op, lambda *args, **kwargs: asked.append(op) or meaning(*args, **kwargs))
+    output = cases.make(op, tokens=3).run(backend).output
+    assert output.isfinite().all()
+    assert asked == ([op] if backend == "reference" else [])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_a_backend_that_does_not_implement_the_op(backend, monkeypatch):
+    monkeypatch.setitem(backends.OPS, "route_grad", ("torch", "reference"))
+    with expect(
+        BackendError,
+        f"route_grad: the requested backend {backend!r} cannot run it: there are no {backend} kernels for route_grad "
+        "yet",
+    ):
+        cases.make("route_grad", tokens=4).run(backend)
+    assert unavailable_backends("route_grad")[backend] == f"there are no {backend} kernels for route_grad yet"
+
+
+def test_a_backend_that_cannot_run_the_very_call():
+    refused = {"cpu": "its fingers are too short"}
+    with expect(
+        BackendError, "route_grad: the requested backend 'cpu' cannot run it: its fingers are too short"
+    ):
+        choose("route_grad", "cpu", X, refused)
+    assert choose("route_grad", None, X, {}, ("cpu", "torch")) == "cpu"
+    with pytest.warns(RuntimeWarning, match="'reference': cpu: its fingers are too short"):
+        assert choose("route_grad", None, X, refused, ("cpu", "reference")) == "reference"
+
+
+def test_tensors_on_another_device_are_refused(monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda name: None)
+    with expect(BackendError, "its kernels take tensors on cuda; these are on cpu"):
+        choose("route_grad", "cuda", X)
+
+
+def test_a_module_without_cuda_is_named(monkeypatch):
+    monkeypatch.setattr(native, "module", object())
+    with expect(BackendError, "the native module was built without CUDA"):
+        choose("route_grad", "cuda", X)
+
+
+def test_without_the_native_module_the_automatic_choice_warns(monkeypatch):
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "load_error", "the native module was not built")
+    with pytest.warns(
+        RuntimeWarning, match="on the slower backend 'torch': .*cpu: the native module was not built"
+    ):
+        assert choose("route_grad", None, X) == "torch"
+
+
+@pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "triton" in row])
+def test_fp64_is_refused_by_triton(op):
+    call = cases.make(op, dtype=torch.float64)
+    with expect(
+        BackendError,
+        f"{op}: the requested backend 'triton' cannot run it: float64 runs on the backends reference, torch and cpu",
+    ):
+        call.run("triton")
+
+
+def test_a_dtype_that_no_backend_has():
+    with expect(
+        BackendError, "cannot run it: dtype torch.float8_e4m3fn is not supported, only float32, bfloat16"
+    ):
+        choose("route_grad", "torch", X.to(torch.float8_e4m3fn))
+
+
+def test_triton_without_a_gpu_is_refused(without_interpreter):
+    with expect(
+        BackendError,
+        "route_grad: the requested backend 'triton' cannot run it: Triton runs on CUDA devices (elsewhere only under "
+        "TRITON_INTERPRET=1); the tensors are on cpu",
+    ):
+        cases.make("route_grad").run("triton")
+
+
+def test_triton_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(backends, "triton_kernels", None)
+    with expect(BackendError, "cannot run it: the package triton is not installed"):
+        choose("route_grad", "triton", X)
+    assert "triton" not in available_backends("route_grad")
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "Triton"])
+def test_a_backend_that_does_not_exist(backend):
+    message = f"backend: got {backend!r}, expected one of reference, torch, cpu, triton, cuda"
+    with expect(ValueError, message):
+        choose("route_grad", backend, X)
+    with expect(ValueError, message):
+        use_backend(backend)
+    assert choose("route_grad", None, X) == "cpu"
+
+
+# Process-wide
+
+
+def test_use_backend_as_a_call():
+    use_backend("reference")
+    assert choose("route_grad", None, X) == "reference"
+    use_backend(None)
+    assert choose("route_grad", None, X) == "cpu"
+
+
+def test_use_backend_restores_on_leaving():
+    with use_backend("reference"):
+        with use_backend("torch"):
+            assert choose("route_grad", None, X) == "torch"
+        assert choose("route_grad", None, X) == "reference"
+        with pytest.raises(KeyError), use_backend("torch"):
+            raise KeyError
+        assert choose("route_grad", None, X) == "reference"
+    assert choose("route_grad", None, X) == "cpu"
+
+
+CHOOSE = """
+import torch, gradroute
+from gradroute.backends import choose
+print(choose("route_grad", None, torch.zeros(2)))
+"""
+
+
+@pytest.mark.parametrize(("value", "chosen"), [("reference", "reference"), ("torch", "torch"), ("", "cpu")])
+def test_the_environment_chooses(value, chosen, monkeypatch):
+    monkeypatch.setenv("GRADROUTE_BACKEND", value)
+    run = subprocess.run([sys.executable, "-c", CHOOSE], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [chosen]
+
+
+def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("GRADROUTE_BACKEND", "fastest")
+    run = subprocess.run([sys.executable, "-c", CHOOSE], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "got 'fastest', expected one of reference, torch, cpu, triton, cuda" in run.stderr
+
+
+# Automatic
+
+
+@pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "cpu" in row])
+def test_on_the_cpu_it_is_cpu_and_says_nothing(op):
+    assert choose(op, None, X) == "cpu"
+
+
+def test_the_reference_is_chosen_with_a_warning(monkeypatch):
+    monkeypatch.setitem(backends.OPS, "route_grad", ("reference",))
+    with pytest.warns(RuntimeWarning, match="route_grad runs on the slower backend 'reference'"):
+        assert choose("route_grad", None, X) == "reference"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "triton" in row])
+def test_on_the_gpu_it_is_triton_and_says_nothing(op):
+    assert choose(op, None, X.cuda()) == "triton"
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_another_choice_gives_its_reasons():
+    with pytest.warns(
+        RuntimeWarning, match="on the slower backend 'torch': triton: float64 runs on the backends"
+    ):
+        assert choose("routed_linear", None, X.cuda().double()) == "torch"
+
+
+def test_no_backend_at_all_lists_every_reason(monkeypatch):
+    monkeypatch.setattr(backends, "triton_kernels", None)
+    monkeypatch.setitem(backends.OPS, "route_grad", ("triton", "cuda"))
+    x = torch.zeros(2).to(torch.float8_e4m3fn)
+    with expect(
+        BackendError, "route_grad: no backend can run it: triton: Triton is chosen by itself"
+    ) as caught:
+        choose("route_grad", None, x)
+    assert "; cuda: dtype torch.float8_e4m3fn is not supported" in str(caught.value)
+
+
+# What there is
+
+
+def test_available_backends():
+    cases.require("triton", X.device)
+    assert available_backends("route_grad", "cpu") == ("triton", "cpu", "torch", "reference")
+    assert available_backends() == ("triton", "cpu", "torch", "reference")
+
+
+def test_unavailable_backends_give_reasons(without_interpreter, monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda name: None)
+    assert unavailable_backends("route_grad") == {
+        "triton": "no CUDA device is visible, and TRITON_INTERPRET=1 is not set",
+        "cuda": "no CUDA device is visible",
+    }
+    assert available_backends("route_grad") == ("cpu", "torch", "reference")
+    assert unavailable_backends(device="cpu")["cuda"] == "its kernels take tensors on cuda; these are on cpu"
+
+
+def test_available_backends_of_an_unknown_op():
+    with expect(ValueError, "op: got 'routed_conv', expected one of route_grad, routed_linear"):
+        available_backends("routed_conv")
+
+
+def test_importing_gradroute_does_not_need_triton(tmp_path):
+    """On macOS, or without triton installed."""
+    code = (
+        "import sys, importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import gradroute\n"
+        "assert not any(name.split('.')[0] == 'triton' for name in sys.modules), 'triton was imported'\n"
+        "print(gradroute.available_backends('routed_linear'), gradroute.unavailable_backends('routed_linear'))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert run.stdout.startswith("('cpu', 'torch', 'reference')")
+    assert "'triton': 'the package triton is not installed'" in run.stdout
+
+
+def test_public_names_are_importable():
+    assert sorted(gradroute.__all__) == sorted(set(gradroute.__all__))
+    for name in gradroute.__all__:
+        assert getattr(gradroute, name) is not None
