@@ -13,9 +13,8 @@ import pytest
 
 import gradroute
 from gradroute import backends, reference, testing
-from gradroute.backends import composed
+from gradroute.backends import composed, native
 from gradroute.backends import triton as kernels
-from gradroute.backends import native
 from gradroute.kernels import configs
 
 ROOT = Path(__file__).parents[2]
@@ -300,7 +299,8 @@ def test_an_op_without_any_piece_is_named(monkeypatch):
 def test_another_signature_is_named(monkeypatch):
     monkeypatch.setattr(composed, "bias_grad", lambda g, table, routes: None)
     assert signature_difference("bias_grad", kernels) == (
-        "bias_grad takes ['g', 'routes', 'table'] in gradroute.backends.triton, ['g', 'table', 'routes'] in gradroute.backends.composed"
+        "bias_grad takes ['g', 'routes', 'table'] in gradroute.backends.triton, "
+        "['g', 'table', 'routes'] in gradroute.backends.composed"
     )
 
 

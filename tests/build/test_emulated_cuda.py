@@ -14,8 +14,7 @@ import test_optim_fused
 import torch
 
 from gradroute import backends, testing
-from gradroute.backends import composed
-from gradroute.backends import native
+from gradroute.backends import composed, native
 
 pytestmark = [
     pytest.mark.skipif(

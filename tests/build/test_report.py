@@ -9,8 +9,7 @@ import pytest
 
 from gradroute import __main__ as report
 from gradroute import backends
-from gradroute.backends import composed
-from gradroute.backends import native
+from gradroute.backends import composed, native
 
 EVERY_PAIR = {(op, backend) for op in backends.OPS for backend in backends.BACKENDS}
 
