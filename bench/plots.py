@@ -396,9 +396,20 @@ def relative(run: Run, suite: str) -> Picture | None:
 def ceiling(run: Run, suite: str) -> Picture | None:
     """Rates as shares of what a matmul or a copy reached on the same machine."""
     panels = [ceiling_bars(run, name) for name in run.headlines(suite)]
-    has_pale = any(bar.pale for panel in panels for bar in panel.bars.values())
-    explained = " (useful FLOPs; pale: dense-equivalent)" if has_pale else ""
-    return bars_picture(run, suite, f"share of the measured ceiling{explained}, more is better", panels)
+    return bars_picture(run, suite, ceiling_text(panels), panels)
+
+
+def ceiling_text(panels: Sequence[Bars]) -> str:
+    """The title, which explains pale bars and shares over 100 % where there are any."""
+    bars = [bar for panel in panels for bar in panel.bars.values()]
+    has_pale = any(bar.pale for bar in bars)
+    text = "share of the measured ceiling" + (" (useful FLOPs; pale: dense-equivalent)" if has_pale else "")
+    text += ", more is better"
+    if any(bar.pale > 1 for bar in bars):
+        text += ". Pale over 100%: work that masks leave out is counted"
+    if any(bar.value > 1 for bar in bars):
+        text += ". Dark over 100%: other shapes or a cache are faster than the product or copy that is the ceiling"
+    return text
 
 
 def relative_bars(run: Run, name: str) -> Bars:

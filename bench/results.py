@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from .cases import ADDED, SECONDS
 
@@ -108,6 +108,46 @@ def liger_version() -> str:
         return ""
 
 
+class LimitFound(TypedDict):
+    """A target in the description of a run: the fields of a Limit, the figure measured, if one was, and the verdict."""
+
+    variant: str
+    rival: str
+    most: float
+    quantity: str
+    mode: str
+    added: str
+    got: float | None
+    verdict: str
+
+
+class VariantFound(TypedDict, total=False):
+    """A variant in the description of a run: whether it is a rival, and why it was not timed, if it was not."""
+
+    is_rival: bool
+    missing: str
+    wrong: str
+    error: str
+
+
+class CaseFound(TypedDict, total=False):
+    """A case in the description of a run; "error" where it could not be made or checked."""
+
+    suite: str
+    kernel: str
+    axes: dict[str, Any]
+    x: str
+    base: str
+    rivals: list[str]
+    modes: list[str]
+    checked: str
+    limits: list[LimitFound]
+    facts: dict[str, Any]
+    variants: dict[str, VariantFound]
+    seconds: float
+    error: str
+
+
 @dataclass
 class Run:
     """What `python -m bench run NAME` found on a machine.
@@ -124,7 +164,7 @@ class Run:
     rows: list[Row] = field(default_factory=list)
 
     @property
-    def cases(self) -> dict[str, dict[str, Any]]:
+    def cases(self) -> dict[str, CaseFound]:
         return self.description["cases"]
 
     @property
@@ -161,7 +201,7 @@ class Run:
             and any(limit["quantity"] not in (ADDED, SECONDS) for limit in case["limits"])
         ]
 
-    def replace(self, name: str, case: dict[str, Any], rows: list[Row]) -> None:
+    def replace(self, name: str, case: CaseFound, rows: list[Row]) -> None:
         """Enters a case, instead of what an earlier run has of it."""
         self.rows = [row for row in self.rows if row.case != name] + rows
         self.cases[name] = case
@@ -220,7 +260,7 @@ class Run:
 REACHED, MISSED, NOT_MEASURED = "reached", "MISSED", "not measured"
 
 
-def limit_text(limit: dict[str, Any]) -> str:
+def limit_text(limit: LimitFound) -> str:
     """A limit, what was got, and the verdict: "cpu at most 0.95 x unmasked in speed, full: 0.84, reached"."""
     got = "" if limit["got"] is None else f" {limit['got']:.3f},"
     if limit["quantity"] == SECONDS:

@@ -8,7 +8,7 @@ import sys
 import matplotlib.figure
 import pytest
 
-from bench import compare, plots, report
+from bench import compare, headlines, plots, report
 from bench.results import RELATIVE, Figure, Row, Run, machine_name, unit
 
 CPU = {
@@ -176,6 +176,12 @@ def root(tmp_path, cpu_run, gpu_run):
     return tmp_path
 
 
+@pytest.fixture
+def two_headlines(monkeypatch):
+    """The cases of the README's table are those of these runs."""
+    monkeypatch.setattr(headlines, "CASES", ("Llama", "gated MLP, block", "of another machine"))
+
+
 def tables(text):
     return [line for line in text.splitlines() if line.startswith("|")]
 
@@ -200,7 +206,7 @@ class TestReport:
         ("100.0,98.0,102.0", "101.0,98.0,102.0", ["bench/results/README.md"]),
         ("0.84,0.8231999999999999,0.8568", "0.74,0.7,0.8", ["README.md", "bench/results/README.md"]),
     ])  # fmt: skip
-    def test_a_figure_that_changed_is_found(self, root, capsys, before, after, files):
+    def test_a_figure_that_changed_is_found(self, root, two_headlines, capsys, before, after, files):
         report.main(check=False, root=root)
         file = root / "bench/results/two-cores/cpu.csv"
         text = file.read_text(encoding="utf-8")
@@ -214,19 +220,48 @@ class TestReport:
         with pytest.raises(ValueError, match="got no part between"):
             report.with_part("# A readme\n", "results")
 
-    def test_the_readme_says_what_was_measured_where(self, root):
+    def test_the_readme_has_the_headlines_of_every_machine(self, root, two_headlines):
         part = report.readme_part(root / "bench" / "results")
         assert "local" not in part
-        assert [line for line in part.splitlines() if line.startswith("`python")] == [
-            "`python -m bench run cuda` on h200 (NVIDIA H200, commit 0123456, **dirty**, torch 2.13.0+cu130, "
-            "triton 3.7.1, **interrupted**):",
-            "`python -m bench run cpu` on two-cores (AMD EPYC, 2 threads, avx512, commit 0123456, clean, "
-            "torch 2.13.0+cpu):",
+        assert part.splitlines()[3:-2] == [
+            "NVIDIA H200, torch 2.13.0+cu130, commit 0123456 (**dirty**), **interrupted**:",
+            "",
+            "| time relative to | PyTorch without routing | the detach idiom |",
+            "| --- | --- | --- |",
+            "| Llama | 1.25 | 0.89 |",
+            "",
+            "1 of 2 targets are reached. Missed: Llama, speed 0.62 × detach (target 0.5).",
+            "",
+            "AMD EPYC, 2 threads, avx512, torch 2.13.0+cpu, commit 0123456:",
+            "",
+            "| time relative to | PyTorch without routing | the detach idiom |",
+            "| --- | --- | --- |",
+            "| gated MLP, block | 0.84 | – |",
+            "",
+            "2 of 4 targets are reached. Missed: gated MLP, block, memory 3.00 × unmasked (target 1.5). "
+            "1 not measured.",
         ]
+
+    def test_headlines_name_other_bases(self, cpu_run, two_headlines):
+        times = {"step": {"AdamW": 10.0, "routed": 8.0}}
+        limits = [limit("routed", 1.0, "AdamW", 0.8, mode="step")]
+        add_case(cpu_run, "Llama", "optim", mlp_axes(), times, limits=limits)
+        assert "| Llama (`routed` beside `AdamW`) | 0.80 | – |" in headlines.part([cpu_run])
+        missed = (
+            limit("routed", 15.0, "unrouted", 16.67, "added"),
+            limit("own", 2.0, "", 2.5, "seconds"),
+        )
+        assert [headlines.missed("a case", one) for one in missed] == [
+            "a case +16.7 µs (target 15)",
+            "a case 2.5 s (target 2)",
+        ]
+
+    def test_a_machine_without_headlines_has_no_table(self, cpu_run):
+        assert headlines.part([cpu_run]) == ""
 
     def test_limits(self, cpu_run, gpu_run):
         assert report.limits_table(cpu_run).splitlines() == [
-            "| what must be reached | | limit | got | |",
+            "| target | | limit | measured | |",
             "| --- | --- | --- | --- | --- |",
             "| gated MLP, block | `cpu` time | ≤ 0.95 × `unmasked` | 0.840 | reached |",
             "| | `cpu` peak memory | ≤ 1.5 × `unmasked` | 3.000 | **MISSED** |",
@@ -327,6 +362,8 @@ class TestReport:
             "| bandwidth of a copy | 20.0 GB/s |",
             "| matmul, float32 | 0.250 TFLOP/s |",
             "Method: in turns",
+            "#### Targets",
+            "#### Relative times of the cases with targets",
             "#### Suite gated_mlp",
             "![cpu-gated_mlp-relative](two-cores/cpu-gated_mlp-relative.png)",
             "It was interrupted: cases are missing.",
@@ -365,9 +402,10 @@ class TestReport:
             "| routed | 1.10 × | 0.77 × |",
             "",
         ]
-        for text in (report.readme_part(folder.parent), report.page(folder.parent)):
-            start = text.index("`make demo`")
-            assert text[start:].splitlines()[: len(expected)] == expected
+        text = report.page(folder.parent)
+        start = text.index("`make demo`")
+        assert text[start:].splitlines()[: len(expected)] == expected
+        assert "demo" not in report.readme_part(folder.parent)
 
     @pytest.mark.parametrize(("value", "text"), [
         (0.0, "0"), (-2.0, "-2.00"), (0.001234, "0.00123"), (12.345, "12.3"), (12345.6, "12346"), (math.inf, "inf")
@@ -605,6 +643,10 @@ class TestPlots:
         assert labels(panel) == ["cpu"]
         assert [bar.get_width() for bar in panel.patches] == pytest.approx([1.2, 0.8])
         assert [text.get_text() for text in panel.texts] == ["80%, 120%"]
+        said = plots.ceiling_text([plots.ceiling_bars(cpu_run, "gated MLP, block")])
+        assert "Pale over 100%: work that masks leave out is counted" in said
+        assert "Dark over 100%" not in said
+        assert "Dark over 100%" in plots.ceiling_text([plots.Bars("", "", {"cpu": plots.Bar(1.1, "110%")})])
         (panel,) = plots.ceiling(gpu_run, "norm").axes
         assert panel.get_title(loc="left") == "norm, backward\n100% = copy, 4000 GB/s"
         assert [bar.get_width() for bar in panel.patches] == pytest.approx([0.475, 0.95, 0.9125])

@@ -1,4 +1,4 @@
-"""The harness of the experiments, on a made-up one: what it leaves, when it fails; and the README's paragraphs."""
+"""The harness of the experiments, on a made-up one: what it leaves, when it fails; and the page of its paragraphs."""
 
 import json
 import sys
@@ -85,20 +85,21 @@ def test_rows_of_other_columns_are_refused(tmp_path):
         experiment.main(made_up(), None, ["--seeds", "0"])
 
 
-def test_paragraphs(tmp_path):
+def test_the_page(tmp_path):
     experiment.main(made_up(1.0), None, ["--out", str(tmp_path)])
     result = json.loads((tmp_path / "made_up.json").read_text())
-    readme = f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n"
-    new = report.with_experiments(readme, [result])
+    page = f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n"
+    new = report.with_experiments(page, [result])
     assert new.startswith("before\n")
     assert new.endswith("after\n")
     assert "stale" not in new
-    assert "**Made up**: `python examples/made_up.py` (3 seeds" in new
-    assert "0 of 1 checks hold" in new
+    assert "\n## Made up\n\n`python examples/made_up.py`: 3 seeds" in new
+    assert "0 of 1 checks hold." in new
     assert "*In the paper*: The paper found 3 (section 0)." in new
     assert "The values are 2.00" in new
+    assert "![Made up](results/made_up.png)" in new
     assert report.with_experiments(new, [result]) == new
-    with pytest.raises(ValueError, match=r"README.md: expected the lines"):
+    with pytest.raises(ValueError, match=r"examples/README.md: expected the lines"):
         report.with_experiments("nothing", [result])
 
 
@@ -109,11 +110,11 @@ def test_quick_results_are_no_results(tmp_path):
         report.load(tmp_path)
 
 
-def test_readme_says_what_the_results_say():
+def test_the_page_says_what_the_results_say():
     """And the results are of whole runs of every experiment, whose effects were there."""
     results = report.load(EXAMPLES / "results")
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    assert report.with_experiments(readme, results) == readme
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert report.with_experiments(page, results) == page
     for result in results:
         assert (EXAMPLES / "results" / f"{result['name']}.md").read_text(
             encoding="utf-8"
