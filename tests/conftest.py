@@ -1,4 +1,4 @@
-"""One thread, one seed, poisoned memory; Triton's interpreter without a GPU; tests marked gpu only with one."""
+"""Threads, a seed and poisoned memory; the interpreter without a GPU; tests marked gpu only with one."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("gradroute")
 
 @pytest.fixture(autouse=True, scope="session")
 def _process():
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     # Uninitialised memory is then NaN (the largest value for integers): test_uninitialised_memory_is_poisoned.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -23,7 +23,7 @@ from typing import NamedTuple
 CPP = {".cpp", ".cu", ".h", ".cuh", ".inc"}
 SUFFIXES = {".py"} | CPP
 BUILD_FILES = {".txt", ".cmake"}  # CMake's, which name the sources that they compile
-NOT_SOURCES = {"__pycache__", "results", "build"}
+NOT_SOURCES = {"__pycache__", "results"}
 
 MOST_LINES = 600  # a file's, outside the kernels of attention
 LONG_FUNCTION = 60
@@ -290,7 +290,8 @@ class Checkout:
             return
         for path in folder.iterdir():
             if path.is_dir():
-                if path.name not in NOT_SOURCES and not path.name.startswith("."):
+                is_output = path == self.root / "build" or path.name in NOT_SOURCES
+                if not is_output and not path.name.startswith("."):
                     yield from self._paths(path)
             elif path.suffix in SUFFIXES | BUILD_FILES:
                 yield path
