@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import RoutedAttention, RoutedGatedMLP, RoutedMLP
-from .models.architectures import Architecture, part
-from .models.attention import head_features
-from .models.lora import refuse_unreadable
-from .models.modules import is_transposed, matrix
-from .models.routing import architecture_of, inner_model
+from .models.architectures import Architecture
+from .models.inspection import Piece, Units, Width, find_widths, inner_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+__all__ = ["Block", "Part", "Piece", "Units", "Which", "check_disjoint"]
+
+#: How many units, heads or indices, counted from the last; or which.
 Which = int | slice | Sequence[int] | Tensor
-
-
-@dataclass(frozen=True)
-class Units:
-    """Hidden units between linear layers of a module that gradroute does not know, by the submodules' paths.
-
-    Attributes:
-        inputs: the layers that make the units: their outputs are the units, one for one.
-        outputs: the layers that read them: their inputs are the units.
-    """
-
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-
-    def __post_init__(self) -> None:
-        for name in ("inputs", "outputs"):
-            if isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a list of paths")
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """Rows or columns of one parameter.
-
-    Attributes:
-        parameter: its name in `model.named_parameters()`.
-        dim: along which dimension of the parameter `index` counts.
-        index: int64 `[n]`, ascending, on the CPU.
-        size: how many there are along the dimension.
-        role: "input" makes the block's units (rows of the layers before them, and their biases), "output" reads them
-            (columns of the layer after them): where those are 0 the block has no influence; "other" is neither.
-    """
-
-    parameter: str
-    dim: int
-    index: Tensor
-    size: int
-    role: str = "other"
-
-    def of(self, parameter: Tensor) -> Tensor:
-        """A copy of the piece, detached."""
-        return parameter.detach().index_select(self.dim, self.index.to(parameter.device))
-
-    def write(self, parameter: Tensor, values: Tensor | float) -> None:
-        """Overwrites the piece, in place."""
-        index = self.index.to(parameter.device)
-        with torch.no_grad():
-            if isinstance(values, Tensor):
-                parameter.index_copy_(self.dim, index, values.to(parameter))
-            else:
-                parameter.index_fill_(self.dim, index, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,152 +263,6 @@ def check_disjoint(blocks: Mapping[str, Block], model: nn.Module) -> None:
             owners[id(named[parameter])].append((name, mask))
 
 
-@dataclass(frozen=True)
-class Width:
-    """Where a module's units or heads are in its linear layers.
-
-    Attributes:
-        path: of the module.
-        module: itself.
-        size: how many units or heads it has.
-        inputs: the paths of the layers that make them.
-        outputs: the paths of those that read them.
-        features: of chosen units or heads, bool `[n]` of n in all, the rows of each of the inputs and the columns of
-            the outputs; n need not be `size`.
-        group: how many heads share a key and value head; 1 for units.
-    """
-
-    path: str
-    module: Any
-    size: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    features: Callable[[Tensor], tuple[list[Tensor], Tensor]]
-    group: int = 1
-
-    def linears(self, paths: Sequence[str]) -> list[tuple[str, Any]]:
-        """Linear layers by their full paths."""
-        return [(_join(self.path, path), self.module.get_submodule(path)) for path in paths]
-
-    def pieces(self, chosen: Tensor) -> tuple[Piece, ...]:
-        """What chosen units or heads own of the parameters, see `features`."""
-        rows, columns = self.features(chosen)
-        all_rows, all_columns = self.features(torch.ones_like(chosen))
-        pieces = []
-        for (path, linear), index, every in zip(self.linears(self.inputs), rows, all_rows, strict=True):
-            if not len(index):
-                continue  # k and v of a group of which a head stays
-            pieces.append(Piece(f"{path}.weight", int(is_transposed(linear)), index, len(every), "input"))
-            if linear.bias is not None:
-                pieces.append(Piece(f"{path}.bias", 0, index, len(every), "input"))
-        for path, linear in self.linears(self.outputs):
-            dim = 1 - int(is_transposed(linear))
-            pieces.append(Piece(f"{path}.weight", dim, columns, len(all_columns), "output"))
-        return tuple(pieces)
-
-
-def find_widths(
-    model: nn.Module,
-    what: str,
-    between: Units | Sequence[Units] | None = None,
-    architecture: Architecture | None = None,
-) -> list[Width]:
-    """Where a model's hidden units ("units") or heads ("heads") are, layer by layer.
-
-    Raises:
-        TypeError: linear layers with adapters, or sharded ones; no such architecture.
-        ValueError: nothing of the kind in the model, or layers of `between` that do not fit together.
-    """
-    inner = inner_model(model)
-    if between is not None:
-        widths = [
-            _width_between(inner, units) for units in ([between] if isinstance(between, Units) else between)
-        ]
-    elif (own := _own_layers(inner, what)) and architecture is None:
-        widths = own
-    else:
-        widths = _decoder_widths(
-            inner, what, architecture_of(inner) if architecture is None else architecture
-        )
-    for width in widths:
-        for path, linear in width.linears((*width.inputs, *width.outputs)):
-            _check_readable(path, linear)
-    return widths
-
-
-def _own_layers(model: nn.Module, what: str) -> list[Width]:
-    """Those of gradroute's own layers, in the module's order."""
-    kinds: tuple[type[nn.Module], ...] = (
-        (RoutedMLP, RoutedGatedMLP) if what == "units" else (RoutedAttention,)
-    )
-    widths = []
-    for path, module in model.named_modules():
-        if isinstance(module, kinds):
-            *inputs, output = module.names  # type: ignore[misc]
-            features: Callable[[Tensor], tuple[list[Tensor], Tensor]]
-            if isinstance(module, RoutedAttention):
-                size, group = module.heads, module.heads // module.kv_heads
-                features = partial(_separate_heads, group, module.head_dim)
-            else:
-                size, group = matrix(module.get_submodule(output)).shape[1], 1
-                features = partial(_one_for_one, len(inputs))
-            widths.append(Width(path, module, size, tuple(inputs), (output,), features, group))
-    return widths
-
-
-def _decoder_widths(model: nn.Module, what: str, architecture: Architecture) -> list[Width]:
-    layer = architecture.layer
-    kind: Any = layer.mlp_kind if what == "units" else layer.attention_kind
-    paths = {module: path for path, module in model.named_modules()}
-    widths = []
-    for decoder in part(model, architecture.layers):
-        module = getattr(decoder, layer.mlp_name) if what == "units" else layer.attention_of(decoder)
-        kind.check_module(module)
-        *inputs, output = kind.names
-        size, group = kind.size_of(module)
-        features = partial(kind.features_of, module)
-        widths.append(Width(paths[module], module, size, tuple(inputs), (output,), features, group))
-    return widths
-
-
-def _width_between(model: nn.Module, units: Units) -> Width:
-    sizes = {}
-    for paths, dim in ((units.inputs, 0), (units.outputs, 1)):
-        for path in paths:
-            try:
-                linear = model.get_submodule(path)
-            except AttributeError:
-                raise ValueError(f"between: got {path!r}, expected the path of a submodule") from None
-            _check_readable(path, linear)
-            sizes[path] = matrix(linear).shape[dim]
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"between: got layers of different numbers of units, {sizes}, expected one number")
-    size = next(iter(sizes.values()))
-    features = partial(_one_for_one, len(units.inputs))
-    return Width("", model, size, tuple(units.inputs), tuple(units.outputs), features)
-
-
-def _one_for_one(inputs: int, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Every unit is one row of each input."""
-    index = chosen.nonzero().flatten()
-    return [index] * inputs, index
-
-
-def _separate_heads(group: int, head_dim: int, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
-    """q, k and v are layers of their own."""
-    q, kv = head_features(chosen, group, head_dim)
-    return [q.nonzero().flatten(), *[kv.nonzero().flatten()] * 2], q.nonzero().flatten()
-
-
-def _check_readable(path: str, linear: Any) -> None:
-    """Raises unless a layer is linear, and its own parameters, whole and floating point, are all of it."""
-    refuse_unreadable(path, linear)
-    if not isinstance(linear, nn.Linear) and not is_transposed(linear):
-        raise TypeError(f"{path}: got a {type(linear).__name__}, expected a torch.nn.Linear")
-    if not linear.weight.is_floating_point():
-        raise TypeError(f"{path}: got a weight of dtype {linear.weight.dtype}, expected floating point")
-
-
 def _parts(widths: list[Width], what: str, which: Which, layers: Collection[int] | None) -> list[Part]:
     if layers is not None and not isinstance(layers, Collection):
         raise TypeError(f"layers: got {layers!r}, expected indices of layers")
@@ -549,7 +350,3 @@ def _merged(indices: Iterable[Tensor]) -> Tensor:
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the model inside PEFT's, tied ones under each of their names."""
     return dict(inner_model(model).named_parameters(remove_duplicate=False))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

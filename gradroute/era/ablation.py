@@ -1,0 +1,67 @@
+"""ablate: the influence of a block taken away."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..blocks import Block
+from ..models.inspection import inner_model, ordinary_model
+from .checks import check_optimizer, check_parameters
+from .contraction import take_out
+from .drawing import draw, write
+from .optimizer_state import zero_state
+
+#: The ways to ablate a block.
+HOW = ("zero", "slice", "resample")
+
+
+@torch.no_grad()
+def ablate(
+    model: nn.Module,
+    block: Block,
+    how: str = "zero",
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Takes a block's influence away, in place.
+
+    Args:
+        model: the model, routed or not.
+        block: the part of the model that loses its influence.
+        how: "zero": all of the block's parameters become 0; those of hidden units have gradients of 0 from then on
+            where act(0) = 0, so that training the model as a whole does not bring them back. "resample": the block's
+            weights are drawn anew, from a normal distribution with the standard deviation of the rest of each
+            parameter, and its biases become 0; the block then has an influence that nothing has taught. "slice": the
+            block is taken out as by `contract`, whether it has influence or not; unroute the model before.
+        optimizer: the optimizer whose state of the block becomes 0 too. Without it momentum would bring some of the
+            block back.
+        generator: the random numbers of "resample", on the CPU; default: torch's.
+
+    Raises:
+        TypeError: sharded parameters.
+        ValueError: the block has no influence (it was ablated, or expanded and never trained); another `how`; the model
+            is not of the block's shape.
+    """
+    if how not in HOW:
+        raise ValueError(f"how: got {how!r}, expected one of {', '.join(map(repr, HOW))}")
+    inner = inner_model(model)
+    check_optimizer(optimizer)
+    check_parameters(block, inner)
+    if block.is_whole and not block.has_influence(inner):
+        raise ValueError(
+            f"block: got {block}, which has no influence on the model: its output weights are 0, as it was ablated "
+            "before, or expanded and never trained"
+        )
+    if how == "slice":
+        take_out(ordinary_model(model), block, optimizer)
+        return
+    pieces = block.parameters(inner)
+    drawn = draw(inner, block.pieces, generator=generator) if how == "resample" else []
+    for piece, parameter in pieces:
+        piece.write(parameter, 0.0)
+        if parameter.grad is not None:  # it would bring the block back in the next step
+            piece.write(parameter.grad, 0.0)
+        zero_state(parameter, piece, optimizer)
+    write(inner, drawn)

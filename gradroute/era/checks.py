@@ -1,0 +1,150 @@
+"""Refusals: every check comes before anything has changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Block
+from ..layers import RoutedModule
+from ..models.inspection import is_dtensor
+from ..models.plan import Shape
+from .configuration import changes_of, config_of, new_numbers
+from .optimizer_state import check_states
+
+_WORDS = {"units": "hidden units", "heads": "heads"}
+
+
+def check_added(units: int, heads: int) -> None:
+    """Raises unless numbers of units and heads are not negative, and one is positive."""
+    for name, count in (("units", units), ("heads", heads)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name}: got {count!r}, expected an int")
+        if count < 0 or (units == 0 and heads == 0):
+            raise ValueError(f"{name}: got {count}, expected a positive number of {_WORDS[name]}")
+
+
+def check_std(std: float | None) -> None:
+    """Raises unless a standard deviation is a finite number of 0 or more, or None."""
+    if std is not None and not (isinstance(std, (int, float)) and 0 <= std < math.inf):
+        raise ValueError(f"std: got {std!r}, expected a finite number, 0 or more")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises unless an optimizer is one, or None."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: got a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+
+
+def check_parameters(block: Block, model: nn.Module) -> None:
+    """Raises unless those of a block's parameters that are in the model are whole and have values."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for piece in block.pieces:
+        parameter = named.get(piece.parameter)
+        if is_dtensor(parameter):
+            raise TypeError(
+                f"{piece.parameter}: got a sharded parameter, expected a whole one: do this before sharding"
+            )
+        if parameter is not None and parameter.is_meta:
+            raise ValueError(
+                f"{piece.parameter}: got a parameter on the meta device, expected one with values"
+            )
+
+
+def check_change(inner: nn.Module, block: Block, sign: int, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises where sites, a configuration, ties or an optimizer forbid that a block's parameters change their shape.
+
+    Args:
+        inner: the model.
+        block: the block that is added or taken out.
+        sign: 1: the block is added; -1: it is taken out.
+        optimizer: the optimizer whose state would change too.
+    """
+    for part in block.parts:
+        module = inner.get_submodule(part.module)
+        if isinstance(module, RoutedModule) and module.sites is not None:
+            raise ValueError(
+                f"model: got {part.module or type(module).__name__} with sites, whose tables have its width; expected "
+                "sites = None, to be set again afterwards"
+            )
+    config = config_of(inner)
+    if config is not None:
+        if not all(part.module for part in block.parts):
+            raise ValueError(
+                f"between: got layers of a {type(inner).__name__}, whose configuration could not say their new width; "
+                "expected a module without a configuration"
+            )
+        new_numbers(config, changes_of(block.parts, sign))
+    _check_ties(inner, block)
+    check_optimizer(optimizer)
+    if optimizer is not None:
+        named = dict(inner.named_parameters(remove_duplicate=False))
+        check_states(optimizer, {piece.parameter: named[piece.parameter] for piece in block.pieces})
+
+
+def _check_ties(inner: nn.Module, block: Block) -> None:
+    """Raises where a parameter of a block has more than one name in the model."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    named = dict(inner.named_parameters(remove_duplicate=False))
+    for piece in block.pieces:
+        tied = names[named[piece.parameter]]
+        if len(tied) > 1:
+            raise ValueError(f"model: got {' and '.join(tied)} tied, expected parameters of their own")
+
+
+def check_removed(block: Block, inner: nn.Module) -> None:
+    """Raises unless a block is one of whole groups, some stay, and the configuration can say what is left."""
+    for part in block.parts:
+        if part.what == "parameters":
+            raise ValueError(
+                "block: got one of parameters, expected one of units or heads (Block.units, Block.heads)"
+            )
+        if len(part.index) == part.size:
+            raise ValueError(f"{part.what}: got all {part.size} of {part.module}, expected some to remain")
+        groups = part.index // part.group
+        if len(groups) != part.group * len(groups.unique()):
+            raise ValueError(
+                f"heads: got {part.index.tolist()} of {part.module}, expected whole groups of the {part.group} that "
+                "share a key and value head"
+            )
+    config = config_of(inner)
+    if config is not None:
+        _check_evenly_removed(block, Shape.of(config).layers)
+
+
+def _check_evenly_removed(block: Block, layers: int) -> None:
+    """Raises unless every one of a model's layers loses as many units, and as many heads."""
+    for what in ("units", "heads"):
+        counts = {part.module: len(part.index) for part in block.parts if part.what == what and part.module}
+        if counts and (len(counts) != layers or len(set(counts.values())) > 1):
+            raise ValueError(
+                f"{what}: got {counts}, expected as many of each of the model's {layers} layers: its configuration "
+                "has one number for all"
+            )
+
+
+def check_fits(inner: nn.Module, block: Block, state: Mapping[str, Tensor]) -> None:
+    """Raises unless a state is a block's, and the model is what is left without that block."""
+    keys = block.keys
+    if state.keys() != set(keys):
+        raise ValueError(
+            f"state: got keys that differ from the block's in {sorted(state.keys() ^ set(keys))[:4]}"
+        )
+    named = dict(inner.named_parameters())
+    for key, piece in zip(keys, block.pieces, strict=True):
+        got = list(named[piece.parameter].shape) if piece.parameter in named else None
+        expected = list(state[key].shape)
+        if len(expected) <= piece.dim or expected[piece.dim] != len(piece.index):
+            raise ValueError(
+                f"state[{key!r}]: got shape {expected}, expected {len(piece.index)} in dimension {piece.dim}"
+            )
+        expected[piece.dim] = piece.size - len(piece.index)
+        if got != expected:
+            raise ValueError(
+                f"model: got {piece.parameter} of shape {got}, expected {expected}, what the block leaves of it"
+            )

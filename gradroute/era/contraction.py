@@ -1,0 +1,98 @@
+"""contract and merge: a block taken out of a model, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Block
+from ..models.architectures import Architecture
+from ..models.inspection import ordinary_model
+from .checks import check_change, check_fits, check_parameters, check_removed
+from .configuration import resize
+from .surgery import insert, remove
+
+
+@torch.no_grad()
+def contract(
+    model: nn.Module,
+    block: Block | int,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    architecture: Architecture | None = None,
+) -> None:
+    """Takes a block out, in place, so that an ordinary model of fewer units and heads computes what the larger one did.
+
+    Args:
+        model: an ordinary (unrouted) model.
+        block: units and heads; or how many hidden units of every MLP, counted from the last. Where the model has a
+            configuration, every layer must lose as many.
+        optimizer: see `expand`.
+        architecture: see `expand`.
+
+    Raises:
+        TypeError: linear layers with adapters, or sharded ones.
+        ValueError: the block still has influence (`ablate` it first, or at once with how="slice"); the model is routed;
+            the block is not one of units and heads, or not as large in every layer; none would remain.
+    """
+    inner = ordinary_model(model)
+    if not isinstance(block, Block):
+        block = Block.units(model, block, architecture=architecture)
+    check_parameters(block, inner)
+    check_removed(block, inner)
+    if block.has_influence(inner):
+        raise ValueError(
+            f"block: got {block}, which still has influence on the model: its output weights are not 0; "
+            'ablate() it first, or take it out with ablate(model, block, how="slice")'
+        )
+    take_out(inner, block, optimizer)
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    block: Block,
+    state: Mapping[str, Tensor],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Puts a block that was taken out back where it was, in place: undoes `contract`.
+
+    A model can so be published without a block, and the block beside it for those who may have it:
+
+        state = block.state_dict(model)
+        era.ablate(model, block, how="slice")
+        ...
+        era.merge(model, block, state)
+
+    Args:
+        model: an ordinary model of the shape that the larger one was contracted to.
+        block: the block that was taken out.
+        state: what the block's `state_dict` returned before.
+        optimizer: see `expand`.
+
+    Raises:
+        TypeError: sharded parameters.
+        ValueError: the model is routed, or has not the shape that the block was taken out of; the state is another
+            block's. Nothing has changed then.
+    """
+    inner = ordinary_model(model)
+    check_parameters(block, inner)
+    check_fits(inner, block, state)
+    check_change(inner, block, 1, optimizer)
+    for piece in block.pieces:
+        insert(inner, piece, optimizer)
+    block.load_state_dict(inner, state)
+    resize(inner, block.parts, 1)
+
+
+def take_out(model: nn.Module, block: Block, optimizer: torch.optim.Optimizer | None) -> None:
+    """Takes a block out of an ordinary model, whether it has influence or not."""
+    check_removed(block, model)
+    block.parameters(model)  # raises where the model is not of its shape
+    check_change(model, block, -1, optimizer)
+    for piece in block.pieces:
+        remove(model, piece, optimizer)
+    resize(model, block.parts, -1)

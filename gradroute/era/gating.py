@@ -1,0 +1,101 @@
+"""gate: a block whose influence is scaled for inference."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..blocks import Block
+from ..models.inspection import inner_model
+from .checks import check_parameters
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def gate(model: nn.Module, block: Block, scale: float) -> Gate:
+    """Scales what a block adds to the model, for inference: 0 takes it out, more than 1 steers toward what it learnt.
+
+    The output weights are scaled in place, so that nothing is computed twice and any code that reads the weights sees
+    the scaled ones; the gate keeps the original weights. In a `with` statement they are put back at its end:
+
+        with era.gate(model, block, 3.0):
+            model.generate(...)
+
+    Args:
+        model: the model, routed or not.
+        block: units and heads, whole ones.
+        scale: the factor, any finite number.
+
+    Raises:
+        TypeError: sharded parameters.
+        ValueError: the block is not one of units and heads; the scale is not finite; the model is not of its shape.
+    """
+    if not block.is_whole:
+        raise ValueError(f"block: got {block}, expected one of units or heads (Block.units, Block.heads)")
+    check_parameters(block, inner_model(model))
+    return Gate(model, block, scale)
+
+
+class Gate:
+    """The scale of a block's output weights, see `gate`."""
+
+    def __init__(self, model: nn.Module, block: Block, scale: float) -> None:
+        self._model = model
+        self._outputs = [pair for pair in block.parameters(model) if pair[0].role == "output"]
+        self._original = [piece.of(parameter) for piece, parameter in self._outputs]
+        self._written = self._original
+        self._scale = 1.0
+        self.scale = scale
+
+    @property
+    def scale(self) -> float:
+        """The factor; assigning it changes the model. 1 is the original, bit for bit."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: got {scale}, expected a finite number")
+        self._check_unchanged()
+        scaled = [values if scale == 1 else values * scale for values in self._original]
+        for (piece, _), values in zip(self._outputs, scaled, strict=True):
+            if scale != 1 and not torch.isfinite(values).all():
+                raise ValueError(
+                    f"scale: got {scale}, by which {piece.parameter} is not finite in {values.dtype}, expected a "
+                    "smaller one"
+                )
+        self._written = scaled
+        for (piece, parameter), values in zip(self._outputs, self._written, strict=True):
+            piece.write(parameter, values)
+        self._scale = float(scale)
+
+    def remove(self) -> None:
+        """Puts the original weights back."""
+        self.scale = 1.0
+
+    def merge(self) -> None:
+        """Makes the scale permanent: the scaled weights are the original ones from now on."""
+        self._check_unchanged()
+        self._original, self._scale = self._written, 1.0
+
+    def _check_unchanged(self) -> None:
+        named = dict(inner_model(self._model).named_parameters(remove_duplicate=False))
+        for (piece, parameter), values in zip(self._outputs, self._written, strict=True):
+            if named.get(piece.parameter) is not parameter or not torch.equal(piece.of(parameter), values):
+                raise RuntimeError(
+                    f"scale: {piece.parameter} was changed by something else since, by training or another gate, which "
+                    "would be undone; remove gates in reverse order, and merge() one before training"
+                )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Gate({self._scale}, {len(self._outputs)} modules)"
