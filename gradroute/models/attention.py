@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionSites, routed_attention
-from ..attention_projections import ProjectionSites, check_sites
+from ..layers.projections import ProjectionSites, check_sites
 from ..linear import LinearSites
 from ..norm import NormSites
 from ..routes import Routes

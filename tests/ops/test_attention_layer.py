@@ -329,7 +329,7 @@ def test_a_step_changes_what_the_sites_allow() -> None:
 def test_backend_reaches_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for name in ("routed_linear", "routed_attention"):
-        monkeypatch.setattr(gradroute.layers, name, recorded(getattr(gradroute, name), seen, "backend"))
+        monkeypatch.setattr(gradroute.layers.attention, name, recorded(getattr(gradroute, name), seen, "backend"))
     make_layer(all_sites(), backend="reference")(random_input(), random_routes())
     assert seen == ["reference"] * 5
 
@@ -351,7 +351,7 @@ def test_dropout_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(inspect.signature(routed_attention).bind(q, *arguments, **keywords).arguments["dropout"])
         return q
 
-    monkeypatch.setattr(gradroute.layers, "routed_attention", attention)
+    monkeypatch.setattr(gradroute.layers.attention, "routed_attention", attention)
     layer, x = make_layer(dropout=0.25), random_input()
     layer(x)
     layer.eval()(x)

@@ -1,0 +1,72 @@
+"""RoutedLinear: torch.nn.Linear with routed gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..linear import LinearSites, routed_linear
+from ..routes import Routes
+from .module import Device, RoutedModule, check_plain, share
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class RoutedLinear(RoutedModule, nn.Linear):
+    """torch.nn.Linear with routed gradients: `gradroute.routed_linear`.
+
+    Args:
+        in_features: I, the width of the input.
+        out_features: O, the width of the output.
+        bias: whether there is a bias.
+        device: the parameters' device.
+        dtype: the parameters' dtype.
+        sites: where to mask.
+        backend: see `gradroute.use_backend`.
+
+    Raises:
+        TypeError: sites of another layer.
+        ValueError: a table does not fit the layer, or `update_bias` without a bias.
+    """
+
+    sites_type = LinearSites
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sites: LinearSites | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.backend = backend
+        self.sites = sites
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, sites: LinearSites | None = None, *, backend: str | None = None
+    ) -> Self:
+        """A routed layer that shares the parameters of `linear`; its hooks are not copied.
+
+        Raises:
+            TypeError: `linear` is not a torch.nn.Linear itself but, say, a LoRA or quantised one.
+            ValueError: a table does not fit the layer.
+        """
+        check_plain("linear", linear, nn.Linear, "call it, and mask around it with gradroute.route_grad")
+        bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, bias, device="meta", backend=backend)
+        return share(layer, linear, sites)
+
+    def _widths(self) -> Mapping[str, int | str]:
+        return LinearSites.widths(self.in_features, self.out_features, self.bias)
+
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+        return routed_linear(x, self.weight, self.bias, routes, self.sites, backend=self.backend)

@@ -1,0 +1,89 @@
+"""What every routed layer is built on: its sites, and how it shares the parameters of an existing layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from ..checks import unrouted
+from ..sites import Sites
+
+Device = torch.device | str | int | None
+Layer = TypeVar("Layer", bound="RoutedModule")
+
+
+class RoutedModule(nn.Module):
+    """What every routed layer does with its sites: checks them once, shows them, copies their tables to its device."""
+
+    sites_type: ClassVar[type[Sites]]
+    backend: str | None = None
+    _sites: Any = None  # a sites_type, or None
+    _op_sites: tuple[Any, ...] = ()  # one Sites or None an op
+
+    def _widths(self) -> Mapping[str, int | str]:
+        """For each site its number of features, or the reason why this layer cannot honour it."""
+        raise NotImplementedError
+
+    @property
+    def sites(self) -> Any:
+        """Where the layer masks, or None. Assigning checks the tables against the layer's widths."""
+        return self._sites
+
+    @sites.setter
+    def sites(self, sites: Sites | None) -> None:
+        unrouted(None, sites, self.sites_type)  # raises where sites are not this layer's
+        self._op_sites = () if sites is None else self._sites_of_ops(sites)
+        self._sites = sites
+        self._copy_tables()
+
+    def _sites_of_ops(self, sites: Any) -> tuple[Any, ...]:
+        """The sites that each op of the layer is given; raises where a table does not fit."""
+        sites.check(None, self._widths())
+        return (sites,)
+
+    def _copy_tables(self) -> None:
+        """Fills the tables' caches for the parameters' devices: traced code cannot, and would copy in every call."""
+        devices = {parameter.device for parameter in self.parameters() if not parameter.is_meta}
+        for sites in filter(None, self._op_sites):
+            for table in sites.effective.tables.values():
+                for device in devices:
+                    table.on(device)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        module = super()._apply(*args, **kwargs)
+        self._copy_tables()
+        return module
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._copy_tables()
+
+    def extra_repr(self) -> str:
+        backend = "" if self.backend is None else f"backend={self.backend!r}"
+        return ", ".join(filter(None, (super().extra_repr(), f"sites={self.sites}", backend)))
+
+
+def check_plain(name: str, module: nn.Module, expected: type[nn.Module], instead: str) -> None:
+    """Raises unless `module` computes what its type says: routed layers read parameters and call no forward."""
+    got = None
+    if type(module) is not expected:
+        got = f"a {type(module).__name__}"
+    elif "forward" in vars(module) or "weight" not in module._parameters:
+        got = f"a {expected.__name__} whose forward or weight was replaced"
+    if got is not None:
+        raise TypeError(
+            f"{name}: got {got}, expected a torch.nn.{expected.__name__} itself, because its parameters are read and "
+            f"its forward is not called; {instead}"
+        )
+
+
+def share(layer: Layer, source: nn.Module, sites: Sites | None) -> Layer:
+    """`layer`, with the Parameters of `source` in the place of its own, its training mode, and the sites."""
+    for name in layer._parameters:
+        setattr(layer, name, getattr(source, name))
+    layer.training = source.training
+    layer.sites = sites
+    return layer
