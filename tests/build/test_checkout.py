@@ -42,7 +42,8 @@ def test_transformers_does_not_take_the_folder_kernels_for_the_hub_s_package():
     code = """
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_kernels_available
-LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+LlamaForCausalLM(config)
 print(is_kernels_available())
 """
     assert run(code) == "False"

@@ -329,7 +329,9 @@ def test_a_step_changes_what_the_sites_allow() -> None:
 def test_backend_reaches_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for name in ("routed_linear", "routed_attention"):
-        monkeypatch.setattr(gradroute.layers.attention, name, recorded(getattr(gradroute, name), seen, "backend"))
+        monkeypatch.setattr(
+            gradroute.layers.attention, name, recorded(getattr(gradroute, name), seen, "backend")
+        )
     make_layer(all_sites(), backend="reference")(random_input(), random_routes())
     assert seen == ["reference"] * 5
 
