@@ -1,6 +1,7 @@
 """PyTorch's attention kernels called below autograd: the CPU's for real, CUDA's on tensors without data, or a GPU."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, _registry, sdpa_kernel
 
 from gradroute import AttentionSites, Routes, reference
-from gradroute.backends import vendor as attention_vendor
-from gradroute.backends.vendor import VENDORS, choose
+from gradroute.backends.vendor import VENDORS, choose, machine
 from gradroute.primitives.attention_pattern import Pattern
 from gradroute.testing import Result, assert_result_within_budget
 
@@ -105,10 +105,6 @@ def same_bits(actual, expected):
     return torch.equal(actual.output, expected.output) and all(
         torch.equal(gradient, expected.gradients[name]) for name, gradient in actual.gradients.items()
     )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The CPU's kernel.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -260,10 +256,6 @@ def test_cpu_writes_nothing_that_it_was_given_and_its_gradients_are_free_to_writ
     assert all(gradient.isnan().all() for gradient in gradients)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The CUDA kernels' rules and signatures.
-
-
 def empty(queries=128, keys=None, kv_heads=2, head_dim=64, batch=2, dtype=torch.bfloat16, device="cuda"):
     keys = queries if keys is None else keys
     shapes = [(HEADS, queries), (kv_heads, keys), (kv_heads, keys), (HEADS, queries)]
@@ -326,8 +318,13 @@ def recorded(monkeypatch):
 
             return Op
 
-    monkeypatch.setattr(attention_vendor, "aten", Ops())
+    replace_ops(monkeypatch, Ops())
     return calls
+
+
+def replace_ops(monkeypatch, ops):
+    for name in ("cudnn", "flash", "efficient"):
+        monkeypatch.setattr(VENDORS[name], "aten", ops)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
@@ -478,10 +475,16 @@ def case_of(name, fields, length, device, **options):
     return tensors, pattern(**fields)
 
 
+def emulated(monkeypatch, name):
+    """A CUDA kernel on emulated ops, which refuses no call."""
+    replace_ops(monkeypatch, EmulatedOps())
+    kernel = VENDORS[name]
+    return SimpleNamespace(why_not=lambda *call: None, forward=kernel.forward, backward=kernel.backward)
+
+
 @pytest.mark.parametrize(("name", "fields"), CUDA_CASES)
 def test_cuda_kernels_are_called_right(monkeypatch, name, fields):
-    monkeypatch.setattr(attention_vendor, "aten", EmulatedOps())
-    vendor = VENDORS[name]._replace(why_not=lambda *call: None)
+    vendor = emulated(monkeypatch, name)
     for kv_heads, (length, head_dim) in itertools.product((8, 2, 1), ((37, 16), (50, 13))):
         tensors, asked = case_of(
             name, fields, length, "cpu", kv_heads=kv_heads, head_dim=head_dim, dtype=torch.float16
@@ -491,8 +494,7 @@ def test_cuda_kernels_are_called_right(monkeypatch, name, fields):
 
 @pytest.mark.parametrize(("name", "queries"), [("flash", 20), ("flash", 1), ("efficient", 1)])
 def test_cuda_kernels_are_called_right_with_fewer_queries_than_keys(monkeypatch, name, queries):
-    monkeypatch.setattr(attention_vendor, "aten", EmulatedOps())
-    vendor = VENDORS[name]._replace(why_not=lambda *call: None)
+    vendor = emulated(monkeypatch, name)
     for window in (None, 9) if name == "flash" else (None,):
         assert_within_budget(vendor, inputs(queries, 37, dtype=torch.float16), pattern(window=window), name)
 
@@ -593,8 +595,8 @@ def test_refusals_of_devices():
 
 
 def gpu(monkeypatch, capability, cudnn=91900):
-    monkeypatch.setattr(attention_vendor, "_capability", lambda index: capability)
-    monkeypatch.setattr(attention_vendor, "_cudnn_version", lambda: cudnn)
+    monkeypatch.setattr(machine, "capability", lambda index: capability)
+    monkeypatch.setattr(machine, "cudnn_version", lambda: cudnn)
 
 
 @pytest.mark.parametrize(
@@ -796,10 +798,6 @@ def test_dynamo_traces_the_cuda_kernels(name):
     ]
     assert len(calls) == 2
     assert all(kernel in call for call in calls)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The CUDA kernels for real.
 
 
 def on_gpu(name, fields, length, **options):
