@@ -1,0 +1,128 @@
+"""The manual: every snippet of README.md and docs/ runs and prints what the page says; no public name is left out."""
+
+import ast
+import doctest
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+
+#: A snippet, what it needs beyond the tests' packages, and what it prints where the page says so: "..." is anything.
+SNIPPET = re.compile(
+    r"(?:<!-- needs (?P<needs>\S+) -->\n)?```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<printed>.*?)```)?",
+    re.DOTALL,
+)
+
+
+class Snippet(NamedTuple):
+    page: str
+    line: int
+    code: str
+    printed: str | None
+    needs: str | None
+
+
+def snippets(page):
+    text = page.read_text(encoding="utf-8")
+    for match in SNIPPET.finditer(text):
+        line = text[: match.start("code")].count("\n")
+        yield Snippet(
+            page.relative_to(ROOT).as_posix(), line, match["code"], match["printed"], match["needs"]
+        )
+
+
+SNIPPETS = [snippet for page in PAGES for snippet in snippets(page)]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: f"{snippet.page}:{snippet.line}")
+def test_snippet_runs(snippet, tmp_path, monkeypatch, capsys):
+    if snippet.needs and importlib.util.find_spec(snippet.needs) is None:
+        pytest.skip(f"needs {snippet.needs}")
+    monkeypatch.chdir(tmp_path)
+    code = "\n" * snippet.line + snippet.code  # so that a traceback says the page's line
+    exec(compile(code, snippet.page, "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    if snippet.printed is not None:
+        checker = doctest.OutputChecker()
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        example = doctest.Example(snippet.code, snippet.printed)
+        difference = checker.output_difference(example, printed, flags)
+        assert checker.check_output(snippet.printed, printed, flags), difference
+
+
+def test_there_are_snippets_of_both():
+    assert sum(snippet.page == "README.md" for snippet in SNIPPETS) >= 3
+    assert len({snippet.page for snippet in SNIPPETS}) >= 8
+
+
+def test_pictures_are_those_of_the_script():
+    done = subprocess.run([sys.executable, "tools/pictures.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run `python tools/pictures.py`"
+
+
+def text_of(page):
+    return (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]]
+    assert [
+        page for page in pages if f": {page}\n" not in navigation and f"- {page}\n" not in navigation
+    ] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+MODULES = ("gradroute", "models", "labels", "optim", "era", "blocks", "telemetry", "tables")
+
+
+def public_names(module):
+    found = importlib.import_module("gradroute" if module == "gradroute" else f"gradroute.{module}")
+    names = getattr(found, "__all__", None)
+    if names is None:
+        own = {name: value for name, value in vars(found).items() if not name.startswith("_")}
+        names = [name for name, value in own.items() if getattr(value, "__module__", "") == found.__name__]
+    return {name for name in names if not isinstance(getattr(found, name), type(ast))}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_in_the_reference(module):
+    prefix = "gradroute" if module == "gradroute" else f"gradroute.{module}"
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
+    documented = set(re.findall(rf"^::: {re.escape(prefix)}\.(\w+)$", pages, re.MULTILINE))
+    assert public_names(module) - documented == set()
+
+
+def raised_and_warned():
+    """The classes of errors and warnings in the package's source, and the first words of every warning."""
+    errors, warnings = set(), []
+    for file in sorted((ROOT / "gradroute").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                name = ast.unparse(node.exc.func).split(".")[-1]
+                errors |= {name} if name.endswith("Error") else set()
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                constants = [part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
+                warnings.append(max(map(str, constants), key=len).strip(" :'"))
+    return errors, warnings
+
+
+def test_troubleshooting_names_every_class_and_every_warning():
+    page = " ".join(text_of("troubleshooting.md").split())
+    errors, warnings = raised_and_warned()
+    assert errors
+    assert warnings
+    assert [name for name in sorted(errors) if name not in page] == []
+    assert [words for words in warnings if words not in page] == []
