@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from griffe import GriffeLoader
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -32,19 +33,19 @@ ASSETS = (
     "examples/results/*.png",
 )
 
-#: The public modules, in the order of the index, and the page that documents each.
-MODULES = {
-    "gradroute": "",
-    "gradroute.tables": "",
-    "gradroute.models": "models.md",
-    "gradroute.labels": "labels.md",
-    "gradroute.optim": "optim.md",
-    "gradroute.era": "era.md",
-    "gradroute.blocks": "era.md",
-    "gradroute.telemetry": "telemetry.md",
+#: The public modules in the order of the index. Names: those of `__all__`, or the ones that stand here.
+MODULES: dict[str, tuple[str, ...] | None] = {
+    "gradroute": None,
+    "gradroute.tables": ("localize", "heads", "concatenate"),
+    "gradroute.models": None,
+    "gradroute.labels": None,
+    "gradroute.optim": ("RoutedAdamW", "routed_param_groups"),
+    "gradroute.era": None,
+    "gradroute.blocks": ("Part", "Piece"),
+    "gradroute.telemetry": None,
 }
 
-LINK = re.compile(r"(?<=\]\()(?!https?://|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+LINK = re.compile(r"\[([^]]*)\]\((?!https?://|#)([^)\s#]+)(#[^)\s]*)?\)")
 NAMES = "<!-- names -->"
 
 
@@ -70,44 +71,50 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     base = posixpath.dirname(here if here else f"docs/{page.file.src_uri}")
 
     def moved(match: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(base, match[1]))
+        words, path, anchor = match[1], match[2], match[3] or ""
+        target = posixpath.normpath(posixpath.join(base, path))
         if here is None and target.startswith("docs/"):
             return match[0]
-        name = PAGES.get(target) or (target[5:] if target.startswith("docs/") else asset(target))
+        if (ROOT / target).is_dir():  # a folder is no page
+            return words
+        name = PAGES.get(target) or (target[len("docs/") :] if target.startswith("docs/") else asset(target))
         if target == "README.md":
             name = "index.md"
-        return posixpath.relpath(name, posixpath.dirname(page.file.src_uri) or ".") + (match[2] or "")
+        start = posixpath.dirname(page.file.src_uri) or "."
+        return f"[{words}]({posixpath.relpath(name, start)}{anchor})"
 
     return LINK.sub(moved, markdown).replace(NAMES, names_table() if NAMES in markdown else "")
 
 
 def names_table() -> str:
     """Markdown: every public name of every public module, with the first sentence of its docstring."""
-    from griffe import GriffeLoader
-
     loader = GriffeLoader(search_paths=[str(ROOT)])
     loader.load("gradroute")
     loader.resolve_aliases(external=False)
     parts = []
-    for module in MODULES:
+    for module, names in MODULES.items():
         rows = []
-        for name in public_names(module):
-            found = loader.modules_collection[f"{module}.{name}"]
-            target = found.final_target if found.is_alias else found
-            said = target.docstring.value.strip().split("\n\n")[0] if target.docstring else ""
+        for name in names or exported(module):
+            path = f"{module}.{name}"
+            try:
+                found = loader.modules_collection[path]
+                found = found.final_target if found.is_alias else found
+            except KeyError:  # a name that the module looks up when it is asked for
+                found = None
+            if found is not None and found.is_module:
+                continue
+            said = found.docstring.value.strip().split("\n\n")[0] if found and found.docstring else ""
             summary = " ".join(said.split()).replace("|", "\\|")
-            rows.append(f"| [`{name}`][{module}.{name}] | {summary} |")
+            rows.append(f"| [`{name}`][{path}] | {summary} |")
         parts.append(f"## {module}\n\n| name | |\n| --- | --- |\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
-def public_names(module: str) -> list[str]:
-    """`__all__` of a module as it is written, without importing it; else its functions and classes without `_`."""
+def exported(module: str) -> list[str]:
+    """A module's `__all__` as it is written, without importing it."""
     base = ROOT / module.replace(".", "/")
     file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in tree.body:
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             return sorted(ast.literal_eval(node.value), key=str.lower)
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    return [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    raise ValueError(f"{file}: got no __all__, expected the public names")
