@@ -57,7 +57,7 @@ def new_numbers(config: Any, changes: Mapping[str, tuple[int, int]]) -> dict[str
 
 
 def changes_of(parts: Sequence[Part], sign: int) -> dict[str, tuple[int, int]]:
-    """Maps "units" or "heads" to by how many a configuration's number changes, and in groups of how many."""
+    """By "units" and "heads": by how many a configuration's number changes, and in groups of how many."""
     return {
         part.what: (sign * len(part.index), part.group)
         for part in parts
