@@ -33,12 +33,15 @@ def sgtm(
 
     Each layer's last attention heads and last hidden units are the forget part. Forget tokens update nothing else in
     attention and MLPs (the biases of their outputs neither), with an ordinary forward and an ordinary gradient of
-    activations; retain tokens do not see the forget part in forward, and so do not update it; unlabelled ones train
+    activations; retain tokens do not see the forget part in forward, and so teach it nothing; unlabelled ones train
     everything. Embeddings, norms and the head are joint: everybody trains them. A key and value head that several
     query heads share belongs to the forget part only if all of them do. To take the knowledge out, zero the forget
     part (`ablate`).
 
-    Label whole documents, or keep documents of different labels apart in attention: a mask belongs to a position.
+    All this is true of documents of one label, kept apart in attention: a mask belongs to a position. In a document of
+    mixed labels the loss of a forget token also arrives at the retain positions that it attends to, and trains there
+    what retain tokens train (and the forget part's rows of k and v); the loss of a retain token trains the forget part
+    of earlier layers at the forget positions that it attends to.
 
     Args:
         config: the model's transformers configuration, or a Shape.
