@@ -99,24 +99,41 @@ def test_every_public_name_is_in_the_reference(module):
     assert names - documented == set()
 
 
-def raised_and_warned():
-    """The classes of errors and warnings in the package's source, and the first words of every warning."""
-    errors, warnings = set(), []
+def source():
     for file in sorted((ROOT / "gradroute").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                name = ast.unparse(node.exc.func).split(".")[-1]
-                errors |= {name} if name.endswith("Error") else set()
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
-                constants = [part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
-                warnings.append(max(map(str, constants), key=len).strip(" :'"))
-    return errors, warnings
+        yield from ast.walk(ast.parse(file.read_text(encoding="utf-8")))
 
 
-def test_troubleshooting_names_every_class_and_every_warning():
+def first_words(call):
+    """The text that a message begins with, up to its first value."""
+    start = call.args[0] if call.args else None
+    parts = start.values if isinstance(start, ast.JoinedStr) else [start]
+    return parts[0].value if isinstance(parts[0], ast.Constant) else ""
+
+
+RAISED = [node.exc for node in source() if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+WARNED = [
+    node for node in source() if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"
+]
+
+
+def test_troubleshooting_names_every_class_of_error():
+    classes = {ast.unparse(call.func).split(".")[-1] for call in RAISED}
+    errors = {name for name in classes if name.endswith("Error")}
+    assert errors >= {"BackendError", "TypeError", "ValueError"}
+    assert [name for name in sorted(errors) if name not in text_of("troubleshooting.md")] == []
+
+
+def test_troubleshooting_names_every_argument_that_errors_name():
+    page = text_of("troubleshooting.md")
+    arguments = {re.split(r"[:\[]", first_words(call))[0] for call in RAISED if ": got" in first_words(call)}
+    assert len(arguments) > 50
+    assert [name for name in sorted(arguments) if not re.search(rf"`[^`]*\b{re.escape(name)}\b", page)] == []
+
+
+def test_troubleshooting_names_every_warning():
     page = " ".join(text_of("troubleshooting.md").split())
-    errors, warnings = raised_and_warned()
-    assert errors
-    assert warnings
-    assert [name for name in sorted(errors) if name not in page] == []
-    assert [words for words in warnings if words not in page] == []
+    assert WARNED
+    for call in WARNED:
+        constants = [part.value for part in ast.walk(call.args[0]) if isinstance(part, ast.Constant)]
+        assert max(map(str, constants), key=len).strip(" :'") in page
