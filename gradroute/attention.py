@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from .checks import autocast, check_shape, refuse_double_backward, unrouted
 from .function import Function
 from .primitives import attention_edges
 from .primitives.attention_pattern import Pattern
+from .primitives.protocol import Primitives
 from .routes import Routes
-from .sites import Sites
-from .tables import TableLike
+from .sites import Site, Sites, site
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,24 +40,18 @@ class AttentionSites(Sites):
         update_output_bias: `[R, d_model]`, which entries of the output projection's bias a token may update.
     """
 
-    query: TableLike | None = None
-    key: TableLike | None = None
-    value: TableLike | None = None
-    heads: TableLike | None = None
-    forward_heads: TableLike | None = None
-    score_edges: TableLike | None = None
-    value_edges: TableLike | None = None
-    update: TableLike | None = None
-    update_q: TableLike | None = None
-    update_kv: TableLike | None = None
-    update_out: TableLike | None = None
-    update_output_bias: TableLike | None = None
-
-    defaults: ClassVar[dict[str, str]] = {
-        "update_q": "update",
-        "update_kv": "update",
-        "update_out": "update",
-    }
+    query: Site = site("heads")
+    key: Site = site("kv_heads")
+    value: Site = site("kv_heads")
+    heads: Site = site("heads")
+    forward_heads: Site = site("heads")
+    score_edges: Site = site("num_routes")
+    value_edges: Site = site("num_routes")
+    update: Site = site("projections")
+    update_q: Site = site("projections", default="update")
+    update_kv: Site = site("projections", default="update")
+    update_out: Site = site("projections", default="update")
+    update_output_bias: Site = site("projections")
 
     def check_edges(self, num_routes: int) -> None:
         """Raises unless tables of edges are `[R, R]` and R is no more than edges can have."""
@@ -79,17 +73,12 @@ class AttentionSites(Sites):
     @staticmethod
     def widths(num_routes: int, heads: int, kv_heads: int) -> dict[str, int | str]:
         """Each site's number of columns, or the reason why functional attention cannot honour it."""
-        projections = ("update", "update_q", "update_kv", "update_out", "update_output_bias")
-        reason = "it concerns a projection, which only layers and models see"
-        return dict.fromkeys(projections, reason) | {
-            "query": heads,
-            "key": kv_heads,
-            "value": kv_heads,
-            "heads": heads,
-            "forward_heads": heads,
-            "score_edges": num_routes,
-            "value_edges": num_routes,
-        }
+        return AttentionSites.widths_of(
+            heads=heads,
+            kv_heads=kv_heads,
+            num_routes=num_routes,
+            projections="it concerns a projection, which only layers and models see",
+        )
 
 
 def routed_attention(
@@ -148,7 +137,7 @@ def routed_attention(
             q, k, v, routes, sites, causal, window, pattern.scale, cu_seqlens, key_mask
         )
     z, *_ = AttentionFunction.apply(
-        q, k, v, routes, sites.effective, pattern, plan.vendor, backends.kernels(plan.backend)
+        q, k, v, routes, sites.effective, pattern, plan.vendor, backends.primitives(plan.backend)
     )
     return z
 
@@ -276,7 +265,7 @@ def _check_routed(q: Tensor, k: Tensor, v: Tensor, routes: Routes, sites: Attent
 
 
 class AttentionFunction(Function):
-    """routed_attention on the kernels of a backend; what its backward needs of the forward are further outputs."""
+    """routed_attention on the primitives of a backend; what its backward needs of the forward are further outputs."""
 
     @staticmethod
     def forward(
@@ -287,14 +276,14 @@ class AttentionFunction(Function):
         sites: AttentionSites,
         pattern: Pattern,
         vendor: str | None,
-        kernels: Any,
+        primitives: Primitives,
     ) -> tuple[Tensor, ...]:
-        z, saved = kernels.attention_forward(q, k, v, routes, sites, pattern, vendor)
+        z, saved = primitives.attention_forward(q, k, v, routes, sites, pattern, vendor)
         return z, *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, ctx.routes, ctx.sites, ctx.pattern, ctx.vendor, ctx.kernels = inputs
+        q, k, v, ctx.routes, ctx.sites, ctx.pattern, ctx.vendor, ctx.primitives = inputs
         z, *saved = output
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # of the others: zeros that nobody reads
@@ -306,7 +295,7 @@ class AttentionFunction(Function):
         refuse_double_backward("routed_attention")
         q, k, v, z, *saved = ctx.saved_tensors
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
-        dq, dk, dv = ctx.kernels.attention_backward(
+        dq, dk, dv = ctx.primitives.attention_backward(
             torch.zeros_like(z) if dz is None else dz,
             q,
             k,
@@ -329,4 +318,4 @@ class AttentionFunction(Function):
             None,
             None,
             None,
-        )  # ..., routes, sites, pattern, vendor, kernels
+        )  # ..., routes, sites, pattern, vendor, primitives

@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Sites
+from .tables import Table
 
 AnySites = TypeVar("AnySites", bound=Sites)
 
@@ -65,12 +67,12 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
 
 
-def masked_forward(z: Tensor, routes: Routes, table: Any, kernels: Any) -> Tensor:
+def masked_forward(z: Tensor, routes: Routes, table: Table | None, primitives: Primitives) -> Tensor:
     """m ⊙ z, in place on the activation `z [*tokens, F]` that the caller has just allocated."""
     if table is None:
         return z
     z = z.contiguous()
-    kernels.masked_product_(flat(z), routes, table)
+    primitives.masked_product_(flat(z), routes, table)
     return z
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from . import backends, reference
 from .checks import check_shape, flat, refuse_double_backward, unrouted
 from .function import Function
+from .primitives.protocol import Primitives
 from .routes import Routes
-from .sites import Sites
-from .tables import TableLike
+from .sites import Site, Sites, site
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,7 +24,7 @@ class EmbeddingSites(Sites):
         update: which features of its row a token may update (SGTM, arXiv 2512.05648); `[R, 1]`: whether it may at all.
     """
 
-    update: TableLike | None = None
+    update: Site = site("features")
 
 
 def routed_embedding(
@@ -66,12 +66,12 @@ def routed_embedding(
     if padding_idx is not None:
         padding_idx = _checked_row(padding_idx, num_embeddings)
     routes.check_tokens(tokens.shape, tokens, "tokens", "shape")
-    sites.check(routes, {"update": features})
+    sites.check(routes, EmbeddingSites.widths_of(features=features))
     chosen = backends.choose("routed_embedding", backend, weight)
     if chosen == "reference":
         return reference.routed_embedding(tokens, weight, routes, sites, padding_idx)
     return EmbeddingFunction.apply(
-        tokens, weight, routes, sites.effective, padding_idx, backends.kernels(chosen)
+        tokens, weight, routes, sites.effective, padding_idx, backends.primitives(chosen)
     )
 
 
@@ -85,7 +85,7 @@ def _checked_row(padding_idx: int, num_embeddings: int) -> int:
 
 
 class EmbeddingFunction(Function):
-    """routed_embedding on the kernels of a backend."""
+    """routed_embedding on the primitives of a backend."""
 
     @staticmethod
     def forward(
@@ -94,13 +94,13 @@ class EmbeddingFunction(Function):
         routes: Routes,
         sites: EmbeddingSites,
         padding_idx: int | None,
-        kernels: Any,
+        primitives: Primitives,
     ) -> Tensor:
         return F.embedding(tokens, weight, padding_idx)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        tokens, weight, ctx.routes, ctx.sites, ctx.padding_idx, ctx.kernels = inputs
+        tokens, weight, ctx.routes, ctx.sites, ctx.padding_idx, ctx.primitives = inputs
         ctx.num_embeddings = weight.shape[0]
         ctx.save_for_backward(tokens)
 
@@ -108,7 +108,7 @@ class EmbeddingFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_embedding")
         (tokens,) = ctx.saved_tensors
-        dweight = ctx.kernels.embedding_backward(
+        dweight = ctx.primitives.embedding_backward(
             flat(dy), tokens.reshape(-1), ctx.routes, ctx.sites.update, ctx.num_embeddings, ctx.padding_idx
         )
-        return None, dweight, None, None, None, None  # tokens; ..., routes, sites, padding_idx, kernels
+        return None, dweight, None, None, None, None  # tokens; ..., routes, sites, padding_idx, primitives

@@ -21,6 +21,7 @@ from .checks import (
 )
 from .function import Function
 from .mlp import ActivationSites, MLPSites
+from .primitives.protocol import Primitives
 from .rectangles import Branch, mlp_backward
 from .routes import Routes
 
@@ -98,13 +99,13 @@ def routed_gated_mlp(
         routes,
         sites.effective,
         activation,
-        backends.kernels(chosen),
+        backends.primitives(chosen),
     )
     return y
 
 
 class GatedMLPFunction(Function):
-    """routed_gated_mlp on the kernels of a backend; the pre-activations are outputs too, so that they can be saved."""
+    """routed_gated_mlp on the primitives of a backend; the pre-activations are outputs too, to be saved."""
 
     @staticmethod
     def forward(
@@ -118,18 +119,18 @@ class GatedMLPFunction(Function):
         routes: Routes,
         sites: MLPSites,
         activation: str,
-        kernels: Any,
+        primitives: Primitives,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
         z = (
             ACTIVATIONS[activation].value(gate).mul_(up)
         )  # in place: a fresh matrix costs as much as the product
-        z = masked_forward(z, routes, sites.forward, kernels)
+        z = masked_forward(z, routes, sites.forward, primitives)
         return F.linear(z, w_down, b_down), gate, up
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, w_gate, w_up, w_down, _, _, _, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
+        x, w_gate, w_up, w_down, _, _, _, ctx.routes, ctx.sites, ctx.activation, ctx.primitives = inputs
         y, gate, up = output
         ctx.output = (y.shape, y.dtype)
         ctx.mark_non_differentiable(gate, up)
@@ -150,7 +151,7 @@ class GatedMLPFunction(Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         refuse_double_backward("routed_gated_mlp")
         x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
-        routes, sites, kernels = ctx.routes, ctx.sites, ctx.kernels
+        routes, sites, primitives = ctx.routes, ctx.sites, ctx.primitives
         need_x, need_w_gate, need_w_up, need_w_down, need_b_gate, need_b_up, need_b_down = (
             ctx.needs_input_grad[:7]
         )
@@ -159,7 +160,7 @@ class GatedMLPFunction(Function):
         if dy is None:
             shape, dtype = ctx.output
             dy = torch.zeros(shape, dtype=dtype, device=routes.device)
-        g = kernels.masked_product(flat(dy), routes, sites.output)
+        g = primitives.masked_product(flat(dy), routes, sites.output)
         if gate is not None:
             branches = [
                 Branch(flat(gate), w_gate, need_w_gate, need_b_gate),
@@ -173,8 +174,8 @@ class GatedMLPFunction(Function):
                 routes,
                 sites,
                 ctx.activation,
-                kernels.glu_backward,
-                kernels,
+                primitives.glu_backward,
+                primitives,
                 need_x=need_x,
                 need_w_out=need_w_down,
             )
@@ -182,7 +183,7 @@ class GatedMLPFunction(Function):
         if need_x:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
         if need_b_down:
-            db_down = kernels.bias_grad(g, routes, sites.update_output_bias)
+            db_down = primitives.bias_grad(g, routes, sites.update_output_bias)
         return (
             dx,
             dw_gate,
@@ -194,7 +195,7 @@ class GatedMLPFunction(Function):
             None,  # routes
             None,  # sites
             None,  # activation
-            None,  # kernels
+            None,  # primitives
         )
 
 
@@ -241,22 +242,27 @@ def routed_glu(
     chosen = backends.choose("routed_glu", backend, gate)
     if chosen == "reference":
         return reference.routed_glu(gate, up, routes, sites, activation)
-    return GLUFunction.apply(gate, up, routes, sites.effective, activation, backends.kernels(chosen))
+    return GLUFunction.apply(gate, up, routes, sites.effective, activation, backends.primitives(chosen))
 
 
 class GLUFunction(Function):
-    """routed_glu on the kernels of a backend."""
+    """routed_glu on the primitives of a backend."""
 
     @staticmethod
     def forward(
-        gate: Tensor, up: Tensor, routes: Routes, sites: ActivationSites, activation: str, kernels: Any
+        gate: Tensor,
+        up: Tensor,
+        routes: Routes,
+        sites: ActivationSites,
+        activation: str,
+        primitives: Primitives,
     ) -> Tensor:
         z = ACTIVATIONS[activation].value(gate) * up
-        return masked_forward(z, routes, sites.forward, kernels)
+        return masked_forward(z, routes, sites.forward, primitives)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gate, up, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
+        gate, up, ctx.routes, ctx.sites, ctx.activation, ctx.primitives = inputs
         ctx.save_for_backward(gate, up)
 
     @staticmethod
@@ -264,7 +270,7 @@ class GLUFunction(Function):
         refuse_double_backward("routed_glu")
         gate, up = ctx.saved_tensors
         need_gate, need_up = ctx.needs_input_grad[:2]
-        dgate, dup, _, _, _ = ctx.kernels.glu_backward(
+        dgate, dup, _, _, _ = ctx.primitives.glu_backward(
             flat(dz),
             flat(gate),
             flat(up),
@@ -280,5 +286,5 @@ class GLUFunction(Function):
             None,  # routes
             None,  # sites
             None,  # activation
-            None,  # kernels
+            None,  # primitives
         )

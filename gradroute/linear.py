@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch import Tensor
 from . import backends, reference
 from .checks import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
 from .function import Function
+from .primitives.protocol import Primitives
 from .rectangles import Rows, linear_input_grad, linear_weight_grad
 from .routes import Routes
-from .sites import Sites
-from .tables import TableLike
+from .sites import Site, Sites, site
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,24 +30,20 @@ class LinearSites(Sites):
         update_bias: `[R, O]`, which bias entries a token may update; default: `update_rows`.
     """
 
-    output: TableLike | None = None
-    input: TableLike | None = None
-    update_rows: TableLike | None = None
-    update_cols: TableLike | None = None
-    update_bias: TableLike | None = None
-
-    defaults: ClassVar[dict[str, str]] = {"update_bias": "update_rows"}
+    output: Site = site("outputs")
+    input: Site = site("inputs")
+    update_rows: Site = site("outputs")
+    update_cols: Site = site("inputs")
+    update_bias: Site = site("bias", default="update_rows")
 
     @staticmethod
     def widths(inputs: int, outputs: int, bias: Tensor | None) -> dict[str, int | str]:
         """Each site's number of features, or the reason why a layer of this shape cannot honour it."""
-        return {
-            "output": outputs,
-            "input": inputs,
-            "update_rows": outputs,
-            "update_cols": inputs,
-            "update_bias": outputs if bias is not None else "the layer has no bias",
-        }
+        return LinearSites.widths_of(
+            outputs=outputs,
+            inputs=inputs,
+            bias=outputs if bias is not None else "the layer has no bias",
+        )
 
 
 def routed_linear(
@@ -88,7 +84,7 @@ def routed_linear(
     chosen = backends.choose("routed_linear", backend, x)
     if chosen == "reference":
         return reference.routed_linear(x, weight, bias, routes, sites)
-    return LinearFunction.apply(x, weight, bias, routes, sites.effective, backends.kernels(chosen))
+    return LinearFunction.apply(x, weight, bias, routes, sites.effective, backends.primitives(chosen))
 
 
 def routed_linears(
@@ -122,7 +118,7 @@ def routed_linears(
         cast = zip(parameters[: len(layers)], parameters[len(layers) :], all_sites, strict=True)
         return tuple(reference.routed_linear(x, weight, bias, routes, sites) for weight, bias, sites in cast)
     effective = tuple(sites.effective for sites in all_sites)
-    return LinearsFunction.apply(x, routes, effective, backends.kernels(chosen), *parameters)
+    return LinearsFunction.apply(x, routes, effective, backends.primitives(chosen), *parameters)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: LinearSites) -> None:
@@ -135,17 +131,22 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
 
 
 class LinearFunction(Function):
-    """routed_linear on the kernels of a backend."""
+    """routed_linear on the primitives of a backend."""
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: LinearSites, kernels: Any
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routes: Routes,
+        sites: LinearSites,
+        primitives: Primitives,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.routes, ctx.sites, ctx.kernels = inputs
+        x, weight, _, ctx.routes, ctx.sites, ctx.primitives = inputs
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
@@ -153,53 +154,58 @@ class LinearFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_linear")
         x, weight = ctx.saved_tensors
-        routes, sites, kernels = ctx.routes, ctx.sites, ctx.kernels
+        routes, sites, primitives = ctx.routes, ctx.sites, ctx.primitives
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx: Any = None
         dweight = dbias = None
-        g = kernels.masked_product(flat(dy), routes, sites.output)
+        g = primitives.masked_product(flat(dy), routes, sites.output)
         if need_x:
-            dx = _input_grad(g, weight, routes, sites, kernels).view(*dy.shape[:-1], weight.shape[1])
+            dx = _input_grad(g, weight, routes, sites, primitives).view(*dy.shape[:-1], weight.shape[1])
         if need_weight:
-            dweight = _weight_grad(g, Rows(flat(x)), routes, sites, kernels)
+            dweight = _weight_grad(g, Rows(flat(x)), routes, sites, primitives)
         if need_bias:
-            dbias = kernels.bias_grad(g, routes, sites.update_bias)
-        return dx, dweight, dbias, None, None, None  # ..., routes, sites, kernels
+            dbias = primitives.bias_grad(g, routes, sites.update_bias)
+        return dx, dweight, dbias, None, None, None  # ..., routes, sites, primitives
 
 
 def _input_grad(
-    g: Tensor, weight: Tensor, routes: Routes, sites: LinearSites, kernels: Any, total: Tensor | None = None
+    g: Tensor,
+    weight: Tensor,
+    routes: Routes,
+    sites: LinearSites,
+    primitives: Primitives,
+    total: Tensor | None = None,
 ) -> Tensor:
     """dx `[T, I]` of g `[T, O]`, added to `total`, the caller's own, where other layers of the same x have one."""
     if total is not None and sites.output is None and sites.input is None:
         return total.addmm_(g, weight)
-    dx = linear_input_grad(g, weight, routes, sites, kernels)
+    dx = linear_input_grad(g, weight, routes, sites, primitives)
     if dx is None:
-        dx = kernels.input_grad(g, weight, routes, sites.input)
+        dx = primitives.input_grad(g, weight, routes, sites.input)
     return dx if total is None else total.add_(dx)
 
 
-def _weight_grad(g: Tensor, x: Rows, routes: Routes, sites: LinearSites, kernels: Any) -> Tensor:
+def _weight_grad(g: Tensor, x: Rows, routes: Routes, sites: LinearSites, primitives: Primitives) -> Tensor:
     """dW `[O, I]` of g `[T, O]` and x `[T, I]`."""
-    dweight = linear_weight_grad(g, x, routes, sites, kernels)
+    dweight = linear_weight_grad(g, x, routes, sites, primitives)
     if dweight is None:
-        return kernels.weight_grad(g, x.matrix, routes, sites.update_rows, sites.update_cols)
+        return primitives.weight_grad(g, x.matrix, routes, sites.update_rows, sites.update_cols)
     return dweight
 
 
 class LinearsFunction(Function):
-    """routed_linears on the kernels of a backend."""
+    """routed_linears on the primitives of a backend."""
 
     @staticmethod
     def forward(
-        x: Tensor, routes: Routes, sites: tuple[LinearSites, ...], kernels: Any, *parameters: Any
+        x: Tensor, routes: Routes, sites: tuple[LinearSites, ...], primitives: Primitives, *parameters: Any
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(sites)], parameters[len(sites) :]
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.routes, ctx.sites, ctx.kernels, *parameters = inputs
+        x, ctx.routes, ctx.sites, ctx.primitives, *parameters = inputs
         need_x, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4 : 4 + len(ctx.sites)]
         weights = parameters[: len(ctx.sites)] if need_x else ()
         ctx.save_for_backward(x if any(need_weights) else None, *weights)
@@ -208,21 +214,21 @@ class LinearsFunction(Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_linear")
         x, *weights = ctx.saved_tensors
-        routes, kernels, count = ctx.routes, ctx.kernels, len(ctx.sites)
+        routes, primitives, count = ctx.routes, ctx.primitives, len(ctx.sites)
         need_weights, need_biases = ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[4 + count :]
         rows = None if x is None else Rows(flat(x))
         dx: Any = None
         dweights: list[Tensor | None] = [None] * count
         dbiases: list[Tensor | None] = [None] * count
         for i, (dy, sites) in enumerate(zip(dys, ctx.sites, strict=True)):
-            g = kernels.masked_product(flat(dy), routes, sites.output)
+            g = primitives.masked_product(flat(dy), routes, sites.output)
             if weights:
-                dx = _input_grad(g, weights[i], routes, sites, kernels, dx)
+                dx = _input_grad(g, weights[i], routes, sites, primitives, dx)
             if need_weights[i]:
                 assert rows is not None
-                dweights[i] = _weight_grad(g, rows, routes, sites, kernels)
+                dweights[i] = _weight_grad(g, rows, routes, sites, primitives)
             if need_biases[i]:
-                dbiases[i] = kernels.bias_grad(g, routes, sites.update_bias)
+                dbiases[i] = primitives.bias_grad(g, routes, sites.update_bias)
         if weights:
             dx = dx.view(*dys[0].shape[:-1], dx.shape[1])
-        return dx, None, None, None, *dweights, *dbiases  # x; routes, sites, kernels; weights; biases
+        return dx, None, None, None, *dweights, *dbiases  # x; routes, sites, primitives; weights; biases

@@ -21,10 +21,10 @@ from .checks import (
     unrouted,
 )
 from .function import Function
+from .primitives.protocol import Primitives
 from .rectangles import Branch, mlp_backward
 from .routes import Routes
-from .sites import Sites
-from .tables import TableLike
+from .sites import Site, Sites, site
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,25 +42,23 @@ class MLPSites(Sites):
         update_output_bias: which entries of the output bias a token may update.
     """
 
-    pre: TableLike | None = None
-    hidden: TableLike | None = None
-    forward: TableLike | None = None
-    update: TableLike | None = None
-    update_in: TableLike | None = None
-    update_out: TableLike | None = None
-    output: TableLike | None = None
-    update_output_bias: TableLike | None = None
-
-    defaults: ClassVar[dict[str, str]] = {"update_in": "update", "update_out": "update"}
+    pre: Site = site("d_ff")
+    hidden: Site = site("d_ff")
+    forward: Site = site("d_ff")
+    update: Site = site("d_ff")
+    update_in: Site = site("d_ff", default="update")
+    update_out: Site = site("d_ff", default="update")
+    output: Site = site("d_model")
+    update_output_bias: Site = site("output_bias")
 
     @staticmethod
     def widths(d_model: int, d_ff: int, output_bias: Tensor | None) -> dict[str, int | str]:
         """Each site's number of features, or the reason why an MLP of this shape cannot honour it."""
-        hidden = ("pre", "hidden", "forward", "update", "update_in", "update_out")
-        return dict.fromkeys(hidden, d_ff) | {
-            "output": d_model,
-            "update_output_bias": d_model if output_bias is not None else "the MLP has no output bias",
-        }
+        return MLPSites.widths_of(
+            d_ff=d_ff,
+            d_model=d_model,
+            output_bias=d_model if output_bias is not None else "the MLP has no output bias",
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,14 +71,17 @@ class ActivationSites(Sites):
         forward: the hidden activations themselves, in forward, and so their gradient.
     """
 
-    pre: TableLike | None = None
-    hidden: TableLike | None = None
-    forward: TableLike | None = None
+    pre: Site = site("d_ff")
+    hidden: Site = site("d_ff")
+    forward: Site = site("d_ff")
+
+    update_in: ClassVar[None] = None
+    update_out: ClassVar[None] = None
 
     @staticmethod
     def widths(d_ff: int) -> dict[str, int | str]:
         """Each site's number of features."""
-        return {"pre": d_ff, "hidden": d_ff, "forward": d_ff}
+        return ActivationSites.widths_of(d_ff=d_ff)
 
 
 def routed_mlp(
@@ -138,13 +139,13 @@ def routed_mlp(
     if chosen == "reference":
         return reference.routed_mlp(x, w_in, b_in, w_out, b_out, routes, sites, activation)
     y, _ = MLPFunction.apply(
-        x, w_in, b_in, w_out, b_out, routes, sites.effective, activation, backends.kernels(chosen)
+        x, w_in, b_in, w_out, b_out, routes, sites.effective, activation, backends.primitives(chosen)
     )
     return y
 
 
 class MLPFunction(Function):
-    """routed_mlp on the kernels of a backend; the pre-activations are a second output, so that they can be saved."""
+    """routed_mlp on the primitives of a backend; the pre-activations are a second output, so that they can be saved."""
 
     @staticmethod
     def forward(
@@ -156,16 +157,16 @@ class MLPFunction(Function):
         routes: Routes,
         sites: MLPSites,
         activation: str,
-        kernels: Any,
+        primitives: Primitives,
     ) -> tuple[Tensor, Tensor]:
         a = F.linear(x, w_in, b_in)
         z = ACTIVATIONS[activation].value(a)
-        z = masked_forward(z, routes, sites.forward, kernels)
+        z = masked_forward(z, routes, sites.forward, primitives)
         return F.linear(z, w_out, b_out), a
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, w_in, _, w_out, _, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
+        x, w_in, _, w_out, _, ctx.routes, ctx.sites, ctx.activation, ctx.primitives = inputs
         y, a = output
         ctx.output = (y.shape, y.dtype)
         ctx.mark_non_differentiable(a)
@@ -183,14 +184,14 @@ class MLPFunction(Function):
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         refuse_double_backward("routed_mlp")
         x, w_in, w_out, a = ctx.saved_tensors
-        routes, sites, kernels = ctx.routes, ctx.sites, ctx.kernels
+        routes, sites, primitives = ctx.routes, ctx.sites, ctx.primitives
         need_x, need_w_in, need_b_in, need_w_out, need_b_out = ctx.needs_input_grad[:5]
         dx: Any = None
         dw_in = db_in = dw_out = db_out = None
         if dy is None:
             shape, dtype = ctx.output
             dy = torch.zeros(shape, dtype=dtype, device=routes.device)
-        g = kernels.masked_product(flat(dy), routes, sites.output)
+        g = primitives.masked_product(flat(dy), routes, sites.output)
         if a is not None:
             branch = Branch(flat(a), w_in, need_w_in, need_b_in)
             dx, dw_out = mlp_backward(
@@ -201,8 +202,8 @@ class MLPFunction(Function):
                 routes,
                 sites,
                 ctx.activation,
-                kernels.activation_backward,
-                kernels,
+                primitives.activation_backward,
+                primitives,
                 need_x=need_x,
                 need_w_out=need_w_out,
             )
@@ -210,7 +211,7 @@ class MLPFunction(Function):
         if need_x:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
         if need_b_out:
-            db_out = kernels.bias_grad(g, routes, sites.update_output_bias)
+            db_out = primitives.bias_grad(g, routes, sites.update_output_bias)
         return (
             dx,
             dw_in,
@@ -221,7 +222,7 @@ class MLPFunction(Function):
             None,
             None,
             None,
-        )  # ..., routes, sites, activation, kernels
+        )  # ..., routes, sites, activation, primitives
 
 
 def routed_activation(
@@ -261,27 +262,29 @@ def routed_activation(
     chosen = backends.choose("routed_activation", backend, a)
     if chosen == "reference":
         return reference.routed_activation(a, routes, sites, activation)
-    return ActivationFunction.apply(a, routes, sites.effective, activation, backends.kernels(chosen))
+    return ActivationFunction.apply(a, routes, sites.effective, activation, backends.primitives(chosen))
 
 
 class ActivationFunction(Function):
-    """routed_activation on the kernels of a backend."""
+    """routed_activation on the primitives of a backend."""
 
     @staticmethod
-    def forward(a: Tensor, routes: Routes, sites: ActivationSites, activation: str, kernels: Any) -> Tensor:
+    def forward(
+        a: Tensor, routes: Routes, sites: ActivationSites, activation: str, primitives: Primitives
+    ) -> Tensor:
         z = ACTIVATIONS[activation].value(a)
-        return masked_forward(z, routes, sites.forward, kernels)
+        return masked_forward(z, routes, sites.forward, primitives)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, ctx.routes, ctx.sites, ctx.activation, ctx.kernels = inputs
+        a, ctx.routes, ctx.sites, ctx.activation, ctx.primitives = inputs
         ctx.save_for_backward(a)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_activation")
         (a,) = ctx.saved_tensors
-        da, _, _ = ctx.kernels.activation_backward(
+        da, _, _ = ctx.primitives.activation_backward(
             flat(dz), flat(a), ctx.routes, ctx.sites, ctx.activation, want_z=False, want_bias=False
         )
-        return da.view(a.shape), None, None, None, None  # a, routes, sites, activation, kernels
+        return da.view(a.shape), None, None, None, None  # a, routes, sites, activation, primitives

@@ -11,9 +11,10 @@ from torch import Tensor
 from . import backends, reference
 from .checks import check_features, check_shape, flat, refuse_double_backward, unrouted
 from .function import Function
+from .primitives.arguments import NormArguments
+from .primitives.protocol import Primitives
 from .routes import Routes
-from .sites import Sites
-from .tables import TableLike
+from .sites import Site, Sites, site
 
 #: Where an RMS norm rounds: as `torch.nn.functional.rms_norm`, as Llama, or as Gemma.
 CASTING_MODES = ("torch", "llama", "gemma")
@@ -28,7 +29,7 @@ class NormSites(Sites):
             that flows on is not touched.
     """
 
-    update: TableLike | None = None
+    update: Site = site("features")
 
 
 def routed_rms_norm(
@@ -77,7 +78,7 @@ def routed_rms_norm(
     if chosen == "reference":
         return reference.routed_rms_norm(x, weight, routes, sites, eps, offset, casting_mode)
     return RMSNormFunction.apply(
-        x, weight, routes, sites.effective, eps, offset, casting_mode, backends.kernels(chosen)
+        x, weight, routes, sites.effective, eps, offset, casting_mode, backends.primitives(chosen)
     )
 
 
@@ -121,7 +122,7 @@ def routed_layer_norm(
     chosen = backends.choose("routed_layer_norm", backend, x)
     if chosen == "reference":
         return reference.routed_layer_norm(x, weight, bias, routes, sites, eps)
-    return LayerNormFunction.apply(x, weight, bias, routes, sites.effective, eps, backends.kernels(chosen))
+    return LayerNormFunction.apply(x, weight, bias, routes, sites.effective, eps, backends.primitives(chosen))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: NormSites) -> None:
@@ -130,7 +131,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
     check_features("x", x, features, "weight is [D]")
     check_shape("bias", bias, features)
     routes.check(x, "x")
-    sites.check(routes, {"update": features})
+    sites.check(routes, NormSites.widths_of(features=features))
 
 
 # Both forwards run the ordinary op inside the Function, under the caller's autocast: x is saved as it came, and the
@@ -138,7 +139,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
 
 
 class RMSNormFunction(Function):
-    """routed_rms_norm on the kernels of a backend."""
+    """routed_rms_norm on the primitives of a backend."""
 
     @staticmethod
     def forward(
@@ -149,13 +150,13 @@ class RMSNormFunction(Function):
         eps: float | None,
         offset: float,
         casting_mode: str,
-        kernels: Any,
+        primitives: Primitives,
     ) -> Tensor:
         return reference.rms_norm_value(x, weight, eps, offset, casting_mode)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.routes, ctx.sites, ctx.eps, ctx.offset, ctx.casting_mode, ctx.kernels = inputs
+        x, weight, ctx.routes, ctx.sites, ctx.eps, ctx.offset, ctx.casting_mode, ctx.primitives = inputs
         ctx.weight_dtype = weight.dtype
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_x or need_weight else None, weight if need_x else None)
@@ -165,16 +166,16 @@ class RMSNormFunction(Function):
         refuse_double_backward("routed_rms_norm")
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
-        dx, dweight = ctx.kernels.rms_norm_backward(
+        eps = reference.rms_norm_eps(ctx.eps, x)
+        dx, dweight, _ = ctx.primitives.norm_backward(
             flat(dy),
             flat(x),
             weight,
             ctx.routes,
             ctx.sites.update,
-            reference.rms_norm_eps(ctx.eps, x),
-            ctx.offset,
-            ctx.casting_mode,
+            NormArguments(eps, ctx.offset, centered=False, round_x_hat=ctx.casting_mode == "llama"),
             want_weight=need_weight,
+            want_bias=False,
         )
         if need_x:
             dx = dx.view(x.shape)
@@ -189,11 +190,11 @@ class RMSNormFunction(Function):
             None,
             None,
             None,
-        )  # ..., routes, sites, eps, offset, casting_mode, kernels
+        )  # ..., routes, sites, eps, offset, casting_mode, primitives
 
 
 class LayerNormFunction(Function):
-    """routed_layer_norm on the kernels of a backend."""
+    """routed_layer_norm on the primitives of a backend."""
 
     @staticmethod
     def forward(
@@ -203,13 +204,13 @@ class LayerNormFunction(Function):
         routes: Routes,
         sites: NormSites,
         eps: float,
-        kernels: Any,
+        primitives: Primitives,
     ) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.routes, ctx.sites, ctx.eps, ctx.kernels = inputs
+        x, weight, bias, ctx.routes, ctx.sites, ctx.eps, ctx.primitives = inputs
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -219,25 +220,25 @@ class LayerNormFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_layer_norm")
         x, weight = ctx.saved_tensors
-        routes, update, kernels = ctx.routes, ctx.sites.update, ctx.kernels
+        routes, update, primitives = ctx.routes, ctx.sites.update, ctx.primitives
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_x or need_weight:
-            dx, dweight, dbias = kernels.layer_norm_backward(
+            dx, dweight, dbias = primitives.norm_backward(
                 flat(dy),
                 flat(x),
                 weight,
                 routes,
                 update,
-                ctx.eps,
+                NormArguments(ctx.eps, 0.0, centered=True, round_x_hat=False),
                 want_weight=need_weight,
                 want_bias=need_bias,
             )
         else:
-            dx, dweight, dbias = None, None, kernels.bias_grad(flat(dy), routes, update)
+            dx, dweight, dbias = None, None, primitives.bias_grad(flat(dy), routes, update)
         if need_x:
             dx = dx.view(x.shape)
         if need_weight:
             dweight = dweight.to(ctx.weight_dtype)
         if need_bias:
             dbias = dbias.to(ctx.bias_dtype)
-        return dx, dweight, dbias, None, None, None, None  # ..., routes, sites, eps, kernels
+        return dx, dweight, dbias, None, None, None, None  # ..., routes, sites, eps, primitives

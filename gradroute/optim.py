@@ -424,7 +424,7 @@ class _Corrections(NamedTuple):
 def _apply_fused(updates: Sequence[_Update], corrections: _Corrections) -> None:
     """Takes the steps of parameters of one group, device and dtype, each by one kernel."""
     group, parameter = updates[0].group, updates[0].parameter
-    kernel = backends.kernels(_fused_backend(parameter.device, parameter.dtype)).adamw_step
+    kernel = backends.primitives(_fused_backend(parameter.device, parameter.dtype)).adamw_step
     beta1, beta2 = group["betas"]
     options = AdamWOptions(beta1, beta2, group["eps"], group["maximize"])
     touched, decay, size, root = corrections

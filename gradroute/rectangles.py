@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .primitives.protocol import Primitives
 from .routes import Routes
 from .tables import Table
 
@@ -398,7 +399,9 @@ def _part_of(table: Table | None, features: slice, first: int, last: int) -> Tab
     return Table(weights) if bool((weights[first : last + 1] != 1).any()) else None
 
 
-def linear_input_grad(g: Tensor, weight: Tensor, routes: Routes, sites: Any, kernels: Any) -> Tensor | None:
+def linear_input_grad(
+    g: Tensor, weight: Tensor, routes: Routes, sites: Any, primitives: Primitives
+) -> Tensor | None:
     """dx of a linear layer: of the tokens and features that gradient arrives at and leaves.
 
     Args:
@@ -406,12 +409,12 @@ def linear_input_grad(g: Tensor, weight: Tensor, routes: Routes, sites: Any, ker
         weight: `[O, I]`.
         routes: the batch's routes.
         sites: effective sites.
-        kernels: the backend's leaf computations.
+        primitives: the backend's.
 
     Returns:
         `[T, I]`; None where parts do not pay.
     """
-    parts = _linear_parts(g, weight.shape, routes, sites, kernels, _input_live, _input_group)
+    parts = _linear_parts(g, weight.shape, routes, sites, primitives, _input_live, _input_group)
     if not parts:
         return None
     dx = g.new_zeros(g.shape[0], weight.shape[1])
@@ -423,12 +426,14 @@ def linear_input_grad(g: Tensor, weight: Tensor, routes: Routes, sites: Any, ker
                 for outputs in products.outputs:
                     total = _plus_product(total, part_g[:, outputs], weight[outputs, inputs])
                 if total is not None:
-                    kernels.masked_product_(total, part.routes, table)
+                    primitives.masked_product_(total, part.routes, table)
                     part.put(total, dx[:, inputs])
     return dx
 
 
-def linear_weight_grad(g: Tensor, x: Rows, routes: Routes, sites: Any, kernels: Any) -> Tensor | None:
+def linear_weight_grad(
+    g: Tensor, x: Rows, routes: Routes, sites: Any, primitives: Primitives
+) -> Tensor | None:
     """dW of a linear layer: of the tokens that may update, and what they may update.
 
     Args:
@@ -436,13 +441,13 @@ def linear_weight_grad(g: Tensor, x: Rows, routes: Routes, sites: Any, kernels: 
         x: `[T, I]`, with its rows.
         routes: the batch's routes.
         sites: effective sites.
-        kernels: the backend's leaf computations.
+        primitives: the backend's.
 
     Returns:
         `[O, I]`; None where parts do not pay.
     """
     shape = (g.shape[1], x.matrix.shape[1])
-    parts = _linear_parts(g, shape, routes, sites, kernels, _weight_live, _weight_group)
+    parts = _linear_parts(g, shape, routes, sites, primitives, _weight_live, _weight_group)
     if not parts:
         return None
     areas = [
@@ -457,11 +462,11 @@ def linear_weight_grad(g: Tensor, x: Rows, routes: Routes, sites: Any, kernels: 
         for products in part.spans:
             part_g, part_x = part.of(g), x.of(part)
             masked_x = [
-                (cols, kernels.masked_product(part_x[:, cols], part.routes, table))
+                (cols, primitives.masked_product(part_x[:, cols], part.routes, table))
                 for cols, table in products.cols
             ]
             for rows, table in products.rows:
-                masked_g = kernels.masked_product(part_g[:, rows], part.routes, table)
+                masked_g = primitives.masked_product(part_g[:, rows], part.routes, table)
                 for cols, part_of_x in masked_x:
                     dweight.add_product(masked_g.T, part_of_x, rows, cols)
     return dweight.result()
@@ -472,7 +477,7 @@ def _linear_parts(
     shape: Sequence[int],
     routes: Routes,
     sites: Any,
-    kernels: Any,
+    primitives: Primitives,
     live_of: Callable[..., Any],
     group_of: Callable[..., Group],
 ) -> list[Part]:
@@ -552,7 +557,13 @@ class Branch:
             self.bias_grad = Total(g, (d_ff,), [(span.features,) for span in spans])
 
     def add(
-        self, grad: Tensor, bias: Tensor | None, x: Tensor | None, part: Part, span: Span, kernels: Any
+        self,
+        grad: Tensor,
+        bias: Tensor | None,
+        x: Tensor | None,
+        part: Part,
+        span: Span,
+        primitives: Primitives,
     ) -> None:
         """Adds a span: the gradient `[tokens, features]` of its pre-activations, which has served dx, and is masked."""
         if self.bias_grad is not None:
@@ -561,7 +572,7 @@ class Branch:
         if self.weight_grad is not None:
             assert x is not None
             for inside, rows, table in span.updates:
-                kernels.masked_product_(grad[:, inside], part.routes, table)
+                primitives.masked_product_(grad[:, inside], part.routes, table)
                 self.weight_grad.add_product(grad[:, inside].T, x, rows=rows)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
@@ -579,7 +590,7 @@ def mlp_backward(
     sites: Any,
     activation: str,
     backward: Callable[..., tuple[Any, ...]],
-    kernels: Any,
+    primitives: Primitives,
     *,
     need_x: bool,
     need_w_out: bool,
@@ -595,7 +606,7 @@ def mlp_backward(
         sites: effective sites.
         activation: its name.
         backward: the leaf computation of the middle.
-        kernels: the backend's leaf computations.
+        primitives: the backend's.
         need_x: compute dx.
         need_w_out: compute dW_out.
 
@@ -640,7 +651,7 @@ def mlp_backward(
             for branch, grad, bias in zip(branches, grads, biases, strict=True) if dz is not None else ():
                 if branch.weight is not None:
                     part_dx = _plus_product(part_dx, grad, branch.weight[features])
-                branch.add(grad, bias, part_x, part, span, kernels)
+                branch.add(grad, bias, part_x, part, span, primitives)
         if need_x:
             dx = part.put(part_dx, dx)
     return dx, None if dw_out is None else dw_out.result()

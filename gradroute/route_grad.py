@@ -9,6 +9,7 @@ from torch import Tensor
 from . import backends, reference
 from .checks import flat, refuse_double_backward, unrouted
 from .function import Function
+from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import check_table
 from .tables import Table, TableLike
@@ -45,22 +46,22 @@ def route_grad(
         return reference.route_grad(x, routes, table)
     if table.kind == "ones":
         return x
-    return RouteGradFunction.apply(x, routes, table, backends.kernels(chosen))
+    return RouteGradFunction.apply(x, routes, table, backends.primitives(chosen))
 
 
 class RouteGradFunction(Function):
-    """route_grad on the kernels of a backend."""
+    """route_grad on the primitives of a backend."""
 
     @staticmethod
-    def forward(x: Tensor, routes: Routes, table: Table, kernels: Any) -> Tensor:
+    def forward(x: Tensor, routes: Routes, table: Table, primitives: Primitives) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.routes, ctx.table, ctx.kernels = inputs
+        _, ctx.routes, ctx.table, ctx.primitives = inputs
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("route_grad")
-        dx = ctx.kernels.masked_product(flat(dy), ctx.routes, ctx.table).view(dy.shape)
-        return dx, None, None, None  # x, routes, table, kernels
+        dx = ctx.primitives.masked_product(flat(dy), ctx.routes, ctx.table).view(dy.shape)
+        return dx, None, None, None  # x, routes, table, primitives

@@ -2,53 +2,87 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .routes import Routes
-from .tables import Table
+from .tables import Table, TableLike
 
 AnySites = TypeVar("AnySites", bound="Sites")
+
+
+class Site:
+    """The annotation of a site: it takes a TableLike or None, and holds a Table or None.
+
+    Type checkers read it as a descriptor; at run time a site is an ordinary attribute.
+    """
+
+    if TYPE_CHECKING:
+
+        def __get__(self, sites: object, owner: type | None = None) -> Table | None:
+            """What a site holds."""
+
+        def __set__(self, sites: object, table: TableLike | None) -> None:
+            """What a site takes."""
+
+
+def site(width: str, *, default: str | None = None) -> Any:
+    """Declares a site of a dataclass of Sites; its default is None.
+
+    Args:
+        width: the name of its number of features among the extents of a call, as `Sites.widths_of` takes them.
+        default: the site whose table it takes when it has none.
+    """
+    return dataclasses.field(default=None, metadata={"width": width, "default": default})
 
 
 class Sites:
     """Base of the frozen dataclasses whose fields are an op's sites: a table, or None for no mask there.
 
-    Plain tensors and arrays are converted to tables on the spot.
+    Plain tensors and arrays are converted to tables on the spot. Each site is declared once, by `site`.
 
     Attributes:
         tables: the sites that have a table, by name.
-        effective: the same sites as kernels want them: `defaults` filled in, and None where a table is all ones.
-        groups: what `gradroute.rectangles` derives of the effective sites, once per width.
+        effective: the same sites as backends want them: defaults filled in, and None where a table is all ones.
+        groups: what `gradroute.skipping` derives of the effective sites, once per width.
     """
 
-    defaults: ClassVar[dict[str, str]] = {}  # a site → the site whose table it takes when it has none
+    #: Each site's `width` and `default`, by name.
+    declared: ClassVar[dict[str, Mapping[str, str]]] = {}
     tables: dict[str, Table]
-    effective: Any
     groups: dict[Any, Any]
 
+    if TYPE_CHECKING:
+
+        @property
+        def effective(self: AnySites) -> AnySites:
+            """The same sites as backends want them."""
+
+    def __init_subclass__(cls) -> None:
+        declared = {
+            n: value.metadata for n, value in vars(cls).items() if isinstance(value, dataclasses.Field)
+        }
+        cls.declared = cls.declared | declared
+
     def __new__(cls: type[AnySites], *args: Any, **kwargs: Any) -> AnySites:
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for name in kwargs:
-            if name not in names:
-                raise TypeError(
-                    f"{cls.__name__}: got an unknown site {name!r}, expected one of {', '.join(names)}"
-                )
+            if name not in cls.declared:
+                expected = ", ".join(cls.declared)
+                raise TypeError(f"{cls.__name__}: got an unknown site {name!r}, expected one of {expected}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         given: dict[str, Table | None] = {}
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            given[field.name] = (
-                None if value is None else Table.of(value, f"{type(self).__name__}.{field.name}")
-            )
-            object.__setattr__(self, field.name, given[field.name])
+        for name in self.declared:
+            value = getattr(self, name)
+            given[name] = None if value is None else Table.of(value, f"{type(self).__name__}.{name}")
+            object.__setattr__(self, name, given[name])
         effective = object.__new__(type(self))
         for name, table in given.items():
-            if table is None and name in self.defaults:
-                table = given[self.defaults[name]]
+            default = self.declared[name]["default"]
+            if table is None and default is not None:
+                table = given[default]
             object.__setattr__(effective, name, None if table is None or table.kind == "ones" else table)
         for sites in (self, effective):
             tables = {name: getattr(sites, name) for name in given if getattr(sites, name) is not None}
@@ -57,8 +91,13 @@ class Sites:
             object.__setattr__(sites, "groups", {})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is derived again when it is needed."""
+        """Drops `groups`, which are derived again on demand."""
         return vars(self) | {"groups": {}}
+
+    @classmethod
+    def widths_of(cls, **extents: int | str) -> dict[str, int | str]:
+        """Each site's number of features, or the reason why a call cannot honour it, from those of its `width`."""
+        return {name: extents[declared["width"]] for name, declared in cls.declared.items()}
 
     def check(self, routes: Routes | None, widths: Mapping[str, int | str]) -> None:
         """Raises unless every table fits a call or a layer.
@@ -81,9 +120,9 @@ class Sites:
         return f"{type(self).__name__}({given})"
 
 
-def given(kind: type[AnySites], **sites: Any) -> AnySites | None:
-    """Sites of a kind, or None where there are none: the ordinary op."""
-    return kind(**sites) if any(table is not None for table in sites.values()) else None
+def given(sites: type[AnySites], **tables: TableLike | None) -> AnySites | None:
+    """The sites with these tables, or None where there are none: the ordinary op."""
+    return sites(**tables) if any(table is not None for table in tables.values()) else None
 
 
 def check_table(

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.arguments import norm_leaves
+from ..primitives.arguments import NormArguments, tokens_of, wanted, weights_on
 from ..primitives.registration import kernel_op
+from ..routes import Routes
+from ..tables import Table
 from .launch import config_of, launch, route_arguments, strides, table_arguments
 from .tiles import load_strength, masked, rounded
 
@@ -254,7 +256,21 @@ def norm_backward_op(
     return dx, dweight, dbias
 
 
-rms_norm_backward, layer_norm_backward = norm_leaves(norm_backward_op)
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    routes: Routes,
+    update: Table | None,
+    norm: NormArguments,
+    *,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.primitives.protocol.Primitives`; one op serves both norms."""
+    masks = (*tokens_of(routes), *weights_on(x.device, update))
+    dx, dweight, dbias = norm_backward_op(dy, x, weight, *masks, *norm, want_weight, want_bias)
+    return wanted((dx, weight is not None), (dweight, want_weight), (dbias, want_bias))
 
 
 def _whole_rows(features: int, device: torch.device) -> tuple[triton.JITFunction, dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..primitives.protocol import Primitives
 from . import composed, native
 
 #: Every backend there is, by name.
@@ -34,12 +34,13 @@ OPS: dict[str, tuple[str, ...]] = {
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Imported eagerly, because traced code cannot import; absent where triton is (macOS, Windows).
-triton_kernels: Any = None
+# What each backend implements. Triton's are imported eagerly, because traced code cannot import; they are absent where
+# the package triton is (macOS, Windows).
+_PRIMITIVES: dict[str, Primitives] = {"torch": composed, "cpu": native, "cuda": native}
 if importlib.util.find_spec("triton") is not None:
-    triton_kernels = importlib.import_module("gradroute.backends.triton")
+    from . import triton
 
-_KERNELS: dict[str, Any] = {"torch": composed, "cpu": native, "triton": triton_kernels, "cuda": native}
+    _PRIMITIVES["triton"] = triton
 
 _process_wide: str | None = os.environ.get("GRADROUTE_BACKEND") or None
 
@@ -167,16 +168,16 @@ def with_kernels(what: str, device: torch.device, dtype: torch.dtype) -> str:
     names = chosen if _process_wide is None else (_process_wide,)
     reasons: dict[str, str] = {}
     for name in names:
-        reason = _why_not(None, name, device, dtype) if name in _KERNELS else "it has no kernels"
+        reason = _why_not(None, name, device, dtype) if name in _PRIMITIVES else "it has no kernels"
         if reason is None:
             return name
         reasons[name] = reason
     raise BackendError(f"{what}: no backend can run it: {_listed(reasons)}")
 
 
-def kernels(backend: str) -> Any:
-    """The module of a backend's leaf computations, which the autograd.Functions call."""
-    return _KERNELS[backend]
+def primitives(backend: str) -> Primitives:
+    """What a backend implements, for the autograd.Functions to call."""
+    return _PRIMITIVES[backend]
 
 
 def _check_name(backend: str) -> None:
@@ -201,11 +202,11 @@ def _why_not(
 
 
 def _why_not_triton(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-    if triton_kernels is None:
+    if "triton" not in _PRIMITIVES:
         return "the package triton is not installed"
     if dtype == torch.float64:
         return "float64 runs on the backends reference, torch and cpu"
-    if triton_kernels.INTERPRETED or triton_kernels.recording():
+    if triton.INTERPRETED or triton.recording():
         return None
     if device is None:
         return (

@@ -1,71 +1,64 @@
-"""Backend `torch`: the leaf computations of the autograd.Functions, composed of PyTorch operations.
+"""Backend `torch`: the primitives composed of PyTorch operations. It runs on any device and needs no build.
 
-Any device, no build. Each function has the name and the signature of its counterpart in gradroute.kernels.
-`None` in place of a table means no mask. Gradients are flat: `[T, F]`.
+`gradroute.primitives.protocol` says what each of them computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..primitives.arguments import AdamWOptions, product_dtype, wanted
+from ..primitives import shared
+from ..primitives.arguments import AdamWOptions, NormArguments, product_dtype, wanted
 from ..primitives.attention_pattern import Pattern
+from ..primitives.protocol import ActivationTables, AttentionTables
 from ..routes import Routes
 from ..tables import Table
+from . import composed as primitives  # this module, as shared algorithms take it
 from . import tiled as attention_blocks
 from .vendor import VENDORS
 
-# A masked copy of an operand is made for this share of the tokens at a time.
-WORKSPACE_SHARE = 8
-MIN_CHUNK = 1024
 
-
-def mask(weights: Tensor, routes: Routes, dtype: torch.dtype, tokens: slice = slice(None)) -> Tensor:
+def mask(weights: Tensor, routes: Routes, dtype: torch.dtype) -> Tensor:
     """m for the columns `weights [R, F]`: `[T, F]` in `dtype`, interpolated from row 0 by the strength."""
     weights = weights.to(dtype)
-    m = weights[routes.ids[tokens].long()]  # [T, F]
+    m = weights[routes.ids.long()]  # [T, F]
     strength = routes.strength
     if strength is None:
         return m
     if strength.dim() > 0:
-        strength = strength[tokens].unsqueeze(-1)
+        strength = strength.unsqueeze(-1)
     return torch.lerp(weights[0], m, strength.to(dtype))
 
 
-def pieces(
-    g: Tensor, routes: Routes, table: Table, tokens: slice = slice(None)
-) -> Iterator[tuple[slice, Tensor]]:
+def pieces(g: Tensor, routes: Routes, table: Table) -> Iterator[tuple[slice, Tensor]]:
     """The masked features of `g [T, F]` with their masks: `[T, 1]` a constant segment, `[T, F]` if dense."""
     weights, dtype = table.on(g.device), product_dtype(g.dtype)
     if table.kind == "dense":
-        yield slice(None), mask(weights, routes, dtype, tokens)
+        yield slice(None), mask(weights, routes, dtype)
         return
     for start, stop in table.segments:
         features = slice(None) if table.features == 1 else slice(start, stop)
-        yield features, mask(weights[:, start : start + 1], routes, dtype, tokens)
+        yield features, mask(weights[:, start : start + 1], routes, dtype)
 
 
-def masked_product(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> Tensor:
-    """m ⊙ g in a new tensor; `g` itself without a table."""
+def masked_product(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
     if table is None:
         return g
     out = g.clone(memory_format=torch.contiguous_format)
-    masked_product_(out, routes, table, tokens)
+    masked_product_(out, routes, table)
     return out
 
 
-def masked_product_(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> None:
-    """m ⊙ g in place, on a gradient that the caller allocated."""
+def masked_product_(g: Tensor, routes: Routes, table: Table | None) -> None:
     if table is None:
         return
     is_binary = table.binary and routes.strength is None
     has_zeros = table.density < 1 or routes.strength is not None
-    for features, m in pieces(g, routes, table, tokens):
+    for features, m in pieces(g, routes, table):
         part = g[:, features]
         if m.shape[1] == 1 and g.device.type == "cpu" and not torch.compiler.is_compiling():
             _multiply_rows_(part, m, is_binary)
@@ -90,60 +83,25 @@ def _multiply_rows_(part: Tensor, m: Tensor, is_binary: bool) -> None:
     part[rows] = changed.index_fill_(0, (m == 0).nonzero()[:, 0], 0)
 
 
-def input_grad(
-    g: Tensor,
-    weight: Tensor,
-    routes: Routes,
-    table: Table | None,
-    product_: Callable[..., None] = masked_product_,
-) -> Tensor:
-    """m ⊙ (g W): g `[T, O]`, weight `[O, I]` → `[T, I]`. `product_`: the masked product in place."""
-    dx = g @ weight
-    product_(dx, routes, table)
-    return dx
+def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
+    return shared.input_grad(g, weight, routes, table, primitives)
 
 
-def weight_grad(
-    g: Tensor,
-    x: Tensor,
-    routes: Routes,
-    rows: Table | None,
-    cols: Table | None,
-    product: Callable[..., Tensor] = masked_product,
-) -> Tensor:
-    """(m_rows ⊙ g)ᵀ (m_cols ⊙ x): g `[T, O]`, x `[T, I]` → `[O, I]`. `product`: the masked product of some tokens.
-
-    Masked copies are made of a share of the tokens at a time, never of a whole operand.
-    """
-    if rows is None and cols is None:
-        return g.T @ x
-    wide = product_dtype(g.dtype)
-    total = torch.zeros(g.shape[1], x.shape[1], dtype=wide, device=g.device)
-    chunk = max(MIN_CHUNK, -(-g.shape[0] // WORKSPACE_SHARE))
-    for start in range(0, g.shape[0], chunk):
-        tokens = slice(start, start + chunk)
-        masked_g = product(g[tokens], routes, rows, tokens)
-        masked_x = product(x[tokens], routes, cols, tokens)
-        if (
-            g.device.type == "cpu"
-        ):  # rounded to half precision, a chunk's product could overflow before the sum
-            masked_g, masked_x = masked_g.to(wide), masked_x.to(wide)
-        total += masked_g.T @ masked_x
-    return total.to(g.dtype)
+def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None) -> Tensor:
+    return shared.weight_grad(g, x, routes, rows, cols, primitives)
 
 
 def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
-    """Σ_t m ⊙ g: g `[T, O]` → `[O]`."""
     return masked_product(g, routes, table).sum(0)
 
 
-def _mask_middle(da: Tensor, routes: Routes, sites: Any) -> None:
+def _mask_middle(da: Tensor, routes: Routes, sites: ActivationTables) -> None:
     """m_pre ⊙ m_hidden ⊙ m_forward ⊙ da in place: masks commute with the derivative, so dz need not be copied."""
     for table in (sites.forward, sites.hidden, sites.pre):
         masked_product_(da, routes, table)
 
 
-def _mask_output(z: Tensor, routes: Routes, sites: Any) -> None:
+def _mask_output(z: Tensor, routes: Routes, sites: ActivationTables) -> None:
     """m_update_out ⊙ m_forward ⊙ z in place."""
     for table in (sites.forward, sites.update_out):
         masked_product_(z, routes, table)
@@ -153,30 +111,13 @@ def activation_backward(
     dz: Tensor | None,
     a: Tensor,
     routes: Routes,
-    sites: Any,
+    sites: ActivationTables,
     activation: str,
     *,
     want_z: bool,
     want_bias: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradient of z = m_forward ⊙ act(a), and what the weights beside it need.
-
-    Args:
-        dz: `[T, F]`, or None where only z is wanted.
-        a: `[T, F]`.
-        routes: the batch's routes.
-        sites: effective sites with `pre`, `hidden`, `forward`; for z also `update_out`, for the bias `update_in`.
-        activation: its name.
-        want_z: recompute m_update_out ⊙ z.
-        want_bias: sum the bias gradient.
-        overwrite: the matrices are the caller's own, and the C++ kernels leave their results there. New ones cost page
-            faults: with them a gated MLP's backward took 0.94 times the ordinary one's instead of 0.82 (1024 tokens,
-            128 × 512, fp32, 2 cores). Only for backends whose products are made in parts.
-
-    Returns:
-        da `[T, F]`; m_update_out ⊙ z `[T, F]`; Σ_t m_update_in ⊙ da `[F]`; None for what is not wanted.
-    """
     act = ACTIVATIONS[activation]
     z = db = None
     if want_z:
@@ -196,21 +137,13 @@ def glu_backward(
     gate: Tensor,
     up: Tensor,
     routes: Routes,
-    sites: Any,
+    sites: ActivationTables,
     activation: str,
     *,
     want_z: bool,
     want_bias: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of z = m_forward ⊙ (act(gate) * up), and what the weights beside it need.
-
-    Arguments as for `activation_backward`, with gate and up `[T, F]`.
-
-    Returns:
-        dgate, dup `[T, F]`; m_update_out ⊙ z `[T, F]`; Σ_t m_update_in ⊙ dgate and Σ_t m_update_in ⊙ dup `[F]`; None
-        for what is not wanted.
-    """
     act = ACTIVATIONS[activation]
     value = act.value(gate)
     z = db_gate = db_up = None
@@ -227,75 +160,32 @@ def glu_backward(
     return dgate, dup, z, db_gate, db_up
 
 
-def rms_norm_backward(
+def norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
     routes: Routes,
     update: Table | None,
-    eps: float,
-    offset: float,
-    casting_mode: str,
-    *,
-    want_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of an RMS norm, the weight's masked; x̂ is computed again.
-
-    Args:
-        dy: `[T, D]`.
-        x: `[T, D]`.
-        weight: `[D]`, or None where dx is not wanted.
-        routes: the batch's routes.
-        update: m_update.
-        eps: added to the mean square.
-        offset: added to the weight.
-        casting_mode: "llama": the weight met x̂ rounded to x's dtype.
-        want_weight: compute dW.
-
-    Returns:
-        dx `[T, D]` in x's dtype; dW `[D]` in fp32 (fp64 for fp64); None for what is not wanted.
-    """
-    dtype = product_dtype(x.dtype)
-    x_wide, g = x.to(dtype), dy.to(dtype)
-    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-    x_hat = x_wide * rstd
-    dx = dweight = None
-    if weight is not None:
-        dx = _norm_input_grad(g * (weight.to(dtype) + offset), x_hat, rstd).to(x.dtype)
-    if want_weight:
-        x_seen = x_hat.to(x.dtype).to(dtype) if casting_mode == "llama" else x_hat
-        dweight = bias_grad(g * x_seen, routes, update)
-    return dx, dweight
-
-
-def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    routes: Routes,
-    update: Table | None,
-    eps: float,
+    norm: NormArguments,
     *,
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of a layer norm, the weight's and the bias's masked; x̂ is computed again.
-
-    Arguments as for `rms_norm_backward`; eps is added to the variance.
-
-    Returns:
-        dx `[T, D]` in x's dtype; dW and db `[D]` in fp32 (fp64 for fp64); None for what is not wanted.
-    """
     dtype = product_dtype(x.dtype)
-    x_wide, g = x.to(dtype), dy.to(dtype)
-    centered = x_wide - x_wide.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
-    x_hat = centered * rstd
-    dx = None
+    g, x_wide = dy.to(dtype), x.to(dtype)
+    if norm.centered:
+        x_wide = x_wide - x_wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + norm.eps)
+    x_hat = x_wide * rstd
+    dx = dweight = None
     if weight is not None:
-        dx_hat = g * weight.to(dtype)
-        dx = _norm_input_grad(dx_hat - dx_hat.mean(-1, keepdim=True), x_hat, rstd).to(x.dtype)
-    dweight = bias_grad(g * x_hat, routes, update) if want_weight else None
+        dx_hat = g * (weight.to(dtype) + norm.offset)
+        if norm.centered:
+            dx_hat = dx_hat - dx_hat.mean(-1, keepdim=True)
+        dx = _norm_input_grad(dx_hat, x_hat, rstd).to(x.dtype)
+    if want_weight:
+        x_seen = x_hat.to(x.dtype).to(dtype) if norm.round_x_hat else x_hat
+        dweight = bias_grad(g * x_seen, routes, update)
     dbias = bias_grad(g, routes, update) if want_bias else None
     return dx, dweight, dbias
 
@@ -313,26 +203,12 @@ def embedding_backward(
     num_embeddings: int,
     padding_idx: int | None,
 ) -> Tensor:
-    """dW[v] = Σ_{t: token_t = v} m_update ⊙ dy_t, none for padding_idx.
-
-    Args:
-        dy: `[T, D]`.
-        tokens: `[T]`, int32 or int64.
-        routes: the batch's routes.
-        update: m_update.
-        num_embeddings: V.
-        padding_idx: the row that no token updates, in `[0, V)`, or None.
-
-    Returns:
-        `[V, D]` in dy's dtype, summed in fp32 (fp64 for fp64).
-    """
     g = masked_product(dy.to(product_dtype(dy.dtype)), routes, update)
     padding = -1 if padding_idx is None else padding_idx
     return torch.ops.aten.embedding_dense_backward(g, tokens, num_embeddings, padding, False).to(dy.dtype)
 
 
 def masked_heads(x: Tensor, routes: Routes | None, table: Table | None) -> Tensor:
-    """m ⊙ x in a new tensor, for x `[B, H, S, D]` and a table `[R, H]` or `[R, 1]`; `x` itself without a table."""
     if table is None:
         return x
     out = x.clone()
@@ -341,7 +217,6 @@ def masked_heads(x: Tensor, routes: Routes | None, table: Table | None) -> Tenso
 
 
 def masked_heads_(x: Tensor, routes: Routes | None, table: Table | None) -> None:
-    """m ⊙ x in place, on a tensor `[B, H, S, D]` that the caller allocated."""
     if table is None:
         return
     assert routes is not None
@@ -358,7 +233,7 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     routes: Routes | None,
-    sites: Any,
+    sites: AttentionTables,
     pattern: Pattern,
     vendor: str | None,
     product: Callable[..., Tensor] = masked_heads,
@@ -388,7 +263,7 @@ def attention_forward(
 
 
 def attention_output_grad(
-    dz: Tensor, o: Tensor, routes: Routes | None, sites: Any, *, want_delta: bool
+    dz: Tensor, o: Tensor, routes: Routes | None, sites: AttentionTables, *, want_delta: bool
 ) -> tuple[Tensor, Tensor | None]:
     """do = m_heads ⊙ m_forward_heads ⊙ dz, dz itself where neither has a table; delta is left to who needs it.
 
@@ -417,7 +292,7 @@ def attention_backward(
     z: Tensor,
     saved: tuple[Tensor, ...],
     routes: Routes | None,
-    sites: Any,
+    sites: AttentionTables,
     pattern: Pattern,
     vendor: str | None,
     *,
@@ -490,19 +365,6 @@ def adamw_step(
     by_column: bool,
     options: AdamWOptions,
 ) -> None:
-    """One step of `gradroute.optim.RoutedAdamW` on a parameter, in place: in fp32 (fp64 for fp64), rounded once.
-
-    Args:
-        parameter: θ `[N, M]`.
-        gradient: g.
-        exp_avg: m.
-        exp_avg_sq: v.
-        max_exp_avg_sq: the largest v so far, with amsgrad.
-        factors: `[4, n]`, of the dtype to compute in: 1 - lr λ, lr / (1 - β₁^t), 1 / √(1 - β₂^t), and 1 for blocks that
-            are touched, 0 for others.
-        by_column: blocks are columns, n = M; else rows, n = N. n = 1: there is one block.
-        options: β₁, β₂, ε, maximize.
-    """
     beta1, beta2, eps, maximize = options
     decay, size, scale, touched = factors.unsqueeze(1 if by_column else 2)
     g = -gradient.to(factors.dtype) if maximize else gradient.to(factors.dtype)

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..primitives import shared
 from ..primitives.arguments import (
     ADAMW_SCHEMA,
     MIDDLE_SCHEMA,
     AdamWOptions,
     Middle,
+    NormArguments,
     has_data,
-    norm_leaves,
     product_dtype,
     tokens_of,
     wanted,
@@ -32,6 +33,7 @@ from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
 from . import composed
+from . import native as primitives  # this module, as shared algorithms take it
 
 # As in csrc/types.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -209,25 +211,16 @@ def _summed(sums: Tensor | None, g: Tensor) -> Tensor:
     return g.new_empty(0) if sums is None else sums.sum(0)
 
 
-def masked_product(g: Tensor, routes: Routes, table: Table | None, tokens: slice = slice(None)) -> Tensor:
-    """m ⊙ g in a new tensor; `g` itself without a table."""
+def masked_product(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
     if table is None:
         return g
-    ids, strength = _of_tokens(routes, tokens)
-    return masked_product_op(g, ids, strength, table.on(g.device), _bounds(table))
+    return masked_product_op(g, *tokens_of(routes), table.on(g.device), _bounds(table))
 
 
 def masked_product_(g: Tensor, routes: Routes, table: Table | None) -> None:
     """m ⊙ g in place, on a gradient that the caller allocated."""
     if table is not None:
         masked_product_in_place_op(g, *tokens_of(routes), table.on(g.device), _bounds(table))
-
-
-def _of_tokens(routes: Routes, tokens: slice) -> tuple[Tensor, Tensor | None]:
-    strength = routes.strength
-    if strength is not None and strength.dim() > 0:
-        strength = strength[tokens]
-    return routes.ids[tokens], strength
 
 
 def _bounds(table: Table) -> list[int]:
@@ -270,13 +263,11 @@ def bias_grad_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tenso
 
 
 def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
-    """See `gradroute.backends.composed.input_grad`."""
-    return composed.input_grad(g, weight, routes, table, masked_product_)
+    return shared.input_grad(g, weight, routes, table, primitives)
 
 
 def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None) -> Tensor:
-    """See `gradroute.backends.composed.weight_grad`."""
-    return composed.weight_grad(g, x, routes, rows, cols, masked_product)
+    return shared.weight_grad(g, x, routes, rows, cols, primitives)
 
 
 def activation_backward(
@@ -468,7 +459,21 @@ def norm_backward_op(
     return dx, _summed(weight_sums, x), _summed(bias_sums, x)
 
 
-rms_norm_backward, layer_norm_backward = norm_leaves(norm_backward_op)
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    routes: Routes,
+    update: Table | None,
+    norm: NormArguments,
+    *,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `gradroute.primitives.protocol.Primitives`; one op serves both norms."""
+    masks = (*tokens_of(routes), *weights_on(x.device, update))
+    dx, dweight, dbias = norm_backward_op(dy, x, weight, *masks, *norm, want_weight, want_bias)
+    return wanted((dx, weight is not None), (dweight, want_weight), (dbias, want_bias))
 
 
 def embedding_backward(

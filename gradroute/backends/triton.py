@@ -6,7 +6,7 @@ from ..kernels.gated_mlp import glu_backward
 from ..kernels.launch import INTERPRETED, record, recording
 from ..kernels.linear import bias_grad, input_grad, weight_grad
 from ..kernels.mlp import activation_backward
-from ..kernels.norm import layer_norm_backward, rms_norm_backward
+from ..kernels.norm import norm_backward
 from ..kernels.optim import adamw_step
 from ..kernels.route_grad import masked_product, masked_product_
 
@@ -20,11 +20,10 @@ __all__ = [
     "embedding_backward",
     "glu_backward",
     "input_grad",
-    "layer_norm_backward",
     "masked_product",
     "masked_product_",
+    "norm_backward",
     "record",
     "recording",
-    "rms_norm_backward",
     "weight_grad",
 ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..routes import Routes
 from ..tables import Table
+
+if TYPE_CHECKING:
+    from .protocol import ActivationTables
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,8 +35,21 @@ def tokens_of(routes: Routes) -> tuple[Tensor, Tensor | None]:
     return routes.ids, routes.strength
 
 
-class Middle(NamedTuple):
-    """What the backward of an MLP's middle takes after its matrices: ids `[T]`, strength, tables, what is wanted."""
+class ActivationArguments(NamedTuple):
+    """What an op of an activation's backward takes after its matrices: the routing, the masks, and what is wanted.
+
+    Attributes:
+        ids: `[T]` int32.
+        strength: `[T]`, 0-dim or None.
+        pre: m_pre's weights, like those that follow `[R, F]`, `[R, 1]` or None.
+        hidden: m_hidden's.
+        forward: m_forward's.
+        update_out: m_update_out's, None where z is not wanted.
+        update_in: m_update_in's, None where the bias gradient is not wanted.
+        activation: its name.
+        want_z: recompute m_update_out ⊙ z.
+        want_bias: sum the bias gradient.
+    """
 
     ids: Tensor
     strength: Tensor | None
@@ -48,28 +63,48 @@ class Middle(NamedTuple):
     want_bias: bool
 
     @staticmethod
-    def of(a: Tensor, routes: Routes, sites: Any, activation: str, want_z: bool, want_bias: bool) -> Middle:
-        """From what a leaf computation takes."""
-        ids, strength = tokens_of(routes)
-        pre, hidden, forward = weights_on(a.device, sites.pre, sites.hidden, sites.forward)
-        (update_out,) = weights_on(a.device, sites.update_out if want_z else None)
-        (update_in,) = weights_on(a.device, sites.update_in if want_bias else None)
-        return Middle(
-            ids, strength, pre, hidden, forward, update_out, update_in, activation, want_z, want_bias
+    def of(
+        a: Tensor, routes: Routes, sites: ActivationTables, activation: str, want_z: bool, want_bias: bool
+    ) -> ActivationArguments:
+        """The arguments on the device of `a`, from those of the primitive."""
+        pre, hidden, forward, update_out, update_in = weights_on(
+            a.device,
+            sites.pre,
+            sites.hidden,
+            sites.forward,
+            sites.update_out if want_z else None,
+            sites.update_in if want_bias else None,
+        )
+        return ActivationArguments(
+            *tokens_of(routes), pre, hidden, forward, update_out, update_in, activation, want_z, want_bias
         )
 
     @property
     def tables(self) -> dict[str, Tensor | None]:
-        """By name, in the order in which kernels take them."""
-        names = ("pre", "hidden", "forward", "update_out", "update_in")
-        return {name: getattr(self, name) for name in names}
+        """The masks by name, in the order in which kernels take them."""
+        return {
+            "pre": self.pre,
+            "hidden": self.hidden,
+            "forward": self.forward,
+            "update_out": self.update_out,
+            "update_in": self.update_in,
+        }
 
 
-#: The fields of Middle in a schema of torch.library.
-MIDDLE_SCHEMA = (
-    "Tensor ids, Tensor? strength, Tensor? pre, Tensor? hidden, Tensor? forward, Tensor? update_out, "
-    "Tensor? update_in, str activation, bool want_z, bool want_bias"
-)
+class NormArguments(NamedTuple):
+    """Which norm it is.
+
+    Attributes:
+        eps: added to the mean square, or to the variance.
+        offset: added to the weight.
+        centered: a layer norm, which subtracts the mean; else an RMS norm.
+        round_x_hat: the weight met x̂ rounded to x's dtype.
+    """
+
+    eps: float
+    offset: float
+    centered: bool
+    round_x_hat: bool
 
 
 class AdamWOptions(NamedTuple):
@@ -93,50 +128,25 @@ def wanted(*outputs: tuple[Tensor | None, bool]) -> tuple[Any, ...]:
     return tuple(output if is_wanted else None for output, is_wanted in outputs)
 
 
-def norm_leaves(norm_backward_op: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The leaf computations rms_norm_backward and layer_norm_backward, which one op makes.
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "str": "str",
+    "bool": "bool",
+    "int": "int",
+    "int | None": "int?",
+    "float": "float",
+}
 
-    Args:
-        norm_backward_op: (dy, x, weight, ids, strength, update, eps, offset, centered, round_x_hat, want_weight,
-            want_bias) → dx, dW, db.
-    """
 
-    def rms_norm_backward(
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        routes: Routes,
-        update: Table | None,
-        eps: float,
-        offset: float,
-        casting_mode: str,
-        *,
-        want_weight: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """See `gradroute.composed.rms_norm_backward`."""
-        masks = (*tokens_of(routes), *weights_on(x.device, update))
-        round_x_hat = casting_mode == "llama"
-        dx, dweight, _ = norm_backward_op(
-            dy, x, weight, *masks, eps, offset, False, round_x_hat, want_weight, False
-        )
-        return wanted((dx, weight is not None), (dweight, want_weight))
+def schema_of(arguments: type[tuple[Any, ...]]) -> str:
+    """The fields of a NamedTuple as a schema of torch.library says them: an op takes them one by one."""
+    annotations = arguments.__annotations__
+    return ", ".join(f"{_SCHEMA_TYPES[kind.__forward_arg__]} {name}" for name, kind in annotations.items())
 
-    def layer_norm_backward(
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        routes: Routes,
-        update: Table | None,
-        eps: float,
-        *,
-        want_weight: bool,
-        want_bias: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `gradroute.composed.layer_norm_backward`."""
-        masks = (*tokens_of(routes), *weights_on(x.device, update))
-        dx, dweight, dbias = norm_backward_op(
-            dy, x, weight, *masks, eps, 0.0, True, False, want_weight, want_bias
-        )
-        return wanted((dx, weight is not None), (dweight, want_weight), (dbias, want_bias))
 
-    return rms_norm_backward, layer_norm_backward
+ACTIVATION_SCHEMA = schema_of(ActivationArguments)
+NORM_SCHEMA = schema_of(NormArguments)
+
+Middle = ActivationArguments
+MIDDLE_SCHEMA = ACTIVATION_SCHEMA

@@ -1,6 +1,7 @@
 """Every op of the table has all its pieces; what is missing is named. CONTRIBUTING.md lists them for a new op."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -16,6 +17,7 @@ from gradroute import backends, reference, testing
 from gradroute.backends import composed, native
 from gradroute.backends import triton as kernels
 from gradroute.kernels import configs
+from gradroute.primitives.protocol import HeadPrimitives, Primitives
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +37,7 @@ def missing_pieces(op):
         *missing_public_names(op),
         *missing_samples(op),
         *missing_files(op),
-        *missing_leaves(op),
+        *missing_primitives(op),
     ]
 
 
@@ -90,50 +92,74 @@ def missing_files(op):
             yield f"{STEM_FILES[backend].format(stem_of(op))} is missing: {op} is in the table for {backend}"
 
 
-def leaves_of(op):
-    """The leaf computations that an op's Functions call on their backend."""
-    source = (ROOT / f"gradroute/{stem_of(op)}.py").read_text(encoding="utf-8")
-    return sorted(set(re.findall(r"\bkernels\.(\w+)\(", source)) - {"kernels"})
+def declared(protocol):
+    """The signatures of a Protocol's functions, by name."""
+    return {
+        name: [parameter for parameter in inspect.signature(function).parameters.values()][1:]  # without self
+        for name, function in vars(protocol).items()
+        if inspect.isfunction(function) and not name.startswith("_")
+    }
 
 
-def missing_leaves(op):
-    if getattr(gradroute, op, None) is None:
+PRIMITIVES = declared(Primitives)
+HEAD_PRIMITIVES = declared(HeadPrimitives)
+MODULES = {"torch": composed, "triton": kernels, "cpu": native, "cuda": native}
+COMPOSED = {name: getattr(composed, name) for name in PRIMITIVES}  # before a test removes one
+
+
+class Recorder:
+    """Backend `torch`, which notes what is asked of it: also what is not called, but passed as a value."""
+
+    def __init__(self):
+        self.names = set()
+
+    def __getattr__(self, name):
+        if name not in COMPOSED:
+            raise AttributeError(f"gradroute.primitives.protocol.Primitives has no {name}")
+        self.names.add(name)
+        return COMPOSED[name]
+
+
+@functools.cache
+def primitives_of(op):
+    """The primitives that an op asks of its backend: in runs with every mask, and with all inputs but one frozen."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends._PRIMITIVES, "torch", recorder)
+        for variant in testing.variants(op):
+            call = cases.make(op, tables="dense", strength="token", **variant)
+            call.run("torch")
+            for name in call.differentiable:
+                call.run("torch", frozen=[other for other in call.differentiable if other != name])
+    return sorted(recorder.names)
+
+
+def missing_primitives(op):
+    if getattr(gradroute, op, None) is None or op not in testing.OPS:
         return
-    modules = {"torch": composed, "triton": kernels, "cpu": native, "cuda": native}
-    for leaf in leaves_of(op):
+    for name in primitives_of(op):
         for backend in backends.OPS[op]:
-            if backend in modules and not callable(getattr(modules[backend], leaf, None)):
-                yield f"{modules[backend].__name__} has no {leaf}, a leaf computation of {op} on {backend}"
+            if backend in MODULES and not callable(getattr(MODULES[backend], name, None)):
+                yield f"{MODULES[backend].__name__} has no {name}, a primitive of {op} on {backend}"
 
 
-def leaf_functions():
-    """The leaf computations that Triton kernels exist for."""
-    return [
-        name
-        for name in kernels.__all__
-        if inspect.isfunction(getattr(kernels, name)) and name not in NOT_LEAVES
-    ]
+def signature_difference(name, module, protocol=PRIMITIVES):
+    """How a backend's primitive differs from the Protocol's in what it takes; it may take more, with defaults.
 
-
-NOT_LEAVES = ("record", "recording")  # what launch.py offers beside
-
-
-def signature_difference(leaf, module):
-    """How a leaf differs from its composed one in what it takes; either may take more, with defaults."""
-    if not hasattr(composed, leaf):
-        return f"gradroute.backends.composed has no {leaf}"
-    own, composition = (
-        [(p.name, p.kind, p.default) for p in inspect.signature(getattr(of, leaf)).parameters.values()]
-        for of in (module, composed)
-    )
-    shared = min(len(own), len(composition))
-    extra = own[shared:] + composition[shared:]
-    if own[:shared] != composition[:shared] or any(
-        default is inspect.Parameter.empty for _, _, default in extra
+    mypy compares the types.
+    """
+    function = getattr(module, name, None)
+    if function is None:
+        return f"{module.__name__} has no {name}"
+    own = list(inspect.signature(function).parameters.values())
+    taken, declared = ([(p.name, p.kind, p.default) for p in of] for of in (own, protocol[name]))
+    extra = taken[len(declared) :]
+    if taken[: len(declared)] == declared and not any(
+        default is inspect.Parameter.empty for *_, default in extra
     ):
-        taken, composed_takes = ([name for name, *_ in parameters] for parameters in (own, composition))
-        return f"{leaf} takes {taken} in {module.__name__}, {composed_takes} in gradroute.backends.composed"
-    return None
+        return None
+    own_names, names = ([name for name, *_ in parameters] for parameters in (taken, declared))
+    return f"{name} takes {own_names} in {module.__name__}, {names} in the Protocol"
 
 
 def kernel_entries():
@@ -170,10 +196,22 @@ def test_every_row_of_the_table_names_backends_and_ends_with_the_meaning():
         assert row[-1] == "reference", op
 
 
-@pytest.mark.parametrize("module", [kernels, native], ids=["triton", "native"])
-@pytest.mark.parametrize("leaf", leaf_functions())
-def test_every_leaf_has_one_signature(leaf, module):
-    assert signature_difference(leaf, module) is None
+@pytest.mark.parametrize("module", [composed, kernels, native], ids=["torch", "triton", "native"])
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_every_primitive_has_the_signature_of_the_protocol(name, module):
+    assert signature_difference(name, module) is None
+
+
+@pytest.mark.parametrize("module", [composed, native], ids=["torch", "native"])
+@pytest.mark.parametrize("name", HEAD_PRIMITIVES)
+def test_every_primitive_of_heads_has_the_signature_of_the_protocol(name, module):
+    assert signature_difference(name, module, HEAD_PRIMITIVES) is None
+
+
+@pytest.mark.parametrize("protocol", [Primitives, HeadPrimitives])
+def test_the_protocol_says_what_every_primitive_computes(protocol):
+    for name in declared(protocol):
+        assert getattr(protocol, name).__doc__, name
 
 
 DECLARATIONS = (ROOT / "csrc/declarations.inc").read_text(encoding="utf-8")
@@ -205,12 +243,12 @@ def test_every_native_kernel_is_in_every_implementation():
         assert declared <= set(dir(getattr(native.module, name))), name
 
 
-def test_every_leaf_of_the_ops_has_kernels():
-    assert {leaf for op in backends.OPS for leaf in leaves_of(op)} <= set(leaf_functions())
+def test_every_primitive_is_one_of_an_op_or_of_the_optimizer():
+    assert {name for op in backends.OPS for name in primitives_of(op)} | {"adamw_step"} == set(PRIMITIVES)
 
 
 def test_every_kernel_has_a_configuration():
-    assert len(kernel_entries()) >= len(leaf_functions()) - 3
+    assert len(kernel_entries()) >= len(PRIMITIVES)
     assert list(configuration_errors()) == []
 
 
@@ -233,10 +271,10 @@ REMOVALS = {
     "gradroute.LinearSites": "gradroute does not export LinearSites, the sites of routed_linear",
     "gradroute.reference.routed_linear": "gradroute.reference has no routed_linear, the meaning of the op",
     "gradroute.backends.composed.weight_grad": (
-        "gradroute.backends.composed has no weight_grad, a leaf computation of routed_linear on torch"
+        "gradroute.backends.composed has no weight_grad, a primitive of routed_linear on torch"
     ),
     "gradroute.backends.triton.weight_grad": (
-        "gradroute.backends.triton has no weight_grad, a leaf computation of routed_linear on triton"
+        "gradroute.backends.triton has no weight_grad, a primitive of routed_linear on triton"
     ),
 }
 
@@ -297,11 +335,23 @@ def test_an_op_without_any_piece_is_named(monkeypatch):
 
 
 def test_another_signature_is_named(monkeypatch):
-    monkeypatch.setattr(composed, "bias_grad", lambda g, table, routes: None)
+    monkeypatch.setattr(kernels, "bias_grad", lambda g, table, routes: None)
     assert signature_difference("bias_grad", kernels) == (
-        "bias_grad takes ['g', 'routes', 'table'] in gradroute.backends.triton, "
-        "['g', 'table', 'routes'] in gradroute.backends.composed"
+        "bias_grad takes ['g', 'table', 'routes'] in gradroute.backends.triton, "
+        "['g', 'routes', 'table'] in the Protocol"
     )
+
+
+def test_a_primitive_of_the_protocol_that_a_backend_lacks_is_named(monkeypatch):
+    monkeypatch.delattr(native, "norm_backward")
+    assert signature_difference("norm_backward", native) == "gradroute.backends.native has no norm_backward"
+
+
+def test_a_primitive_that_is_passed_as_a_value_is_found():
+    recorder = Recorder()
+    passed = recorder.masked_product
+    assert callable(passed)
+    assert recorder.names == {"masked_product"}
 
 
 @pytest.mark.parametrize("op", backends.OPS)

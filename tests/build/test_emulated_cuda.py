@@ -15,6 +15,7 @@ import torch
 
 from gradroute import backends, testing
 from gradroute.backends import composed, native
+from gradroute.primitives.arguments import NormArguments
 
 pytestmark = [
     pytest.mark.skipif(
@@ -143,11 +144,14 @@ def test_norms_of_two_dtypes(dy_dtype, x_dtype, d_model):
     call = cases.make("routed_layer_norm", tokens=70, sizes=testing.Sizes(d_model=d_model), strength="token")
     dy, x = call.upstream.to(dy_dtype), call.tensors["x"].to(x_dtype)
 
+    layer_norm = NormArguments(1e-5, 0.0, centered=True, round_x_hat=False)
+    rms_norm = NormArguments(1e-6, 1.0, centered=False, round_x_hat=False)
+
     def gradients(backend, dy, x, weight):
         masks = call.routes, call.sites.update
         return (
-            *backend.layer_norm_backward(dy, x, weight, *masks, 1e-5, want_weight=True, want_bias=True),
-            *backend.rms_norm_backward(dy, x, weight, *masks, 1e-6, 1.0, "gemma", want_weight=True),
+            *backend.norm_backward(dy, x, weight, *masks, layer_norm, want_weight=True, want_bias=True),
+            *backend.norm_backward(dy, x, weight, *masks, rms_norm, want_weight=True, want_bias=False)[:2],
         )
 
     weight = call.tensors["weight"]

@@ -22,7 +22,7 @@ def expect(error, message):
 @pytest.fixture
 def without_interpreter(monkeypatch):
     """Triton as on a machine without a GPU and without TRITON_INTERPRET."""
-    monkeypatch.setattr(backends.triton_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(backends.triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -127,7 +127,7 @@ def test_triton_without_a_gpu_is_refused(without_interpreter):
 
 
 def test_triton_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(backends, "triton_kernels", None)
+    monkeypatch.delitem(backends._PRIMITIVES, "triton")
     with expect(BackendError, "cannot run it: the package triton is not installed"):
         choose("route_grad", "triton", X)
     assert "triton" not in available_backends("route_grad")
@@ -214,7 +214,7 @@ def test_on_the_gpu_another_choice_gives_its_reasons():
 
 
 def test_no_backend_at_all_lists_every_reason(monkeypatch):
-    monkeypatch.setattr(backends, "triton_kernels", None)
+    monkeypatch.delitem(backends._PRIMITIVES, "triton")
     monkeypatch.setitem(backends.OPS, "route_grad", ("triton", "cuda"))
     x = torch.zeros(2).to(torch.float8_e4m3fn)
     with expect(

@@ -257,7 +257,7 @@ def recorded_calls(device):
                 call.run(backend, frozen=call.differentiable[:1])
         for backend in KERNEL_BACKENDS:
             if backend in backends.available_backends(device=device):
-                test_optim_fused.take_steps(backends.kernels(backend).adamw_step, device)
+                test_optim_fused.take_steps(backends.primitives(backend).adamw_step, device)
         run_in_parts()
     return {
         func.name().removesuffix(".default"): (func, list(calls.values()))

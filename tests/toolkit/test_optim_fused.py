@@ -150,11 +150,11 @@ def test_native(dtype, instruction_set, monkeypatch):
     check_kernel(native.adamw_step, dtype, shapes=((200, 300),))
 
 
-@pytest.mark.skipif(backends.triton_kernels is None, reason="the package triton is not installed")
+@pytest.mark.skipif("triton" not in backends._PRIMITIVES, reason="the package triton is not installed")
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_triton(dtype, device):
     shapes = SHAPES if device.type == "cuda" else ((3, 300), (9, 5))
-    check_kernel(backends.triton_kernels.adamw_step, dtype, device, shapes)
+    check_kernel(backends.primitives("triton").adamw_step, dtype, device, shapes)
 
 
 @pytest.mark.gpu
@@ -191,12 +191,12 @@ def check_strange_numbers(kernel, dtype, device=None):
 
 STRANGE = [("torch", dtype) for dtype in DTYPES]
 STRANGE += [("cpu", dtype) for dtype in DTYPES if native.module is not None]
-STRANGE += [("triton", dtype) for dtype in DTYPES[:3] if backends.triton_kernels is not None]
+STRANGE += [("triton", dtype) for dtype in DTYPES[:3] if "triton" in backends._PRIMITIVES]
 
 
 @pytest.mark.parametrize(("backend", "dtype"), STRANGE)
 def test_what_is_not_touched_keeps_every_bit_whatever_it_is(backend, dtype):
-    check_strange_numbers(backends.kernels(backend).adamw_step, dtype)
+    check_strange_numbers(backends.primitives(backend).adamw_step, dtype)
 
 
 MISTAKES = {
@@ -241,17 +241,17 @@ def check_nan(kernel, device=None):
 
 @pytest.mark.parametrize("backend", dict(STRANGE))
 def test_nan_is_not_hidden(backend):
-    check_nan(backends.kernels(backend).adamw_step)
+    check_nan(backends.primitives(backend).adamw_step)
 
 
-@pytest.mark.skipif(backends.triton_kernels is None, reason="the package triton is not installed")
+@pytest.mark.skipif("triton" not in backends._PRIMITIVES, reason="the package triton is not installed")
 @pytest.mark.parametrize("shape", [(1, 2**27), (2**27, 1), (8, 2**24)])
 def test_grids_of_large_matrices(shape):
     """Within what CUDA launches, which the interpreter would not mind; the matrices have no memory of that size."""
-    with backends.triton_kernels.record(90) as launches:
+    with backends.triton.record(90) as launches:
         large = torch.zeros(1, 1).expand(shape)
         options = AdamWOptions(0.9, 0.99, 1e-8, False)
-        backends.triton_kernels.adamw_step(*[large] * 4, None, torch.zeros(4, 1), False, options)
+        backends.primitives("triton").adamw_step(*[large] * 4, None, torch.zeros(4, 1), False, options)
     (launched,) = launches
     tiles = shape[0] * shape[1] // (launched.config["BLOCK_N"] * launched.config["BLOCK_M"])
     assert tiles == 2**17

@@ -1,0 +1,326 @@
+"""The contract between ops and backends: every primitive, with its shapes and its meaning.
+
+A backend is a module whose functions are the primitives of `Primitives`: the ops' autograd.Functions and the shared
+algorithms take such a module as an argument and know nothing else of it. `gradroute.backends` lists the backends, mypy
+checks each of them against this Protocol, and what a backend's function says of itself is only what differs from here.
+
+Tokens are flat: a matrix of T tokens is `[T, F]`, of any strides. R is the number of routes. A table is
+`[R, F]` or `[R, 1]`, and None in its place means no mask. m ⊙ g is formed in fp32 (fp64 for fp64), rounded once, and is
+exactly 0 where m is 0. None of these functions writes into an argument unless it says so.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..routes import Routes
+from ..tables import Table
+from .arguments import AdamWOptions, NormArguments
+from .attention_pattern import Pattern
+
+
+class ActivationTables(Protocol):
+    """The tables that the backward of an activation reads: of effective `ActivationSites` or `MLPSites`."""
+
+    @property
+    def pre(self) -> Table | None:
+        """m_pre."""
+
+    @property
+    def hidden(self) -> Table | None:
+        """m_hidden."""
+
+    @property
+    def forward(self) -> Table | None:
+        """m_forward."""
+
+    @property
+    def update_in(self) -> Table | None:
+        """m_update_in, read where the bias gradient is wanted."""
+
+    @property
+    def update_out(self) -> Table | None:
+        """m_update_out, read where z is wanted."""
+
+
+class AttentionTables(Protocol):
+    """The tables that attention reads: of effective `AttentionSites`."""
+
+    @property
+    def query(self) -> Table | None:
+        """m_query `[R, H]`."""
+
+    @property
+    def key(self) -> Table | None:
+        """m_key `[R, G]`."""
+
+    @property
+    def value(self) -> Table | None:
+        """m_value `[R, G]`."""
+
+    @property
+    def heads(self) -> Table | None:
+        """m_heads `[R, H]`."""
+
+    @property
+    def forward_heads(self) -> Table | None:
+        """m_forward_heads `[R, H]`."""
+
+    @property
+    def score_edges(self) -> Table | None:
+        """E_score `[R, R]`."""
+
+    @property
+    def value_edges(self) -> Table | None:
+        """E_value `[R, R]`."""
+
+
+class Primitives(Protocol):
+    """What a backend implements."""
+
+    def masked_product(self, g: Tensor, routes: Routes, table: Table | None) -> Tensor:
+        """m ⊙ g for g `[T, F]`, in a new tensor; `g` itself without a table."""
+
+    def masked_product_(self, g: Tensor, routes: Routes, table: Table | None) -> None:
+        """m ⊙ g in place, for g `[T, F]` that the caller allocated."""
+
+    def bias_grad(self, g: Tensor, routes: Routes, table: Table | None) -> Tensor:
+        """Σ_t m ⊙ g: g `[T, O]` → `[O]` in g's dtype."""
+
+    def input_grad(self, g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
+        """m ⊙ (g W): g `[T, O]`, weight `[O, I]` → `[T, I]`."""
+
+    def weight_grad(
+        self, g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None
+    ) -> Tensor:
+        """(m_rows ⊙ g)ᵀ (m_cols ⊙ x): g `[T, O]`, x `[T, I]` → `[O, I]`; of neither operand is a whole copy made."""
+
+    def activation_backward(
+        self,
+        dz: Tensor | None,
+        a: Tensor,
+        routes: Routes,
+        sites: ActivationTables,
+        activation: str,
+        *,
+        want_z: bool,
+        want_bias: bool,
+        overwrite: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradient of z = m_forward ⊙ act(a), and what the weights beside it need.
+
+        Args:
+            dz: `[T, F]`, or None where only z is wanted.
+            a: `[T, F]`.
+            routes: the batch's routes.
+            sites: effective sites.
+            activation: a name of `gradroute.activations.ACTIVATIONS`.
+            want_z: recompute m_update_out ⊙ z.
+            want_bias: sum the bias gradient; dz is given.
+            overwrite: dz and a are the caller's own, and the caller reads neither again: a backend may leave da in dz
+                and z in a instead of allocating. On the CPU that pays, where new matrices cost page faults: with them
+                a gated MLP's backward took 0.94 times the ordinary one's instead of 0.82 (1024 tokens, 128 × 512, fp32,
+                2 cores).
+
+        Returns:
+            da = m_pre ⊙ m_hidden ⊙ m_forward ⊙ dz ⊙ act'(a) `[T, F]`; m_update_out ⊙ z `[T, F]`;
+            Σ_t m_update_in ⊙ da `[F]`; None for what is not wanted.
+        """
+
+    def glu_backward(
+        self,
+        dz: Tensor | None,
+        gate: Tensor,
+        up: Tensor,
+        routes: Routes,
+        sites: ActivationTables,
+        activation: str,
+        *,
+        want_z: bool,
+        want_bias: bool,
+        overwrite: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of z = m_forward ⊙ (act(gate) * up), and what the weights beside it need.
+
+        Args:
+            dz: `[T, F]`, or None where only z is wanted.
+            gate: `[T, F]`.
+            up: `[T, F]`.
+            routes: the batch's routes.
+            sites: effective sites.
+            activation: a name of `gradroute.activations.ACTIVATIONS`.
+            want_z: recompute m_update_out ⊙ z.
+            want_bias: sum the bias gradients; dz is given.
+            overwrite: as for activation_backward: a backend may leave dgate in dz, dup in up and z in gate.
+
+        Returns:
+            dgate and dup `[T, F]`; m_update_out ⊙ z `[T, F]`; Σ_t m_update_in ⊙ dgate and Σ_t m_update_in ⊙ dup `[F]`;
+            None for what is not wanted.
+        """
+
+    def norm_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        routes: Routes,
+        update: Table | None,
+        norm: NormArguments,
+        *,
+        want_weight: bool,
+        want_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of an RMS norm or a layer norm, those of the weight and the bias masked; x̂ is computed again.
+
+        Args:
+            dy: `[T, D]`.
+            x: `[T, D]`.
+            weight: `[D]`, or None where dx is not wanted.
+            routes: the batch's routes.
+            update: m_update.
+            norm: which norm it is.
+            want_weight: compute dW.
+            want_bias: compute db.
+
+        Returns:
+            dx `[T, D]` in x's dtype; dW and db `[D]` in fp32 (fp64 for fp64); None for what is not wanted.
+        """
+
+    def embedding_backward(
+        self,
+        dy: Tensor,
+        tokens: Tensor,
+        routes: Routes,
+        update: Table | None,
+        num_embeddings: int,
+        padding_idx: int | None,
+    ) -> Tensor:
+        """dW[v] = Σ_{t: token_t = v} m_update ⊙ dy_t, nothing for padding_idx.
+
+        Args:
+            dy: `[T, D]`.
+            tokens: `[T]`, int32 or int64.
+            routes: the batch's routes.
+            update: m_update.
+            num_embeddings: V.
+            padding_idx: the row that no token updates, in `[0, V)`, or None.
+
+        Returns:
+            `[V, D]` in dy's dtype, summed in fp32 (fp64 for fp64).
+        """
+
+    def attention_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Routes | None,
+        sites: AttentionTables,
+        pattern: Pattern,
+        vendor: str | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """z = m_forward_heads ⊙ softmax(scale q kᵀ) v, and what its backward needs beside it.
+
+        Args:
+            q: `[B, H, S_q, D]`.
+            k: `[B, G, S_k, D]`; H is a multiple of G.
+            v: `[B, G, S_k, D]`.
+            routes: of the tokens `[B, S_q]`; None: no masks.
+            sites: effective sites.
+            pattern: which keys a query sees.
+            vendor: the vendor's kernel that runs it, by its name in `gradroute.backends.vendor.VENDORS`; None: the
+                backend's own.
+
+        Returns:
+            z `[B, H, S_q, D]`; the tensors to save: those of the kernel, its output first where that is not z.
+        """
+
+    def attention_backward(
+        self,
+        dz: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        z: Tensor,
+        saved: tuple[Tensor, ...],
+        routes: Routes | None,
+        sites: AttentionTables,
+        pattern: Pattern,
+        vendor: str | None,
+        *,
+        want_query: bool,
+        want_key_value: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dq, dk and dv of attention with every mask.
+
+        Args:
+            dz: `[B, H, S_q, D]`, in any layout.
+            q: as for attention_forward, like k and v.
+            k: see q.
+            v: see q.
+            z: what attention_forward returned.
+            saved: what attention_forward returned beside z.
+            routes: of the tokens; None: no masks.
+            sites: effective sites.
+            pattern: which keys a query sees.
+            vendor: as for attention_forward.
+            want_query: compute dq.
+            want_key_value: compute dk and dv.
+
+        Returns:
+            dq, dk, dv, in the shapes of q, k, v; None for what is not wanted.
+        """
+
+    def adamw_step(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        max_exp_avg_sq: Tensor | None,
+        factors: Tensor,
+        by_column: bool,
+        options: AdamWOptions,
+    ) -> None:
+        """One step of `gradroute.optim.RoutedAdamW` on a parameter, in place: in fp32 (fp64 for fp64), rounded once.
+
+        Args:
+            parameter: θ `[N, M]`.
+            gradient: g `[N, M]`.
+            exp_avg: m `[N, M]`.
+            exp_avg_sq: v `[N, M]`.
+            max_exp_avg_sq: `[N, M]`, the largest v so far, with amsgrad; else None.
+            factors: `[4, n]`, of the dtype to compute in: 1 - lr λ, lr / (1 - β₁^t), 1 / √(1 - β₂^t), and 1 for blocks
+                that are touched, 0 for others.
+            by_column: blocks are columns, n = M; else rows, n = N. n = 1: there is one block.
+            options: β₁, β₂, ε, maximize.
+        """
+
+
+class HeadPrimitives(Protocol):
+    """What a backend implements besides, where it puts masks around a vendor's attention kernels."""
+
+    def masked_heads(self, x: Tensor, routes: Routes | None, table: Table | None) -> Tensor:
+        """m ⊙ x for x `[B, H, S, D]` and a table `[R, H]` or `[R, 1]`, in a new tensor; `x` itself without a table."""
+
+    def masked_heads_(self, x: Tensor, routes: Routes | None, table: Table | None) -> None:
+        """m ⊙ x in place, for x `[B, H, S, D]` that the caller allocated."""
+
+    def attention_output_grad(
+        self, dz: Tensor, o: Tensor, routes: Routes | None, sites: AttentionTables, *, want_delta: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """do = m_heads ⊙ m_forward_heads ⊙ dz, and rowsum(do ⊙ o).
+
+        Args:
+            dz: `[B, H, S, D]`.
+            o: `[B, H, S, D]`, attention's output, not masked.
+            routes: of the tokens; None: no masks.
+            sites: effective sites.
+            want_delta: the caller needs rowsum(do ⊙ o).
+
+        Returns:
+            do `[B, H, S, D]`, dz itself where neither site has a table; delta `[B, H, S]` in fp32 (fp64 for fp64), or
+            None where the backend leaves it to who needs it.
+        """
