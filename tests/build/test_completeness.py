@@ -95,7 +95,7 @@ def missing_files(op):
 def declared(protocol):
     """The signatures of a Protocol's functions, by name."""
     return {
-        name: [parameter for parameter in inspect.signature(function).parameters.values()][1:]  # without self
+        name: list(inspect.signature(function).parameters.values())[1:]  # without self
         for name, function in vars(protocol).items()
         if inspect.isfunction(function) and not name.startswith("_")
     }
