@@ -24,6 +24,23 @@ every_function_backend = pytest.mark.parametrize(
     ("op", "backend"), FUNCTION_BACKENDS, ids=["-".join(pair) for pair in FUNCTION_BACKENDS]
 )
 
+#: The cases of every_function_backend for a test that takes seconds: one op a backend is in the first tier of tests.
+every_function_backend_in_tiers = pytest.mark.parametrize(
+    ("op", "backend"),
+    [
+        pytest.param(
+            op, backend, marks=[] if op == "routed_linear" else pytest.mark.slow, id=f"{op}-{backend}"
+        )
+        for op, backend in FUNCTION_BACKENDS
+    ],
+)
+
+
+def tiered(values):
+    """Values of a parameter whose cases take seconds: all but the first are in the second tier of tests."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]
+
 
 def dtypes(backend):
     """The dtypes that a backend takes, see design: fp64 on the reference, torch and cpu only."""

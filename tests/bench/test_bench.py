@@ -5,6 +5,7 @@ import functools
 import json
 import math
 
+import cases
 import pytest
 import torch
 
@@ -133,8 +134,8 @@ def test_values_that_an_axis_has_not(values, message):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("sites", SITES)
-@pytest.mark.parametrize("tables", ["block", "interval", "fractional", "negative"])
+@pytest.mark.parametrize("sites", cases.tiered(SITES))
+@pytest.mark.parametrize("tables", cases.tiered(["block", "interval", "fractional", "negative"]))
 def test_every_way_of_an_op_is_right(op, sites, tables):
     setting = setting_of(op, sites=sites, tables=tables)
     if not setting.site_names:
@@ -329,6 +330,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     assert failure.startswith("tiny, cpu: cpu: dgate: maximum error")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
     first, second = plan_of("first"), plan_of("second")
     runner.run("linear", [first], 2, CPU, tmp_path)
@@ -342,6 +344,7 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
         runner.run("linear", [first, second], 2, CPU, tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_done(tmp_path):
     def interrupted():
         raise KeyboardInterrupt
@@ -352,6 +355,7 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
     assert list(Run.load(tmp_path / "linear.json").cases) == ["first"]
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_costs_no_other(tmp_path, capsys):
     def refused():
         raise RuntimeError("CUDA out of memory")
@@ -368,6 +372,7 @@ def test_a_case_that_fails_costs_no_other(tmp_path, capsys):
         runner.run("linear", [plan_of("first")], 3, CPU, tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_while_it_is_measured_is_told(tmp_path):
     def refused():
         raise MemoryError("too large")
@@ -399,6 +404,7 @@ def test_rounds_take_inputs_in_turn_and_reverse_their_order():
     assert times == {"a": [1e3, 1e3], "b": [1e3, 1e3]}
 
 
+@pytest.mark.slow
 def test_a_launch_is_timed_by_the_call(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "CALLS", 3)
     plans = suites.suite_plans("launch", EAGER)
@@ -422,6 +428,7 @@ def test_added_time_is_beyond_the_floor():
     assert runner.verdict(limit, times, {})["got"] == pytest.approx(0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="only Linux says how much memory was resident")
 def test_the_memory_of_a_step_is_measured(monkeypatch):
     monkeypatch.undo()
@@ -444,6 +451,7 @@ def test_bytes_saved_for_backward():
 # --- the command
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_product_of_axes(tmp_path, capsys):
     arguments = [
         "run",
@@ -516,6 +524,7 @@ def test_suites_run_on_a_gpu(monkeypatch, tmp_path):
     assert done.figure("route_grad, 3.7% of tokens", "triton", FORWARD, "memory").p50 == 0
 
 
+@pytest.mark.slow
 def test_a_group_names_what_this_machine_lacks(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model, "why_missing", lambda: "transformers is not installed")
     cases = lambda options: [plan_of(), *suites.suite_plans("model", options)]  # noqa: E731

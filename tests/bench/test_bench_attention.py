@@ -29,6 +29,7 @@ def attention_calls():
     return attention_cases.calls(SHAPE, CPU)
 
 
+@pytest.mark.slow
 def test_every_case_is_timed_beside_its_rivals(tmp_path):
     plans = suites.suite_plans("attention", Options(CPU, with_compiled=False))
     assert [plan.name for plan in plans] == [f"attention, {name}" for name in attention_cases.CASES["cpu"]]
@@ -81,6 +82,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
     assert case["limits"][0]["verdict"] == NOT_MEASURED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", attention_cases.CASES["cuda"])
 def test_cases_for_cuda_are_right_on_the_cpu(name, attention_calls):
     """Less what needs CUDA: cuDNN, Flex's backward, backend cuda, and what is compiled."""

@@ -23,6 +23,7 @@ def _small(monkeypatch, quick_bench):
         monkeypatch.setattr(bench_labels, name, value)
 
 
+@pytest.mark.slow
 def test_every_case_is_timed_and_limited(tmp_path):
     plans = suites.suite_plans("labels", EAGER)
     assert [plan.name for plan in plans] == [f"labels, {name}" for name in bench_labels.CASES]
@@ -41,6 +42,7 @@ def test_every_case_is_timed_and_limited(tmp_path):
     assert {plan.name for plan in plans} <= in_group
 
 
+@pytest.mark.slow
 def test_other_lengths_have_no_limit(tmp_path):
     arguments = ["run", "labels", "--tokens", "1000", "2000", "--case", "priority", "--rounds", "2"]
     assert command.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -76,6 +78,7 @@ match_ngrams, frequency_strength = labels.match_ngrams, labels.frequency_strengt
 next_token, prioritise, token_counts = labels.next_token, labels.prioritise, labels.token_counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "function", "wrong"),
     [
@@ -110,6 +113,7 @@ def test_a_limit_in_seconds():
     assert limit_text(nothing) == "own at most 2 s, forward: not measured"
 
 
+@pytest.mark.slow
 def test_a_page_of_the_suite(tmp_path):
     """A limit in seconds is no ratio: the README has it in the table of limits alone."""
     run = runner.run("labels", suites.suite_plans("labels", EAGER)[1:2], 2, CPU, tmp_path / "cpu-2-cores")

@@ -37,6 +37,7 @@ def _small(monkeypatch, quick_bench):
     monkeypatch.setattr(model_cases, "LIGER_MISSING", "liger_kernel is not installed")
 
 
+@pytest.mark.slow
 def test_every_variant_is_checked_and_timed(tmp_path):
     (plan,) = model.plans(CPU)
     done = runner.run("model", [plan], 2, CPU, tmp_path)
@@ -59,6 +60,7 @@ def test_every_variant_is_checked_and_timed(tmp_path):
     assert hidden.p50 < detach.p50
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
     def trainings(whole, shape):
         plain = model_cases.unrouted(whole, shape)

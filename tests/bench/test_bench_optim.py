@@ -29,6 +29,7 @@ def _small(monkeypatch, quick_bench):
     monkeypatch.setitem(model_cases.SHAPES, "cpu", SHAPE)
 
 
+@pytest.mark.slow
 def test_every_variant_is_checked_and_timed(tmp_path):
     plans = suites.suite_plans("optim", Options(CPU))
     done = runner.run("optim", plans, 2, CPU, tmp_path)
@@ -48,6 +49,7 @@ def test_every_variant_is_checked_and_timed(tmp_path):
     assert (retain - confined) % 32 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -161,6 +161,7 @@ def test_norms_of_two_dtypes(dy_dtype, x_dtype, d_model):
         assert testing.excess(*one) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", testing.variants("routed_embedding"))
 @pytest.mark.parametrize("d_model", [40, 264, 37])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -288,6 +289,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found(built, mistake, tmp_path, monkeypatch):
     old, new, message = MISTAKES[mistake]

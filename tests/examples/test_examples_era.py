@@ -183,6 +183,7 @@ def test_ascent_raises_the_forget_loss_up_to_a_target(training):
     assert evaluate(unchanged, training.texts.held_out, False)["forget"] == before
 
 
+@pytest.mark.slow
 def test_a_quick_run_has_every_model(run):
     names = [(model["name"], model["share"]) for model in run["models"]]
     assert len(set(names)) == len(names) == 8
@@ -237,6 +238,7 @@ def test_found_says_what_the_numbers_say(run):
     assert "no better than filtering" in text
 
 
+@pytest.mark.slow
 def test_what_a_quick_run_leaves(run, tmp_path, capsys):
     recorded = dataclasses.replace(era_unlearning.EXPERIMENT, run=lambda seed, quick: run)
     arguments = ["--out", str(tmp_path), "--seeds", "2"]

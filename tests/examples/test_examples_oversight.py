@@ -368,6 +368,7 @@ def test_the_verdict():
     assert failed(made_up_run({"routing": math.nan})) == [0, 1, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_failing_check_is_exit_code_1(tmp_path, capsys):
     for naive, code in ((0.1, 0), (0.4, 1)):
         run = made_up_run({"naive, longer": naive})
@@ -381,6 +382,7 @@ def test_a_failing_check_is_exit_code_1(tmp_path, capsys):
     assert "at 2 % oversight the Diamond expert alone has 0.50, filtering 0.10, naive training 0.40" in text
 
 
+@pytest.mark.slow
 def test_a_quick_run_is_the_same_code(tmp_path):
     arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
     assert experiment.main(oversight.EXPERIMENT, oversight.__doc__, arguments) == 0

@@ -135,6 +135,7 @@ def test_a_forget_step_leaves_retain_parameters_where_they_are():
             assert bool(moved.any()) is not ("self_attn" in name or "lm_head" in name), name
 
 
+@pytest.mark.slow
 def test_a_quick_run_has_every_measure(run):
     settings = sgtm_mixed.QUICK
     assert set(run["models"]) == {MIXED, ONE_LABEL, CONTROL}
@@ -207,6 +208,7 @@ def test_steps_to_a_target_are_on_lines_between_evaluations(run):
     assert sgtm_mixed.steps_ratio(run) == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_what_a_quick_run_leaves(run, tmp_path, capsys):
     recorded = dataclasses.replace(sgtm_mixed.EXPERIMENT, run=lambda seed, quick: run)
     arguments = ["--out", str(tmp_path), "--seeds", "2"]

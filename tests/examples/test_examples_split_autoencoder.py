@@ -147,6 +147,7 @@ def test_measures(run):
     assert measures.whole(made, "routed") == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("routed", "control", "code"), [(0.4, 0.1, 0), (0.1, 0.1, 1), (0.4, 0.4, 1)])
 def test_files_and_exit_code(run, tmp_path, routed, control, code):
     made = with_errors(run, routed, control)

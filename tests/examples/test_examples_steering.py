@@ -148,6 +148,7 @@ def test_effects_are_means_over_what_is_predicted():
     assert got.other_loss == pytest.approx(sum(losses[False]) / len(losses[False]))
 
 
+@pytest.mark.slow
 def test_both_models_start_alike_and_routing_changes_the_gradient(run):
     data = training.load(steering_scalar.QUICK, 0)
     # No token of another vocabulary's id is routed: nothing is left to differ.
@@ -165,6 +166,7 @@ def test_both_models_start_alike_and_routing_changes_the_gradient(run):
     assert run["target_share"] == share > 0
 
 
+@pytest.mark.slow
 def test_no_held_out_text_is_trained_on():
     data = training.load(dataclasses.replace(steering_scalar.QUICK, steps=8, held_out_rows=8), 0)
     windows = [
@@ -186,6 +188,7 @@ def test_gains_end_where_they_cost_too_much():
     assert gain(effects((0.1, 0), (0.2, 0.05), (0.6, 0.25), (9.0, 0.09))) == pytest.approx(3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "factor", "code"), [(1, 2.0, 0), (40, 2.0, 1), (1, 1.2, 1)])
 def test_files_and_exit_code(run, tmp_path, rank, factor, code):
     made = with_effect(run, rank, factor)

@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ def same_bits(actual, expected):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", cases.tiered(DTYPES))
 @pytest.mark.parametrize("causal", [True, False])
 def test_cpu_budget(dtype, causal):
     for kv_heads, (length, head_dim) in itertools.product((8, 2, 1), ((37, 16), (130, 13), (257, 32))):
@@ -117,7 +118,7 @@ def test_cpu_budget(dtype, causal):
             assert_within_budget(CPU, tensors, asked, f"{dtype} {kv_heads} {length}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", cases.tiered(DTYPES))
 @pytest.mark.parametrize("causal", [True, False])
 def test_cpu_forward_has_the_bits_of_scaled_dot_product_attention(dtype, causal):
     for kv_heads, (length, head_dim) in itertools.product((8, 2, 1), ((37, 16), (257, 13), (513, 64))):
@@ -196,7 +197,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", cases.tiered(DTYPES))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cpu_layouts(layout, dtype):
     tensors = inputs(130, dtype=dtype, head_dim=24)

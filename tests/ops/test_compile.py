@@ -7,7 +7,7 @@ import cases
 import pytest
 import test_optim_fused
 import torch
-from cases import every_function_backend
+from cases import every_function_backend, every_function_backend_in_tiers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +46,7 @@ def run(function, call, routes=None):
 
 
 @pytest.mark.parametrize("strength", ["token", None])
-@every_function_backend
+@every_function_backend_in_tiers
 def test_one_graph_for_all_ids(op, backend, strength, device):
     """Forward and backward captured whole; batches of other ids, and so of other counts, run the same code."""
     cases.require(backend, device)
@@ -63,7 +63,7 @@ def test_one_graph_for_all_ids(op, backend, strength, device):
             assert_same_bits(run(compiled, call, routes), run(function, call, routes), op)
 
 
-@every_function_backend
+@every_function_backend_in_tiers
 def test_routes_made_in_the_graph(op, backend, device):
     cases.require(backend, device)
     call = cases.make(op, strength="token", device=device)
@@ -144,7 +144,7 @@ def run_backward(function, call):
     return Result(output.detach(), {name: leaves[name].grad for name in call.differentiable})
 
 
-@every_function_backend
+@every_function_backend_in_tiers
 def test_activation_checkpointing_compiled(op, backend, device):
     cases.require(backend, device)
     call = cases.make(op, strength="token", device=device)
@@ -203,6 +203,7 @@ def run_forward_in_autocast(forward, call):
     return Result(output.detach(), dict(zip(wanted, gradients, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 def test_autocast_compiled(backend, device):
     cases.require(backend, device)

@@ -50,6 +50,7 @@ def passed(results, name):
     return results[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name in optim_worker.CELLS if "block_dim" in name or "clipped" in name]
 )
