@@ -1,0 +1,238 @@
+"""RoutedAdamW: an AdamW that leaves alone what no gradient touches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from .. import backends
+from .arithmetic import factor_dtype
+from .gradients import Gradient, touched_blocks
+from .norms import total_norm
+from .options import check_group, fused_backend
+from .shards import local_part
+from .state import MOMENTS, adopt_group, check_state, loaded_steps, new_steps
+from .update import Corrections, Factors, Update, apply_fused
+
+
+class RoutedAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) that leaves blocks without a gradient as they are.
+
+    A masked gradient is an exact zero, but `torch.optim.AdamW` moves the parameter all the same: by the momentum of
+    earlier steps, and by weight decay. So what gradient routing (Cloud et al. 2024, arXiv 2410.04332) and SGTM (Shilov
+    et al. 2025, arXiv 2512.05648) confine to a part of a model leaks: steps on retain data alone go on moving the
+    forget part, and let its moments fade. Here a step changes a block (a row, a column or all of a parameter) only if
+    some gradient in it is not 0; a row or column is the block `Block.of(model, {name: (block_dim, [i])})` of
+    `gradroute.blocks`. With u(b) = 1 if some g in block b is not 0, else 0 (NaN and infinity are not 0):
+
+        t(b) ← t(b) + u(b), and where u(b) = 1, for every element of b:
+        θ ← θ - lr λ θ;  m ← β₁ m + (1 - β₁) g;  v ← β₂ v + (1 - β₂) g²
+        θ ← θ - lr m / (1 - β₁^t(b)) / (√v / √(1 - β₂^t(b)) + ε)
+
+    Where u(b) = 0, parameters, moments and counts keep every bit. So each block has an AdamW of its own, which steps
+    when the block is touched. Where every block is touched in every step this is `torch.optim.AdamW`, on the CPU bit
+    for bit that of `foreach=False`. Routes of negative weight give gradients that are not 0, and touch blocks like any
+    other. Within a touched block an element that is masked alone drifts as under AdamW, so blocks should be what sites
+    mask: `routed_param_groups` finds them.
+
+    Gradients are those of the whole batch: a block is touched if any token of any rank touched it. DDP has reduced them
+    before `step`. Ranks that hold parts of one block (of DTensors: FSDP2, tensor parallelism) agree whether it is
+    touched by one small all-reduce a process group. The flat parameters of FSDP1 have no rows and columns.
+
+    Nothing here waits for the device or branches on values, so steps can be compiled, and captured in a CUDA graph.
+
+    The state of a parameter is "exp_avg", "exp_avg_sq" and, with amsgrad, "max_exp_avg_sq", all of its shape and dtype;
+    and "step", t(b), fp32 (exact up to 2²⁴) of shape `[n, 1, ...]`, `[1, m, ...]` or `[]`, which broadcasts against the
+    parameter. They are DTensors where the parameter is one.
+
+    Args:
+        params: parameters, or dicts of parameters with options of their own, as every optimizer takes them.
+        lr: the learning rate; a tensor of one element is not read on the host.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: λ.
+        block_dim: the dimension along which a parameter is divided into blocks. 0: a block is a row, which is all that
+            has one index in the first dimension (in a parameter of one dimension, an element). 1: a block is a column.
+            None: the whole parameter is one block.
+        amsgrad: divide by the largest v so far (Reddi et al. 2018).
+        maximize: ascend instead of descending.
+        fused: take a step by one kernel a parameter, of backend cpu, triton or cuda, instead of a dozen operations. The
+            kernel computes in fp32 (fp64 for fp64) and rounds once, so that its results differ from those of the
+            operations, and of `torch.optim.AdamW`, in the last places, as those of torch's `fused=True` do. The
+            operations are taken, with a warning, for parameters of three dimensions or more that are not contiguous,
+            and for moments of another dtype.
+
+    Raises:
+        TypeError: complex parameters.
+        ValueError: an option out of its range; `block_dim=1` for a parameter of fewer than two dimensions.
+        gradroute.BackendError: `fused`, and no backend has a kernel for a parameter's device and dtype.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        block_dim: int | None = 0,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        fused: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "block_dim": block_dim,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters. Raises as the constructor does; the group is then not added."""
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except (TypeError, ValueError, backends.BackendError):
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates the blocks that are touched. A parameter whose `grad` is None is left out.
+
+        Args:
+            closure: a function that evaluates the model again, and returns the loss.
+
+        Raises:
+            RuntimeError: sparse gradients.
+            ValueError: a group's `block_dim`, or a parameter's shape, has changed since its first step.
+            gradroute.BackendError: as the constructor raises it, where parameters have moved since.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        alike: dict[tuple[int, torch.device, torch.dtype, bool], list[Update]] = {}
+        gradients = self._gradients()
+        for device, dtype in {(g.local.device, g.parameter.dtype) for g in gradients if g.group["fused"]}:
+            fused_backend(device, dtype)  # raises before anything is counted
+        for gradient, touched in zip(gradients, touched_blocks(gradients), strict=True):
+            update = self._update_of(gradient, touched)
+            key = id(update.group), update.parameter.device, update.parameter.dtype, update.is_fused()
+            alike.setdefault(key, []).append(update)
+        for (*_, is_fused), updates in alike.items():
+            corrections = Corrections.of(updates)
+            if is_fused:
+                apply_fused(updates, corrections)
+                continue
+            for update, factors in zip(updates, Factors.of(updates, corrections), strict=True):
+                update.apply(factors)
+        return loss
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Scales all gradients to a norm of at most `max_norm`: g ← g min(1, max_norm / (norm + 1e-6)).
+
+        It does what `torch.nn.utils.clip_grad_norm_` does, with two differences. Where the norm is NaN, gradients of
+        blocks that are not touched stay 0; 0 times NaN would touch them. And ordinary gradients may stand beside
+        DTensors, and DTensors of several meshes side by side, as under `gradroute.models.tensor_parallel`.
+
+        Args:
+            max_norm: the largest norm allowed.
+            norm_type: the p of the p-norm; `math.inf` takes the largest entry.
+            error_if_nonfinite: raise where the norm is infinite or NaN, which waits for the device.
+
+        Returns:
+            The norm of all gradients before they were scaled, a tensor without dimensions.
+
+        Raises:
+            RuntimeError: sparse gradients; a norm that is not finite, if `error_if_nonfinite`.
+        """
+        gradients = self._gradients()
+        norm = total_norm(gradients, float(norm_type))
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"error_if_nonfinite: got gradients of norm {float(norm)} (norm_type={norm_type}), expected a finite "
+                "one"
+            )
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for gradient, touched in zip(gradients, touched_blocks(gradients), strict=True):
+            factor = torch.where(touched, scale.to(touched.device), 1.0)
+            gradient.local.mul_(factor.to(factor_dtype(gradient.local)))
+        return norm
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for options in (self.defaults, *self.param_groups):  # copies from before this option existed lack it
+            options.setdefault("fused", False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state of this class or of `torch.optim.AdamW`, whose step count becomes that of every block.
+
+        Raises:
+            ValueError: step counts that are not those of a parameter's blocks, or moments of another shape; the state
+                of an Adam that adds weight decay to the gradient; groups that do not fit. Nothing is then taken over.
+        """
+        saved = state_dict["param_groups"]
+        adopted = [adopt_group(theirs, own) for theirs, own in zip(saved, self.param_groups, strict=False)]
+        for theirs, own in zip(adopted, self.param_groups, strict=False):
+            # torch's load_state_dict refuses another number of groups or parameters, before it takes anything over.
+            for index, parameter in zip(theirs["params"], own["params"], strict=False):
+                check_state(parameter, theirs["block_dim"], state_dict["state"].get(index, {}))
+        super().load_state_dict({**state_dict, "param_groups": adopted + saved[len(adopted) :]})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = loaded_steps(parameter, group["block_dim"], state["step"])
+
+    def _gradients(self) -> list[Gradient]:
+        """The gradient of every parameter that has one."""
+        return [
+            Gradient.of(group, parameter)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+
+    def _update_of(self, gradient: Gradient, touched: Tensor) -> Update:
+        """What a step does to a parameter. Makes the parameter's state where there is none, and counts the step."""
+        group, parameter = gradient.group, gradient.parameter
+        state = self.state[parameter]
+        if not state:
+            state["step"] = new_steps(parameter, group["block_dim"])
+            for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        local = {name: local_part(value) for name, value in state.items()}
+        if local["step"].shape != touched.shape:
+            raise ValueError(
+                f"block_dim: got {group['block_dim']} for a parameter of shape {list(parameter.shape)} whose steps "
+                f"are counted in blocks of shape {list(state['step'].shape)}, expected it not to change"
+            )
+        for name in MOMENTS:
+            if name in local and local[name].shape != gradient.local.shape:
+                raise ValueError(
+                    f"params: got a parameter of shape {list(parameter.shape)} whose {name} is of shape "
+                    f"{list(state[name].shape)}, expected it not to change"
+                )
+        local["step"].add_(touched)
+        return Update(group, local_part(parameter), gradient.local, local, touched)
