@@ -1,12 +1,13 @@
-// What routed attention needs beside an attention kernel: masks by (token, head), and delta = rowsum(do ⊙ o).
-#include "device.cuh"
+// Routed attention's own kernels beside those of attention: masks by (token, head), and delta = rowsum(do ⊙ o).
+#include "cuda.cuh"
 
 namespace gradroute {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int POSITIONS = 4;  // of a thread at a time: their loads do not wait for each other
+constexpr int POSITIONS = 4;  // how many a thread handles at once: their loads do not wait for each other
 
+// The weight of a head; 1 without a table.
 __device__ __forceinline__ float weight_of(const Table& table, const Token& token, int64_t head) {
   return table.weights == nullptr ? 1.0f : token.weight(table, head);
 }
@@ -40,12 +41,12 @@ __device__ __forceinline__ void mask_rows(const Matrix& x, const Matrix& out, co
   }
 }
 
-// Threads: blockDim.x for the features of a row, blockDim.y rows. Blocks: positions, heads, batches.
+// A block has blockDim.x threads for the features of a row, and blockDim.y rows; the grid has positions, heads,
+// batches.
 template <class Access>
-__global__ __launch_bounds__(THREADS) void masked_heads_kernel(const __grid_constant__ Heads x,
-                                                               const __grid_constant__ Heads out, Routing routing,
-                                                               Table table) {
+__global__ __launch_bounds__(THREADS) void masked_heads_kernel(const __grid_constant__ HeadOperands p) {
   using E = typename Access::Element;
+  const Heads &x = p.x, &out = p.out;
   const int64_t sequence = x.shape[2], head = blockIdx.y;
   const int64_t position = int64_t(blockIdx.x) * blockDim.y * POSITIONS + threadIdx.y;
   for (int64_t batch = blockIdx.z; batch < x.shape[0]; batch += gridDim.z) {
@@ -54,28 +55,22 @@ __global__ __launch_bounds__(THREADS) void masked_heads_kernel(const __grid_cons
 #pragma unroll
     for (int i = 0; i < POSITIONS; ++i) {
       const int64_t row = position + i * blockDim.y;
-      const Token token(routing, batch * sequence + min(row, sequence - 1));
-      m[i] = weight_of(table, token, head);
+      const Token token(p.mask.routing, batch * sequence + min(row, sequence - 1));
+      m[i] = weight_of(p.mask.table, token, head);
       changed[i] = row < sequence && !(x.data == out.data && m[i] == 1.0f);
     }
     mask_rows<Access>(head_of<E>(x, batch, head), head_of<E>(out, batch, head), m, changed, position, blockDim.y);
   }
 }
 
-struct DeltaArguments {
-  Heads dz, o, d_o;
-  Matrix delta;
-  Routing routing;
-  Table heads, forward_heads;
-};
-
 // Σ d_o ⊙ o over a thread's vectors of a row; d_o is stored where it is wanted.
 template <class Access>
-__device__ __forceinline__ float delta_of(const DeltaArguments& p, int64_t batch, int64_t head, int64_t position) {
+__device__ __forceinline__ float delta_of(const DeltaOperands& p, int64_t batch, int64_t head, int64_t position) {
   using E = typename Access::Element;
   constexpr int N = Access::WIDTH;
-  const Token token(p.routing, batch * p.dz.shape[2] + position);
-  const float m_forward = weight_of(p.forward_heads, token, head), m_heads = weight_of(p.heads, token, head);
+  const Token token(p.masks.routing, batch * p.dz.shape[2] + position);
+  const float m_forward = weight_of(p.masks.forward_heads, token, head);
+  const float m_heads = weight_of(p.masks.heads, token, head);
   float total = 0.0f;
 #pragma unroll 2
   for (int64_t first = threadIdx.x * N; first < p.dz.shape[3]; first += blockDim.x * N) {
@@ -91,9 +86,9 @@ __device__ __forceinline__ float delta_of(const DeltaArguments& p, int64_t batch
   return total;
 }
 
-// Threads: blockDim.x of a warp for a row, blockDim.y rows. Blocks: positions, heads, batches.
+// A block has blockDim.x threads of one warp for a row, and blockDim.y rows; the grid has positions, heads, batches.
 template <class Access>
-__global__ __launch_bounds__(THREADS) void attention_delta_kernel(const __grid_constant__ DeltaArguments p) {
+__global__ __launch_bounds__(THREADS) void attention_delta_kernel(const __grid_constant__ DeltaOperands p) {
   const int64_t head = blockIdx.y, position = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool present = position < p.dz.shape[2];
   for (int64_t batch = blockIdx.z; batch < p.dz.shape[0]; batch += gridDim.z) {
@@ -117,30 +112,26 @@ bool is_empty(const Heads& x) { return x.shape[0] == 0 || x.shape[1] == 0 || x.s
 
 namespace cuda {
 
-void masked_heads(Heads x, Heads out, Routing routing, Table table, Stream stream) {
-  if (is_empty(x)) return;
+void masked_heads(const HeadOperands& p, const Stream& stream) {
+  if (is_empty(p.x)) return;
   with_access(
-      "masked_heads", x.dtype,
+      "masked_heads", p.x.dtype,
       [&](auto access) {
         using Access = decltype(access);
-        launch("masked_heads_kernel", masked_heads_kernel<Access>, grid_of(x, Access::WIDTH, POSITIONS), stream, x, out,
-               routing, table);
+        launch("masked_heads_kernel", masked_heads_kernel<Access>, grid_of(p.x, Access::WIDTH, POSITIONS), stream, p);
       },
-      x, out);
+      p.x, p.out);
 }
 
-void attention_delta(Heads dz, Heads o, Heads d_o, Matrix delta, Routing routing, Table heads, Table forward_heads,
-                     Stream stream) {
-  if (is_empty(dz)) return;
-  const DeltaArguments arguments{dz, o, d_o, delta, routing, heads, forward_heads};
+void attention_delta(const DeltaOperands& p, const Stream& stream) {
+  if (is_empty(p.dz)) return;
   with_access(
-      "attention_delta", dz.dtype,
+      "attention_delta", p.dz.dtype,
       [&](auto access) {
         using Access = decltype(access);
-        launch("attention_delta_kernel", attention_delta_kernel<Access>, grid_of(dz, Access::WIDTH, 1), stream,
-               arguments);
+        launch("attention_delta_kernel", attention_delta_kernel<Access>, grid_of(p.dz, Access::WIDTH, 1), stream, p);
       },
-      dz, o, d_o);
+      p.dz, p.o, p.d_o);
 }
 
 }  // namespace cuda

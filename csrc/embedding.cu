@@ -1,24 +1,15 @@
 // The weight gradient of an embedding: the masked gradients of each token's rows, summed in a fixed order.
-#include "device.cuh"
+#include "cuda.cuh"
 
 namespace gradroute {
 namespace {
 
-constexpr int WARPS = 12;  // of a block, each with a position; all of them share a long run
-constexpr int ROWS = 4;    // of a warp at a time: their loads do not wait for each other
+constexpr int WARPS = 12;  // how many a block has, each with a position; all of them share a long run
+constexpr int ROWS = 4;    // how many a warp handles at once: their loads do not wait for each other
 static_assert(WARPS < WARP, "no two runs longer than a warp's window begin in a block");
 
-struct EmbeddingArguments {
-  Matrix dy, out;
-  const int64_t* tokens;
-  const int64_t* order;
-  int64_t padding_idx;
-  Routing routing;
-  Table update;
-};
-
 // A window of positions from `start` on, one a lane: how many of them belong to the run of `token`.
-__device__ __forceinline__ int window_length(const EmbeddingArguments& p, int64_t start, int64_t token) {
+__device__ __forceinline__ int window_length(const EmbeddingOperands& p, int64_t start, int64_t token) {
   const int64_t position = start + threadIdx.x;
   const bool belongs = position < p.dy.rows && __ldg(p.tokens + position) == token;
   return __popc(__ballot_sync(WHOLE_WARP, belongs));
@@ -26,12 +17,12 @@ __device__ __forceinline__ int window_length(const EmbeddingArguments& p, int64_
 
 // total += m ⊙ dy over `length` positions from `start` on, at one vector of features. Called by whole warps.
 template <class Access>
-__device__ __forceinline__ void add_window(const EmbeddingArguments& p, int64_t start, int length, int64_t first,
+__device__ __forceinline__ void add_window(const EmbeddingOperands& p, int64_t start, int length, int64_t first,
                                            float (&total)[Access::WIDTH]) {
   using E = typename Access::Element;
   constexpr int N = Access::WIDTH;
   const int64_t own_row = __ldg(p.order + start + (threadIdx.x < length ? threadIdx.x : 0));
-  const Token own(p.routing, own_row);
+  const Token own(p.update.routing, own_row);
   const bool inside = first < p.dy.cols;
 #pragma unroll 1
   for (int begin = 0; begin < length; begin += ROWS) {
@@ -48,7 +39,7 @@ __device__ __forceinline__ void add_window(const EmbeddingArguments& p, int64_t 
       if (!inside || begin + i >= length) continue;
       float values[N];
       unpack(vectors[i], values);
-      apply_mask(p.update, token, first, values);
+      apply_mask(p.update.table, token, first, values);
       add_to(total, values);
     }
   }
@@ -57,7 +48,7 @@ __device__ __forceinline__ void add_window(const EmbeddingArguments& p, int64_t 
 // out[token] of a run that begins at `position`: the warps take its windows in turn and add their totals in order.
 // Called by every thread of a block.
 template <class Access>
-__device__ __forceinline__ void sum_long_run(const EmbeddingArguments& p, int64_t position, int64_t first) {
+__device__ __forceinline__ void sum_long_run(const EmbeddingOperands& p, int64_t position, int64_t first) {
   constexpr int N = Access::WIDTH;
   __shared__ float totals[WARPS][WARP * N];
   const int64_t token = __ldg(p.tokens + position);
@@ -80,7 +71,7 @@ __device__ __forceinline__ void sum_long_run(const EmbeddingArguments& p, int64_
 }
 
 // Whether a run that has a row in out begins at `position`.
-__device__ __forceinline__ bool begins_run(const EmbeddingArguments& p, int64_t position) {
+__device__ __forceinline__ bool begins_run(const EmbeddingOperands& p, int64_t position) {
   if (position >= p.dy.rows) return false;
   const int64_t token = __ldg(p.tokens + position);
   return token != p.padding_idx && (position == 0 || __ldg(p.tokens + position - 1) != token);
@@ -88,7 +79,7 @@ __device__ __forceinline__ bool begins_run(const EmbeddingArguments& p, int64_t 
 
 template <class Access>
 __global__ __launch_bounds__(WARPS* WARP,
-                             2) void embedding_backward_kernel(const __grid_constant__ EmbeddingArguments p) {
+                             2) void embedding_backward_kernel(const __grid_constant__ EmbeddingOperands p) {
   constexpr int N = Access::WIDTH;
   __shared__ int64_t long_run;
   if (threadIdx.x == 0 && threadIdx.y == 0) long_run = -1;
@@ -114,19 +105,16 @@ __global__ __launch_bounds__(WARPS* WARP,
 
 namespace cuda {
 
-void embedding_backward(Matrix dy, Matrix out, Indices tokens, Indices order, int64_t padding_idx, Routing routing,
-                        Table update, Stream stream) {
-  if (dy.rows == 0 || dy.cols == 0) return;
-  const EmbeddingArguments arguments{dy, out, tokens.data, order.data, padding_idx, routing, update};
+void embedding_backward(const EmbeddingOperands& p, const Stream& stream) {
+  if (p.dy.rows == 0 || p.dy.cols == 0) return;
   with_access(
-      "embedding_backward", dy.dtype,
+      "embedding_backward", p.dy.dtype,
       [&](auto access) {
         using Access = decltype(access);
-        const dim3 blocks(ceil_div(dy.rows, WARPS), ceil_div(dy.cols, WARP * Access::WIDTH));
-        launch("embedding_backward_kernel", embedding_backward_kernel<Access>, {blocks, dim3(WARP, WARPS)}, stream,
-               arguments);
+        const dim3 blocks(ceil_div(p.dy.rows, WARPS), ceil_div(p.dy.cols, WARP * Access::WIDTH));
+        launch("embedding_backward_kernel", embedding_backward_kernel<Access>, {blocks, dim3(WARP, WARPS)}, stream, p);
       },
-      dy, out, update);
+      p.dy, p.out, p.update);
 }
 
 }  // namespace cuda

@@ -1,17 +1,10 @@
 // The backward of act(gate) * up with every mask of a gated MLP folded in, and the bias gradients on the way.
-#include "device.cuh"
+#include "cuda.cuh"
 
 namespace gradroute {
 namespace {
 
-constexpr int TOKENS = 2;  // of a thread at a time: their loads do not wait for each other
-
-struct GluArguments {
-  Matrix dz, gate, up, dgate, dup, z, gate_sums, up_sums;
-  Routing routing;
-  Table pre, hidden, forward, update_out, update_in;
-  Activation activation;
-};
+constexpr int TOKENS = 2;  // how many a thread handles at once: their loads do not wait for each other
 
 template <class Access>
 struct GluVectors {
@@ -27,7 +20,7 @@ __device__ __forceinline__ void multiply(float (&values)[N], const float (&by)[N
 
 // One vector of one token; gate_total += m_update_in ⊙ dgate, up_total += m_update_in ⊙ dup.
 template <class Access>
-__device__ __forceinline__ void glu_vector(const GluArguments& p, int64_t row, int64_t first,
+__device__ __forceinline__ void glu_vector(const GluOperands& p, int64_t row, int64_t first,
                                            const GluVectors<Access>& vectors, float (&gate_total)[Access::WIDTH],
                                            float (&up_total)[Access::WIDTH]) {
   using E = typename Access::Element;
@@ -40,28 +33,28 @@ __device__ __forceinline__ void glu_vector(const GluArguments& p, int64_t row, i
   const Token& token = vectors.token;
   if (p.z.data != nullptr) {
     multiply(operand, to_up);
-    apply_mask(p.forward, token, first, operand);
-    apply_mask(p.update_out, token, first, operand);
+    apply_mask(p.masks.forward, token, first, operand);
+    apply_mask(p.masks.update_out, token, first, operand);
     store<E, N>(p.z, row, first, operand);
   }
   if (p.dz.data == nullptr) return;
   unpack(vectors.dz, operand);
   multiply(to_gate, operand);
   multiply(to_up, operand);
-  apply_masks(p.forward, token, first, to_gate, to_up);
-  apply_masks(p.hidden, token, first, to_gate, to_up);
-  apply_masks(p.pre, token, first, to_gate, to_up);
+  apply_masks(p.masks.forward, token, first, to_gate, to_up);
+  apply_masks(p.masks.hidden, token, first, to_gate, to_up);
+  apply_masks(p.masks.pre, token, first, to_gate, to_up);
   store<E, N>(p.dgate, row, first, to_gate);
   store<E, N>(p.dup, row, first, to_up);
   if (p.gate_sums.data == nullptr) return;
-  apply_masks(p.update_in, token, first, to_gate, to_up);
+  apply_masks(p.masks.update_in, token, first, to_gate, to_up);
   add_to(gate_total, to_gate);
   add_to(up_total, to_up);
 }
 
 // One vector of the tokens from `token` to `last` that belong to this thread.
 template <class Access>
-__device__ __forceinline__ void glu_tokens(const GluArguments& p, int64_t token, int64_t last, int64_t first,
+__device__ __forceinline__ void glu_tokens(const GluOperands& p, int64_t token, int64_t last, int64_t first,
                                            float (&gate_total)[Access::WIDTH], float (&up_total)[Access::WIDTH]) {
   using E = typename Access::Element;
   constexpr int N = Access::WIDTH;
@@ -75,7 +68,7 @@ __device__ __forceinline__ void glu_tokens(const GluArguments& p, int64_t token,
       vectors[i].gate = load<E, N>(p.gate, row, first);
       vectors[i].up = load<E, N>(p.up, row, first);
       if (p.dz.data != nullptr) vectors[i].dz = load<E, N>(p.dz, row, first);
-      vectors[i].token = Token(p.routing, row);
+      vectors[i].token = Token(p.masks.routing, row);
     }
 #pragma unroll
     for (int i = 0; i < TOKENS; ++i)
@@ -85,7 +78,7 @@ __device__ __forceinline__ void glu_tokens(const GluArguments& p, int64_t token,
 }
 
 template <class Access>
-__global__ __launch_bounds__(TILE_THREADS, 2) void glu_backward_kernel(GluArguments p) {
+__global__ __launch_bounds__(TILE_THREADS, 2) void glu_backward_kernel(GluOperands p) {
   constexpr int N = Access::WIDTH;
   const int64_t tile = int64_t(blockIdx.x) * TILE_LANES * N, first = tile + threadIdx.x * N;
   for (int64_t run = blockIdx.y; run * TOKENS_PER_SUM < p.gate.rows; run += gridDim.y) {
@@ -102,20 +95,16 @@ __global__ __launch_bounds__(TILE_THREADS, 2) void glu_backward_kernel(GluArgume
 
 namespace cuda {
 
-void glu_backward(Matrix dz, Matrix gate, Matrix up, Matrix dgate, Matrix dup, Matrix z, Matrix gate_sums,
-                  Matrix up_sums, Routing routing, Table pre, Table hidden, Table forward, Table update_out,
-                  Table update_in, Activation activation, Stream stream) {
-  if (gate.rows == 0 || gate.cols == 0) return;
-  const GluArguments arguments{dz,      gate, up,     dgate,   dup,        z,         gate_sums, up_sums,
-                               routing, pre,  hidden, forward, update_out, update_in, activation};
+void glu_backward(const GluOperands& p, const Stream& stream) {
+  if (p.gate.rows == 0 || p.gate.cols == 0) return;
   with_access(
-      "glu_backward", gate.dtype,
+      "glu_backward", p.gate.dtype,
       [&](auto access) {
         using Access = decltype(access);
-        launch("glu_backward_kernel", glu_backward_kernel<Access>, tiles(gate.rows, gate.cols, Access::WIDTH), stream,
-               arguments);
+        launch("glu_backward_kernel", glu_backward_kernel<Access>, tiles(p.gate.rows, p.gate.cols, Access::WIDTH),
+               stream, p);
       },
-      dz, gate, up, dgate, dup, z, pre, hidden, forward, update_out, update_in);
+      p.dz, p.gate, p.up, p.dgate, p.dup, p.z, p.masks);
 }
 
 }  // namespace cuda

@@ -1,18 +1,18 @@
 // The masked bias gradient of a linear layer. Its GEMMs are torch's.
-#include "blocks.h"
+#include "cpu.h"
 
 namespace gradroute::GRADROUTE_CPU {
 
-void bias_grad(Matrix g, Matrix sums, Routing routing, Table table, Stream) {
-  GRADROUTE_SWITCH_COMPUTE(g.dtype, {
+void bias_grad(const BiasOperands& p, const Stream&) {
+  GRADROUTE_SWITCH_COMPUTE(p.g.dtype, {
     for_blocks(
-        g.rows, g.cols, [&](int64_t run) { clear<C>(sums, run); },
+        p.g.rows, p.g.cols, [&](int64_t run) { clear<C>(p.sums, run); },
         [&](int64_t token, int64_t first, int64_t n) {
           alignas(64) C scratch[BLOCK], product[BLOCK];
-          const C* values = load(g, token, first, n, scratch);
+          const C* values = load(p.g, token, first, n, scratch);
           std::copy(values, values + n, product);
-          apply_mask(table, Token<C>(routing, token), first, n, product);
-          add_to(sums, token / TOKENS_PER_SUM, first, n, product);
+          apply_mask(p.mask.table, Token<C>(p.mask.routing, token), first, n, product);
+          add_to(p.sums, token / TOKENS_PER_SUM, first, n, product);
         });
   });
 }

@@ -197,7 +197,7 @@ GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
     }                                                          \
   }
 
-// What a step of AdamW has for all elements alike; averages and squares are weighted with β and what is left of 1.
+// A step's options, the same for every element. The old averages have weight β, and the new values 1 - β.
 template <class C>
 struct AdamW {
   C beta2, average_weight, square_weight, eps, sign;
@@ -210,7 +210,7 @@ struct AdamW {
         sign(maximize ? C(-1) : C(1)) {}
 };
 
-// The same for the elements of a block.
+// A step's factors, the same for every element of a block of parameters.
 template <class C>
 struct BlockFactors {
   C decay, size, scale;  // 1 - lr λ, lr / (1 - β₁^t), 1 / √(1 - β₂^t)

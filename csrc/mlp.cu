@@ -1,21 +1,14 @@
 // The activation's backward with every mask of an MLP folded in, and the bias gradient on the way.
-#include "device.cuh"
+#include "cuda.cuh"
 
 namespace gradroute {
 namespace {
 
-constexpr int TOKENS = 2;  // of a thread at a time: their loads do not wait for each other
-
-struct ActivationArguments {
-  Matrix dz, a, da, z, sums;
-  Routing routing;
-  Table pre, hidden, forward, update_out, update_in;
-  Activation activation;
-};
+constexpr int TOKENS = 2;  // how many a thread handles at once: their loads do not wait for each other
 
 // One vector of one token; total += m_update_in ⊙ da.
 template <class Access>
-__device__ __forceinline__ void activation_vector(const ActivationArguments& p, const Token& token, int64_t row,
+__device__ __forceinline__ void activation_vector(const ActivationOperands& p, const Token& token, int64_t row,
                                                   int64_t first,
                                                   const Vector<typename Access::Element, Access::WIDTH>& a,
                                                   const Vector<typename Access::Element, Access::WIDTH>& dz,
@@ -26,26 +19,26 @@ __device__ __forceinline__ void activation_vector(const ActivationArguments& p, 
   unpack(a, g);
   values_and_derivatives(p.activation, g, value, derivative);
   if (p.z.data != nullptr) {
-    apply_mask(p.forward, token, first, value);
-    apply_mask(p.update_out, token, first, value);
+    apply_mask(p.masks.forward, token, first, value);
+    apply_mask(p.masks.update_out, token, first, value);
     store<E, N>(p.z, row, first, value);
   }
   if (p.dz.data == nullptr) return;
   unpack(dz, g);
 #pragma unroll
   for (int i = 0; i < N; ++i) derivative[i] *= g[i];
-  apply_mask(p.forward, token, first, derivative);
-  apply_mask(p.hidden, token, first, derivative);
-  apply_mask(p.pre, token, first, derivative);
+  apply_mask(p.masks.forward, token, first, derivative);
+  apply_mask(p.masks.hidden, token, first, derivative);
+  apply_mask(p.masks.pre, token, first, derivative);
   store<E, N>(p.da, row, first, derivative);
   if (p.sums.data == nullptr) return;
-  apply_mask(p.update_in, token, first, derivative);
+  apply_mask(p.masks.update_in, token, first, derivative);
   add_to(total, derivative);
 }
 
 // One vector of the tokens from `token` to `last` that belong to this thread.
 template <class Access>
-__device__ __forceinline__ void activation_tokens(const ActivationArguments& p, int64_t token, int64_t last,
+__device__ __forceinline__ void activation_tokens(const ActivationOperands& p, int64_t token, int64_t last,
                                                   int64_t first, float (&total)[Access::WIDTH]) {
   using E = typename Access::Element;
   constexpr int N = Access::WIDTH;
@@ -58,7 +51,7 @@ __device__ __forceinline__ void activation_tokens(const ActivationArguments& p, 
       const int64_t row = token + i * TILE_ROWS;
       if (row < last) a[i] = load<E, N>(p.a, row, first);
       if (row < last && p.dz.data != nullptr) dz[i] = load<E, N>(p.dz, row, first);
-      tokens[i] = Token(p.routing, min(row, last - 1));
+      tokens[i] = Token(p.masks.routing, min(row, last - 1));
     }
 #pragma unroll
     for (int i = 0; i < TOKENS; ++i) {
@@ -69,7 +62,7 @@ __device__ __forceinline__ void activation_tokens(const ActivationArguments& p, 
 }
 
 template <class Access>
-__global__ __launch_bounds__(TILE_THREADS, 3) void activation_backward_kernel(ActivationArguments p) {
+__global__ __launch_bounds__(TILE_THREADS, 3) void activation_backward_kernel(ActivationOperands p) {
   constexpr int N = Access::WIDTH;
   const int64_t tile = int64_t(blockIdx.x) * TILE_LANES * N, first = tile + threadIdx.x * N;
   for (int64_t run = blockIdx.y; run * TOKENS_PER_SUM < p.a.rows; run += gridDim.y) {
@@ -84,20 +77,16 @@ __global__ __launch_bounds__(TILE_THREADS, 3) void activation_backward_kernel(Ac
 
 namespace cuda {
 
-void activation_backward(Matrix dz, Matrix a, Matrix da, Matrix z, Matrix sums, Routing routing, Table pre,
-                         Table hidden, Table forward, Table update_out, Table update_in, Activation activation,
-                         Stream stream) {
-  if (a.rows == 0 || a.cols == 0) return;
-  const ActivationArguments arguments{dz,  a,      da,      z,          sums,      routing,
-                                      pre, hidden, forward, update_out, update_in, activation};
+void activation_backward(const ActivationOperands& p, const Stream& stream) {
+  if (p.a.rows == 0 || p.a.cols == 0) return;
   with_access(
-      "activation_backward", a.dtype,
+      "activation_backward", p.a.dtype,
       [&](auto access) {
         using Access = decltype(access);
-        launch("activation_backward_kernel", activation_backward_kernel<Access>, tiles(a.rows, a.cols, Access::WIDTH),
-               stream, arguments);
+        launch("activation_backward_kernel", activation_backward_kernel<Access>,
+               tiles(p.a.rows, p.a.cols, Access::WIDTH), stream, p);
       },
-      dz, a, da, z, pre, hidden, forward, update_out, update_in);
+      p.dz, p.a, p.da, p.z, p.masks);
 }
 
 }  // namespace cuda

@@ -1,17 +1,15 @@
 // The backward of RMS norm and layer norm, the update mask folded in: dx and the sums of dW and db in one pass over
 // rows that stay in the cache.
-#include "blocks.h"
+#include "cpu.h"
 
-namespace gradroute {
+namespace gradroute::GRADROUTE_CPU {
 namespace {
 
 template <class C>
 struct Norm {
-  const Matrix &dy, &x, &weight, &dx, &weight_sums, &bias_sums;
-  const Routing& routing;
-  const Table& update;
-  C eps, offset;
-  bool centered, round_x_hat;
+  const NormOperands& p;
+  const Matrix& x = p.x;
+  const C eps = C(p.eps), offset = C(p.offset);
 
   // Calls body(first, n) for the blocks of a row.
   template <class Body>
@@ -20,7 +18,7 @@ struct Norm {
   }
 
   C mean(int64_t token) const {
-    if (!centered) return C(0);
+    if (!p.centered) return C(0);
     alignas(64) C scratch[BLOCK];
     C total = 0;
     blocks([&](int64_t first, int64_t n) {
@@ -45,9 +43,9 @@ struct Norm {
   // dx̂ = dy ⊙ (weight + offset) and x̂ of a block.
   void gradient_block(int64_t token, int64_t first, int64_t n, C mean, C rstd, C* dx_hat, C* x_hat) const {
     alignas(64) C dy_scratch[BLOCK], x_scratch[BLOCK], weight_scratch[BLOCK];
-    const C* g = load(dy, token, first, n, dy_scratch);
+    const C* g = load(p.dy, token, first, n, dy_scratch);
     const C* values = load(x, token, first, n, x_scratch);
-    const C* w = load(weight, 0, first, n, weight_scratch);
+    const C* w = load(p.weight, 0, first, n, weight_scratch);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       dx_hat[i] = g[i] * (w[i] + offset);
@@ -66,35 +64,35 @@ struct Norm {
         projection += dx_hat[i] * x_hat[i];
       }
     });
-    total = centered ? total / C(x.cols) : C(0);
+    total = p.centered ? total / C(x.cols) : C(0);
     projection /= C(x.cols);
     blocks([&](int64_t first, int64_t n) {
       gradient_block(token, first, n, mean, rstd, dx_hat, x_hat);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) dx_hat[i] = rstd * (dx_hat[i] - total - x_hat[i] * projection);
-      store(dx, token, first, n, dx_hat);
+      store(p.dx, token, first, n, dx_hat);
     });
   }
 
   void parameter_grads(int64_t token, C mean, C rstd) const {
     alignas(64) C dy_scratch[BLOCK], x_scratch[BLOCK], product[BLOCK];
-    const Token<C> t(routing, token);
+    const Token<C> t(p.update.routing, token);
     blocks([&](int64_t first, int64_t n) {
-      const C* g = load(dy, token, first, n, dy_scratch);
-      if (weight_sums.data != nullptr) {
+      const C* g = load(p.dy, token, first, n, dy_scratch);
+      if (p.weight_sums.data != nullptr) {
         const C* values = load(x, token, first, n, x_scratch);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) product[i] = (values[i] - mean) * rstd;
-        if (round_x_hat) round_to(x.dtype, n, product);
+        if (p.round_x_hat) round_to(x.dtype, n, product);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) product[i] *= g[i];
-        apply_mask(update, t, first, n, product);
-        add_to(weight_sums, token / TOKENS_PER_SUM, first, n, product);
+        apply_mask(p.update.table, t, first, n, product);
+        add_to(p.weight_sums, token / TOKENS_PER_SUM, first, n, product);
       }
-      if (bias_sums.data != nullptr) {
+      if (p.bias_sums.data != nullptr) {
         std::copy(g, g + n, product);
-        apply_mask(update, t, first, n, product);
-        add_to(bias_sums, token / TOKENS_PER_SUM, first, n, product);
+        apply_mask(p.update.table, t, first, n, product);
+        add_to(p.bias_sums, token / TOKENS_PER_SUM, first, n, product);
       }
     });
   }
@@ -103,13 +101,13 @@ struct Norm {
     const int64_t runs = (x.rows + TOKENS_PER_SUM - 1) / TOKENS_PER_SUM;
 #pragma omp parallel for schedule(static) if (x.rows * x.cols >= PARALLEL_FROM)
     for (int64_t run = 0; run < runs; ++run) {
-      clear<C>(weight_sums, run);
-      clear<C>(bias_sums, run);
+      clear<C>(p.weight_sums, run);
+      clear<C>(p.bias_sums, run);
       const int64_t last = std::min(x.rows, (run + 1) * TOKENS_PER_SUM);
       for (int64_t token = run * TOKENS_PER_SUM; token < last; ++token) {
         const C mean_ = mean(token);
         const C rstd = reciprocal_root_mean_square(token, mean_);
-        if (dx.data != nullptr) input_grad(token, mean_, rstd);
+        if (p.dx.data != nullptr) input_grad(token, mean_, rstd);
         parameter_grads(token, mean_, rstd);
       }
     }
@@ -118,16 +116,6 @@ struct Norm {
 
 }  // namespace
 
-namespace GRADROUTE_CPU {
+void norm_backward(const NormOperands& p, const Stream&) { GRADROUTE_SWITCH_COMPUTE(p.x.dtype, Norm<C>{p}.run()); }
 
-void norm_backward(Matrix dy, Matrix x, Matrix weight, Matrix dx, Matrix weight_sums, Matrix bias_sums, Routing routing,
-                   Table update, double eps, double offset, bool centered, bool round_x_hat, Stream) {
-  GRADROUTE_SWITCH_COMPUTE(x.dtype, {
-    const Norm<C> norm{dy,      x,      weight, dx,        weight_sums, bias_sums,
-                       routing, update, C(eps), C(offset), centered,    round_x_hat};
-    norm.run();
-  });
-}
-
-}  // namespace GRADROUTE_CPU
-}  // namespace gradroute
+}  // namespace gradroute::GRADROUTE_CPU

@@ -1,15 +1,15 @@
 // The backward of RMS norm and layer norm, the update mask folded in: dx and the sums of dW and db in one launch.
 // Rows of up to 16 KB stay in registers, while the next ones are on their way; longer ones, and those that take no
 // vectors, are read again from the cache.
-#include "device.cuh"
+#include "cuda.cuh"
 
 namespace gradroute {
 namespace {
 
-constexpr int VECTORS = 2;  // of a thread, in each row
+constexpr int VECTORS = 2;  // how many of a row a thread holds
 constexpr int MAX_THREADS = 512;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
-constexpr int THREADS = 256;  // where rows are short enough to be handled several at a time
+constexpr int THREADS = 256;  // a block's threads where it handles several short rows at a time
 
 // Shared memory of the longest rows, in fp32: what a block has without asking for more, less some for sums over rows.
 static_assert(MAX_THREADS * VECTORS * (BYTES_PER_ACCESS / 2) * 4 <= 47 * 1024,
@@ -20,16 +20,16 @@ constexpr int CHUNK_ROWS = 4;  // rows that are handled at once where they do no
 // Rows of a block that makes no sums.
 constexpr int64_t TOKENS_WITHOUT_SUMS = 16;
 
-struct NormArguments {
-  Matrix dy, x, weight, dx, weight_sums, bias_sums;
-  Routing routing;
-  Table update;
+// The operands, with their numbers as the kernels use them.
+struct NormArguments : NormOperands {
   float eps, offset;
-  bool centered, round_x_hat;
   int64_t tokens_per_block;
+
+  NormArguments(const NormOperands& p, int64_t tokens_per_block)
+      : NormOperands(p), eps(float(p.eps)), offset(float(p.offset)), tokens_per_block(tokens_per_block) {}
 };
 
-// Both x and dy are read by so many features.
+// How many features of x and of dy are read at once.
 template <class G, class X>
 constexpr int features_per_vector = BYTES_PER_ACCESS / (sizeof(G) > sizeof(X) ? sizeof(G) : sizeof(X));
 
@@ -120,9 +120,10 @@ __device__ __forceinline__ void sum_over_row(float (&values)[K]) {
   }
 }
 
-// What dx and the sums need of a row, beside the row.
+// A row's mean and so on, which dx and the sums need beside the row itself.
 struct Statistics {
-  float mean = 0.0f, total = 0.0f, rstd = 0.0f, projection = 0.0f;  // of x; of dx̂; of x; of dx̂ on x̂
+  float mean = 0.0f, rstd = 0.0f;         // x's
+  float total = 0.0f, projection = 0.0f;  // the means of dx̂ and of dx̂ ⊙ x̂
 };
 
 // Adds Σ x and Σ dx̂ to sums.
@@ -164,13 +165,13 @@ __device__ __forceinline__ void finish_vector(const NormArguments& p, const Toke
   if (p.weight_sums.data != nullptr) {
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] = (p.round_x_hat ? rounded_as<X>(p.x, x_hat[i]) : x_hat[i]) * g[i];
-    apply_mask(p.update, token, first, values);
+    apply_mask(p.update.table, token, first, values);
     add_to(weight_total, values);
   }
   if (p.bias_sums.data != nullptr) {
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] = g[i];
-    apply_mask(p.update, token, first, values);
+    apply_mask(p.update.table, token, first, values);
     add_to(bias_total, values);
   }
 }
@@ -247,7 +248,7 @@ __device__ __forceinline__ Statistics statistics_of(const NormArguments& p, cons
 template <int N>
 __device__ __forceinline__ void store_row_sums(const NormArguments& p, const Matrix& sums, float* memory,
                                                const float (&totals)[VECTORS][N]) {
-  __syncthreads();  // what the memory held has been read
+  __syncthreads();  // every thread has read what the memory held before
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     const int first = first_of<N>(v);
@@ -284,7 +285,7 @@ __global__ __launch_bounds__(MAX_THREADS, 1) void norm_backward_rows_kernel(cons
     next = load_row<G, X, N>(p, row + blockDim.y, last);
     const Statistics s = statistics_of(p, current, scales);
     if (row >= last) continue;
-    const Token token(p.routing, row);
+    const Token token(p.update.routing, row);
     for_vectors(p, current, scales,
                 [&](int v, int first, const float (&x)[N], const float (&g)[N], const float (&scale)[N]) {
                   finish_vector<X>(p, token, row, first, s, x, g, scale, weight_total[v], bias_total[v]);
@@ -387,7 +388,7 @@ __global__ __launch_bounds__(MAX_THREADS, 1) void norm_backward_chunks_kernel(co
         float x[N], g[N];
         unpack(chunk.x[r], x);
         unpack(chunk.dy[r], g);
-        const Token token(p.routing, start + r);
+        const Token token(p.update.routing, start + r);
         finish_vector<X>(p, token, start + r, first, s[r], x, g, scale, weight_total, bias_total);
       }
       add_to_sums(p.weight_sums, first, start == begin, weight_total);
@@ -440,25 +441,11 @@ void launch_norm(const NormArguments& p, const Stream& stream) {
 
 namespace cuda {
 
-void norm_backward(Matrix dy, Matrix x, Matrix weight, Matrix dx, Matrix weight_sums, Matrix bias_sums, Routing routing,
-                   Table update, double eps, double offset, bool centered, bool round_x_hat, Stream stream) {
-  for (const Matrix& m : {dy, x, weight, dx}) refuse_float64("norm_backward", m.dtype);
-  if (x.rows == 0 || x.cols == 0) return;
-  const bool sums = weight_sums.data != nullptr || bias_sums.data != nullptr;
-  const NormArguments arguments{dy,
-                                x,
-                                weight,
-                                dx,
-                                weight_sums,
-                                bias_sums,
-                                routing,
-                                update,
-                                float(eps),
-                                float(offset),
-                                centered,
-                                round_x_hat,
-                                sums ? TOKENS_PER_SUM : TOKENS_WITHOUT_SUMS};
-  launch_norm(arguments, stream);
+void norm_backward(const NormOperands& p, const Stream& stream) {
+  for (const Matrix& m : {p.dy, p.x, p.weight, p.dx}) refuse_float64("norm_backward", m.dtype);
+  if (p.x.rows == 0 || p.x.cols == 0) return;
+  const bool sums = p.weight_sums.data != nullptr || p.bias_sums.data != nullptr;
+  launch_norm({p, sums ? TOKENS_PER_SUM : TOKENS_WITHOUT_SUMS}, stream);
 }
 
 }  // namespace cuda

@@ -6,21 +6,29 @@
 
 namespace gradroute {
 
-// Sums over tokens are made in two stages: each run of so many tokens by itself, then the runs in order. So the result
-// does not depend on the number of threads.
+// Sums over tokens are made in two stages: each run of this many tokens by itself, then the runs in order. So the
+// result does not depend on the number of threads.
 constexpr int64_t TOKENS_PER_SUM = 64;
 
+#define GRADROUTE_DECLARE(name, Operands) void name(const Operands& p, const Stream& stream);
+
 namespace cpu_baseline {
-#include "declarations.inc"
-}
+#define KERNEL GRADROUTE_DECLARE
+#include "kernels.inc"
+}  // namespace cpu_baseline
 namespace cpu_avx2 {
-#include "declarations.inc"
-}
+#define KERNEL GRADROUTE_DECLARE
+#include "kernels.inc"
+}  // namespace cpu_avx2
 namespace cpu_avx512 {
-#include "declarations.inc"
-}
+#define KERNEL GRADROUTE_DECLARE
+#include "kernels.inc"
+}  // namespace cpu_avx512
 namespace cuda {
-#include "declarations.inc"
-}
+#define KERNEL GRADROUTE_DECLARE
+#include "kernels.inc"
+}  // namespace cuda
+
+#undef GRADROUTE_DECLARE
 
 }  // namespace gradroute

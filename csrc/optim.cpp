@@ -1,18 +1,18 @@
 // The step of RoutedAdamW on one parameter, in one pass over it.
 #include <vector>
 
-#include "blocks.h"
+#include "cpu.h"
 
-namespace gradroute {
+namespace gradroute::GRADROUTE_CPU {
 namespace {
 
-// Columns [first, first + n) of a row, no more than a block; partly: not all of them are touched.
+// The columns [first, first + n) of a row, at most a block of them.
 struct Run {
   int64_t first, n;
-  bool partly;
+  bool partly;  // not all of the columns are touched
 };
 
-// Elements of a row as memory has them, to put back what is not touched: rounding NaN to halves and back would not keep
+// A copy of a row's elements, to put back those that are not touched: rounding NaN to halves and back would not keep
 // all its bits.
 class Kept {
  public:
@@ -52,16 +52,17 @@ class Kept {
 
 template <class C>
 struct Step {
-  const Matrix &p, &g, &m, &v, &largest, &factors;
-  bool by_column;
-  AdamW<C> options;
+  const AdamWOperands& operands;
+  const Matrix &p = operands.parameter, &g = operands.gradient, &m = operands.exp_avg, &v = operands.exp_avg_sq;
+  const Matrix &largest = operands.max_exp_avg_sq, &factors = operands.factors;
+  const AdamW<C> options{operands.beta1, operands.beta2, operands.eps, operands.maximize};
 
   const C* factor(int64_t which, int64_t block) const {
     return reinterpret_cast<const C*>(address(factors, which, block, sizeof(C)));
   }
 
-  // The elements [row, first .. first + n), whose factors begin at `block` and are `stride` apart: 1 or, of one block,
-  // 0.
+  // The elements [row, first .. first + n), whose factors begin at `block` and are `stride` apart: 1, or 0 where all of
+  // them belong to one block.
   template <int64_t stride, bool has_largest>
   void update(int64_t row, int64_t first, int64_t n, int64_t block) const {
     alignas(64) C g_scratch[BLOCK], p_new[BLOCK], m_new[BLOCK], v_new[BLOCK], largest_new[BLOCK];
@@ -87,15 +88,16 @@ struct Step {
     if (has_largest) store(largest, row, first, n, largest_new);
   }
 
+  // One instance, however often it is called: inlined, it doubled the time that this file takes to compile.
   template <int64_t stride>
-  void update(int64_t row, int64_t first, int64_t n, int64_t block) const {
+  __attribute__((noinline)) void update(int64_t row, int64_t first, int64_t n, int64_t block) const {
     if (largest.data == nullptr)
       update<stride, false>(row, first, n, block);
     else
       update<stride, true>(row, first, n, block);
   }
 
-  // What a row is updated in.
+  // The blocks of columns in which a row is updated.
   std::vector<Run> runs(bool columns) const {
     std::vector<Run> found;
     for (int64_t first = 0; first < p.cols; first += BLOCK) {
@@ -116,7 +118,7 @@ struct Step {
   }
 
   void run() const {
-    const bool columns = by_column && factors.cols > 1;
+    const bool columns = operands.by_column && factors.cols > 1;
     const std::vector<Run> of_row = runs(columns);
     const int64_t count = of_row.size();
 #pragma omp parallel for schedule(static) if (p.rows * p.cols >= PARALLEL_FROM)
@@ -135,15 +137,8 @@ struct Step {
 
 }  // namespace
 
-namespace GRADROUTE_CPU {
-
-void adamw_step(Matrix parameter, Matrix gradient, Matrix exp_avg, Matrix exp_avg_sq, Matrix max_exp_avg_sq,
-                Matrix factors, bool by_column, double beta1, double beta2, double eps, bool maximize, Stream) {
-  GRADROUTE_SWITCH_COMPUTE(parameter.dtype, {
-    const AdamW<C> options(beta1, beta2, eps, maximize);
-    Step<C>{parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq, factors, by_column, options}.run();
-  });
+void adamw_step(const AdamWOperands& p, const Stream&) {
+  GRADROUTE_SWITCH_COMPUTE(p.parameter.dtype, Step<C>{p}.run());
 }
 
-}  // namespace GRADROUTE_CPU
-}  // namespace gradroute
+}  // namespace gradroute::GRADROUTE_CPU

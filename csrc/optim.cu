@@ -1,12 +1,12 @@
 // The step of RoutedAdamW on one parameter, in one pass over it.
-#include "device.cuh"
+#include "cuda.cuh"
 
 namespace gradroute {
 namespace {
 
 constexpr int THREADS = 256;
 
-struct Arguments {
+struct Step {
   Matrix p, g, m, v, largest, factors;
   bool by_column;
   AdamW<float> options;
@@ -20,7 +20,7 @@ __device__ __forceinline__ BlockFactors<float> factors_of(const Matrix& factors,
   return {factor(factors, 0, block), factor(factors, 1, block), factor(factors, 2, block)};
 }
 
-// Stores the values of elements that are touched; what others hold is written as it was read.
+// Stores the values of elements that are touched; the other elements are written as they were read.
 template <class E, int N>
 __device__ __forceinline__ void store_touched(const Matrix& to, int64_t row, int64_t first, const Vector<E, N>& old,
                                               const float (&values)[N], const bool (&touched)[N]) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_touched(const Matrix& to, int64_t row, int
 
 // The elements [row, first .. first + N). Vectors without a touched element are neither read nor written.
 template <class Access>
-__device__ __forceinline__ void update(const Arguments& a, int64_t row, int64_t first) {
+__device__ __forceinline__ void update(const Step& a, int64_t row, int64_t first) {
   using E = typename Access::Element;
   constexpr int N = Access::WIDTH;
   const bool has_largest = a.largest.data != nullptr, by_column = a.by_column && a.factors.cols > 1;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void update(const Arguments& a, int64_t row, int64_t 
 }
 
 template <class Access>
-__global__ __launch_bounds__(THREADS) void adamw_step_kernel(const __grid_constant__ Arguments a) {
+__global__ __launch_bounds__(THREADS) void adamw_step_kernel(const __grid_constant__ Step a) {
   const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * Access::WIDTH;
   if (first >= a.p.cols) return;
   for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < a.p.rows;
@@ -77,22 +77,22 @@ __global__ __launch_bounds__(THREADS) void adamw_step_kernel(const __grid_consta
 
 namespace cuda {
 
-void adamw_step(Matrix parameter, Matrix gradient, Matrix exp_avg, Matrix exp_avg_sq, Matrix max_exp_avg_sq,
-                Matrix factors, bool by_column, double beta1, double beta2, double eps, bool maximize, Stream stream) {
-  if (parameter.rows == 0 || parameter.cols == 0) return;
-  const Arguments arguments{parameter,      gradient, exp_avg,   exp_avg_sq,
-                            max_exp_avg_sq, factors,  by_column, AdamW<float>(beta1, beta2, eps, maximize)};
+void adamw_step(const AdamWOperands& p, const Stream& stream) {
+  const int64_t rows = p.parameter.rows, cols = p.parameter.cols;
+  if (rows == 0 || cols == 0) return;
+  const AdamW<float> options(p.beta1, p.beta2, p.eps, p.maximize);
+  const Step step{p.parameter, p.gradient, p.exp_avg, p.exp_avg_sq, p.max_exp_avg_sq, p.factors, p.by_column, options};
   with_access(
-      "adamw_step", parameter.dtype,
+      "adamw_step", p.parameter.dtype,
       [&](auto access) {
         using Access = decltype(access);
-        const int64_t vectors = ceil_div(parameter.cols, Access::WIDTH);
-        const unsigned lanes = lanes_for(vectors, THREADS), rows = THREADS / lanes;
-        const Grid grid = {dim3(ceil_div(vectors, lanes), std::min(ceil_div(parameter.rows, rows), MAX_GRID_Y)),
-                           dim3(lanes, rows)};
-        launch("adamw_step_kernel", adamw_step_kernel<Access>, grid, stream, arguments);
+        const int64_t vectors = ceil_div(cols, Access::WIDTH);
+        const unsigned lanes = lanes_for(vectors, THREADS), lines = THREADS / lanes;
+        const Grid grid = {dim3(ceil_div(vectors, lanes), std::min(ceil_div(rows, lines), MAX_GRID_Y)),
+                           dim3(lanes, lines)};
+        launch("adamw_step_kernel", adamw_step_kernel<Access>, grid, stream, step);
       },
-      parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq);
+      p.parameter, p.gradient, p.exp_avg, p.exp_avg_sq, p.max_exp_avg_sq);
 }
 
 }  // namespace cuda

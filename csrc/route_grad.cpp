@@ -1,10 +1,10 @@
 // The masked product of a gradient: into a new matrix, or in place on the elements that a table changes.
-#include "blocks.h"
+#include "cpu.h"
 
-namespace gradroute {
+namespace gradroute::GRADROUTE_CPU {
 namespace {
 
-// One token's features [first, first + n), on which m is the same; in place, m = 1 touches nothing.
+// out = m g for a token's features [first, last), which have one m; in place, m = 1 touches nothing.
 template <class C>
 void scale_run(const Matrix& g, const Matrix& out, int64_t token, int64_t first, int64_t last, C m) {
   if (m == C(1) && g.data == out.data) return;
@@ -24,17 +24,17 @@ void scale_run(const Matrix& g, const Matrix& out, int64_t token, int64_t first,
 }
 
 template <class C>
-void by_segments(const Matrix& g, const Matrix& out, const Routing& routing, const Table& table,
-                 const Segments& segments) {
+void by_segments(const ProductOperands& p, const Segments& segments) {
+  const Matrix &g = p.g, &out = p.out;
   const bool in_place = g.data == out.data;
 #pragma omp parallel for schedule(static) if (g.rows * g.cols >= PARALLEL_FROM)
   for (int64_t token = 0; token < g.rows; ++token) {
-    const Token<C> t(routing, token);
+    const Token<C> t(p.mask.routing, token);
     int64_t done = 0;
     for (int64_t s = 0; s < segments.count; ++s) {
       const int64_t start = segments.bounds[2 * s], stop = segments.bounds[2 * s + 1];
       if (!in_place) scale_run(g, out, token, done, start, C(1));
-      scale_run(g, out, token, start, stop, t.weight(table, start));
+      scale_run(g, out, token, start, stop, t.weight(p.mask.table, start));
       done = stop;
     }
     if (!in_place) scale_run(g, out, token, done, g.cols, C(1));
@@ -42,31 +42,28 @@ void by_segments(const Matrix& g, const Matrix& out, const Routing& routing, con
 }
 
 template <class C>
-void by_features(const Matrix& g, const Matrix& out, const Routing& routing, const Table& table) {
-  for_blocks(g.rows, g.cols, [&](int64_t token, int64_t first, int64_t n) {
+void by_features(const ProductOperands& p) {
+  for_blocks(p.g.rows, p.g.cols, [&](int64_t token, int64_t first, int64_t n) {
     alignas(64) C scratch[BLOCK], product[BLOCK];
-    const C* values = load(g, token, first, n, scratch);
+    const C* values = load(p.g, token, first, n, scratch);
     std::copy(values, values + n, product);
-    apply_mask(table, Token<C>(routing, token), first, n, product);
-    store(out, token, first, n, product);
+    apply_mask(p.mask.table, Token<C>(p.mask.routing, token), first, n, product);
+    store(p.out, token, first, n, product);
   });
 }
 
 }  // namespace
 
-namespace GRADROUTE_CPU {
-
-void masked_product(Matrix g, Matrix out, Routing routing, Table table, Segments segments, Stream) {
-  GRADROUTE_SWITCH_COMPUTE(g.dtype, {
-    const int64_t all_features[] = {0, g.cols};
-    if (table.cols == 1)  // one segment
-      by_segments<C>(g, out, routing, table, {all_features, 1});
-    else if (segments.count > 0)
-      by_segments<C>(g, out, routing, table, segments);
+void masked_product(const ProductOperands& p, const Stream&) {
+  GRADROUTE_SWITCH_COMPUTE(p.g.dtype, {
+    const int64_t all_features[] = {0, p.g.cols};
+    if (p.mask.table.cols == 1)  // the whole row is one segment
+      by_segments<C>(p, {all_features, 1});
+    else if (p.segments.count > 0)
+      by_segments<C>(p, p.segments);
     else
-      by_features<C>(g, out, routing, table);
+      by_features<C>(p);
   });
 }
 
-}  // namespace GRADROUTE_CPU
-}  // namespace gradroute
+}  // namespace gradroute::GRADROUTE_CPU

@@ -1,12 +1,12 @@
 // The masked product of a gradient: into a new matrix, or in place on the elements that a table changes.
-#include "device.cuh"
+#include "cuda.cuh"
 
 namespace gradroute {
 namespace {
 
 constexpr int THREADS = 256;
 constexpr int MAX_LANES = 64;
-constexpr int TOKENS = 4;  // of a thread at a time: their loads do not wait for each other
+constexpr int TOKENS = 4;  // how many a thread handles at once: their loads do not wait for each other
 constexpr int64_t MAX_RANGES = 16;
 
 // Runs [start, stop) of vectors of features, disjoint: a vector belongs to one thread.
@@ -27,8 +27,8 @@ __device__ __forceinline__ bool all_equal(const float (&m)[N], float value) {
 // out = m ⊙ g for one vector of TOKENS tokens, `step` apart. Vectors whose weights are all 0 are not read; in place,
 // those whose weights are all 1 are neither read nor written.
 template <class Access>
-__device__ __forceinline__ void mask_tokens(const Matrix& g, const Matrix& out, const Routing& routing,
-                                            const Table& table, int64_t token, int step, int64_t first) {
+__device__ __forceinline__ void mask_tokens(const Matrix& g, const Matrix& out, const Mask& mask, int64_t token,
+                                            int step, int64_t first) {
   using E = typename Access::Element;
   constexpr int N = Access::WIDTH;
   float m[TOKENS][N];
@@ -37,7 +37,7 @@ __device__ __forceinline__ void mask_tokens(const Matrix& g, const Matrix& out, 
 #pragma unroll
   for (int i = 0; i < TOKENS; ++i) {
     const int64_t row = token + i * step;
-    weights_of(table, Token(routing, min(row, g.rows - 1)), first, m[i]);
+    weights_of(mask.table, Token(mask.routing, min(row, g.rows - 1)), first, m[i]);
     changed[i] = row < g.rows && !(g.data == out.data && all_equal(m[i], 1.0f));
   }
 #pragma unroll
@@ -55,16 +55,16 @@ __device__ __forceinline__ void mask_tokens(const Matrix& g, const Matrix& out, 
 }
 
 template <class Access>
-__global__ __launch_bounds__(THREADS, 3) void masked_product_kernel(Matrix g, Matrix out, Routing routing, Table table,
+__global__ __launch_bounds__(THREADS, 3) void masked_product_kernel(Matrix g, Matrix out, Mask mask,
                                                                     const __grid_constant__ Ranges ranges) {
   const int64_t vector = ranges.start[blockIdx.z] + int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (vector >= ranges.stop[blockIdx.z]) return;
   const int64_t tile = blockDim.y * TOKENS;
   for (int64_t token = blockIdx.y * tile + threadIdx.y; token < g.rows; token += gridDim.y * tile)
-    mask_tokens<Access>(g, out, routing, table, token, blockDim.y, vector * Access::WIDTH);
+    mask_tokens<Access>(g, out, mask, token, blockDim.y, vector * Access::WIDTH);
 }
 
-// The vectors of n features that a masked product has to visit: in place, only those that touch a segment.
+// The vectors of n features that a masked product visits. In place, only those that touch a segment are visited.
 Ranges ranges_of(const Matrix& g, const Matrix& out, const Segments& segments, int64_t n) {
   Ranges ranges = {{0}, {ceil_div(g.cols, n)}, 1};
   if (g.data != out.data || segments.count == 0 || segments.count > MAX_RANGES) return ranges;
@@ -93,17 +93,17 @@ Grid grid_of(const Matrix& g, const Ranges& ranges) {
 
 namespace cuda {
 
-void masked_product(Matrix g, Matrix out, Routing routing, Table table, Segments segments, Stream stream) {
-  if (g.rows == 0 || g.cols == 0) return;
+void masked_product(const ProductOperands& p, const Stream& stream) {
+  if (p.g.rows == 0 || p.g.cols == 0) return;
   with_access(
-      "masked_product", g.dtype,
+      "masked_product", p.g.dtype,
       [&](auto access) {
         using Access = decltype(access);
-        const Ranges ranges = ranges_of(g, out, segments, Access::WIDTH);
-        launch("masked_product_kernel", masked_product_kernel<Access>, grid_of(g, ranges), stream, g, out, routing,
-               table, ranges);
+        const Ranges ranges = ranges_of(p.g, p.out, p.segments, Access::WIDTH);
+        launch("masked_product_kernel", masked_product_kernel<Access>, grid_of(p.g, ranges), stream, p.g, p.out, p.mask,
+               ranges);
       },
-      g, out, table);
+      p.g, p.out, p.mask);
 }
 
 }  // namespace cuda

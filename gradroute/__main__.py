@@ -48,7 +48,9 @@ def report() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu(),
         "cuda": cuda(),
-        "native": {"error": native.load_error} if native.module is None else json.loads(native.module.BUILD),
+        "native": {"error": native.loading.load_error}
+        if native.loading.module is None
+        else json.loads(native.loading.module.BUILD),
         "ops": ops,
         "agrees": all(outcome == AGREES for outcome in outcomes),
     }
@@ -79,7 +81,7 @@ def cpu() -> dict[str, Any]:
     return {
         "model": model,
         "threads": torch.get_num_threads(),
-        "instruction_set": native.instruction_set,
+        "instruction_set": native.loading.instruction_set,
     }
 
 

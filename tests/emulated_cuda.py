@@ -1,7 +1,7 @@
 """Builds the CUDA kernels of csrc/ for the CPU, on the emulation of CUDA in tests/emulation/, with g++ alone.
 
-The module is that of csrc/bindings.cpp, but its CUDA kernels stand where native.py looks for those of the CPU, and so
-run on tensors of the CPU. tests/emulation/cuda_runtime.h says what is emulated, and what cannot be.
+The module is that of csrc/bindings.cpp, but its CUDA kernels stand where backend cpu looks for its own, and so run on
+tensors of the CPU. tests/emulation/cuda_runtime.h says what is emulated, and what cannot be.
 """
 
 import importlib.util

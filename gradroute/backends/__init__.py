@@ -149,7 +149,7 @@ def _automatic(op: str, x: Tensor, refused: Mapping[str, str] | None, order: tup
     for name in names:
         if _is_elsewhere(name, x) or _why_not_automatic(op, name, x, refused):
             continue
-        is_slow = name == "reference" or (name == "torch" and native.module is None)
+        is_slow = name == "reference" or (name == "torch" and native.loading.module is None)
         if is_slow or (x.is_cuda and name != names[0]):
             _warn_slow(op, name, _rejected(op, names[: names.index(name)], x, refused))
         return name

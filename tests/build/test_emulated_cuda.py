@@ -63,11 +63,8 @@ def emulated(module, monkeypatch):
 
 
 def use(module, monkeypatch):
-    monkeypatch.setattr(native, "module", module)
-    monkeypatch.setattr(native, "instruction_set", "baseline")
-
-
-# --------------------------------------------------------------------------------------------------------------------
+    monkeypatch.setattr(native.loading, "module", module)
+    monkeypatch.setattr(native.loading, "instruction_set", "baseline")
 
 
 TOKENS = (0, 1, 70, 130, (2, 19))  # sums are over runs of 64
@@ -117,9 +114,6 @@ def test_the_order_of_threads_does_not_matter(op, dtype):
     for sizes in SIZES[1::2]:
         call = cases.make(op, dtype=dtype, tokens=130, sizes=sizes, strength="token")
         testing.assert_same_bits(call.run("cpu"), call.run("cpu"), op)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 # Rows that stay in registers, up to the longest (of fp32, of halves); that are read again; that take no vectors.
@@ -216,27 +210,26 @@ def test_products_in_place(dtype, tables):
         assert torch.equal(call.upstream, expected)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("rows", "cols"), [(0, 5), (5, 0)])
 def test_nothing_is_launched_for_empty_matrices(module, rows, cols):
-    """The launch of an empty grid would be an error. The arguments are as native.py hands them over."""
+    """The launch of an empty grid would be an error. The operands are as backend cuda hands them over."""
     m, heads = (0, rows, cols, cols, 1, 0), (0, (1, 2, rows, cols), (0, 0, 0, 0), 0)
     routing, stream = (0, 0, 0, False), (0, 0)
+    mask, masks = (routing, None), (routing, *[None] * 5)
     calls = {
-        "masked_product": (m, m, routing, (0, 1), []),
-        "bias_grad": (m, m, routing, None),
-        "activation_backward": (m, m, m, m, m, routing, *[None] * 5, "silu"),
-        "glu_backward": (m, m, m, m, m, m, m, m, routing, *[None] * 5, "silu"),
-        "norm_backward": (m, m, m, m, m, m, routing, None, 1e-5, 0.0, False, False),
-        "embedding_backward": (m, m, 0, 0, -1, routing, None),
-        "masked_heads": (heads, heads, routing, (0, 1)),
-        "attention_delta": (heads, heads, heads, m, routing, None, None),
+        "masked_product": (m, m, (routing, (0, 1)), []),
+        "bias_grad": (m, m, mask),
+        "activation_backward": (m, m, m, m, m, masks, "silu"),
+        "glu_backward": (m, m, m, m, m, m, m, m, masks, "silu"),
+        "norm_backward": (m, m, m, m, m, m, mask, 1e-5, 0.0, False, False),
+        "embedding_backward": (m, m, 0, 0, -1, mask),
+        "masked_heads": (heads, heads, (routing, (0, 1))),
+        "attention_delta": (heads, heads, heads, m, (routing, None, None)),
         "adamw_step": (m, m, m, m, None, m, False, 0.9, 0.99, 1e-8, False),
     }
-    for name, arguments in calls.items():
-        assert getattr(module.cpu_baseline, name)(*arguments, stream) is None, name
+    assert set(calls) == set(module.KERNELS)
+    for name, operands in calls.items():
+        assert getattr(module.cpu_baseline, name)(operands, stream) is None, name
 
 
 def run_float64(op, **options):
@@ -262,8 +255,6 @@ def test_float64_is_refused(function):
         REFUSING[function]()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
 # A line of bias_grad's kernel (old, new), and what its mistake ends in.
 MISTAKES = {
     "a barrier that is missing": (
@@ -272,19 +263,19 @@ MISTAKES = {
         r"dbias: maximum error .* exceeds",
     ),
     "a barrier that not all threads reach": (
-        "store_sums(sums, run, tile, total);",
-        "if (first < g.cols) store_sums(sums, run, tile, total);",
+        "store_sums(p.sums, run, tile, total);",
+        "if (first < p.g.cols) store_sums(p.sums, run, tile, total);",
         "deadlock: a barrier or a warp's operation that not all threads reach",
     ),
     "vectors that are not aligned": (
         "return reinterpret_cast<uintptr_t>(data) % BYTES_PER_ACCESS == 0;",
         "return true;",
-        "a misaligned address, .*device.cuh:[0-9]+",
+        "a misaligned address, .*cuda.cuh:[0-9]+",
     ),
     "shared memory that is too small": (
         "totals[TILE_ROWS][TILE_LANES * N]",
         "totals[TILE_ROWS - 1][TILE_LANES * N]",
-        "an index outside of an array, .*device.cuh:[0-9]+",
+        "an index outside of an array, .*cuda.cuh:[0-9]+",
     ),
 }
 

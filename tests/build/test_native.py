@@ -1,8 +1,10 @@
 """The native module: every instruction set, what it refuses, its arithmetic, its independence of threads."""
 
 import math
+import sys
 import threading
 import time
+import types
 import warnings
 
 import cases
@@ -11,6 +13,18 @@ import torch
 
 from gradroute import MLPSites, Routes, Table, backends, testing
 from gradroute.backends import native
+from gradroute.backends.native import loading, operands
+from gradroute.backends.native.operands import (
+    BiasOperands,
+    DeltaOperands,
+    EmbeddingOperands,
+    HeadMasks,
+    HeadOperands,
+    Mask,
+    Positions,
+    Routing,
+    Weights,
+)
 
 pytestmark = pytest.mark.skipif(native.module is None, reason=str(native.load_error))
 
@@ -21,7 +35,7 @@ CPU_OPS = [op for op, row in backends.OPS.items() if "cpu" in row]
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request, monkeypatch):
     """Each that this machine runs, in use."""
-    monkeypatch.setattr(native, "instruction_set", request.param)
+    monkeypatch.setattr(loading, "instruction_set", request.param)
     return request.param
 
 
@@ -35,9 +49,6 @@ def threads():
 
 def of_routes(ids, num_routes=2, strength=None):
     return Routes.of(torch.as_tensor(ids), num_routes, strength=strength)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -160,12 +171,9 @@ def test_in_place_touches_only_what_a_table_changes(dtype, instruction_set):
     assert torch.equal(g, expected)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def masked_heads(x, out, routes, table):
     weights = table.weights
-    native.launch("masked_heads", x, out, native.Routing(routes.ids, None), native.Weights(weights))
+    native.launch("masked_heads", HeadOperands(x, out, Mask.of(routes.ids, None, weights)))
 
 
 def check_masks_by_token_and_head(dtype, in_place, shape):
@@ -205,16 +213,8 @@ def check_delta_of_attention(dtype, shape):
         torch.empty_like(dz),
         torch.empty(batch * heads, sequence, dtype=wide),
     )
-    native.launch(
-        "attention_delta",
-        dz,
-        o,
-        d_o,
-        delta,
-        native.Routing(routes.ids, None),
-        native.Weights(first.weights),
-        native.Weights(second.weights),
-    )
+    masks = HeadMasks(Routing(routes.ids, None), Weights(first.weights), Weights(second.weights))
+    native.launch("attention_delta", DeltaOperands(dz, o, d_o, delta, masks))
     torch.testing.assert_close(d_o, expected.to(dtype), rtol=1e-6, atol=0)
     torch.testing.assert_close(delta, (expected * o).sum(-1).flatten(0, 1), rtol=1e-5, atol=1e-4)
 
@@ -224,7 +224,10 @@ def test_delta_of_attention(dtype, instruction_set):
     check_delta_of_attention(dtype, (2, 3, 5, 300))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def bias_grad(g, sums=None):
+    """The kernel, launched as the primitives do it."""
+    sums = torch.zeros(1, 3) if sums is None else sums
+    native.launch("bias_grad", BiasOperands(g, sums, Mask.of(torch.zeros(2).int(), None, None)))
 
 
 class Wrapped(torch.Tensor):
@@ -242,7 +245,7 @@ class Marked(torch.nn.Parameter):
 def test_a_tensor_subclass_is_refused():
     g = torch.ones(2, 3).as_subclass(Wrapped)
     with pytest.raises(TypeError, match="got a Wrapped, expected a torch"):
-        native.launch("bias_grad", g, torch.zeros(1, 3), native.Routing(torch.zeros(2).int(), None), None)
+        bias_grad(g)
 
 
 def test_a_subclass_in_name_only_is_taken():
@@ -255,24 +258,26 @@ def test_a_subclass_in_name_only_is_taken():
 
 @pytest.mark.parametrize("number", range(3))
 def test_ids_weights_and_positions_elsewhere_are_refused(number):
-    given = [
-        native.Routing(torch.zeros(2).int(), None),
-        native.Weights(torch.ones(1, 1)),
-        native.Positions(torch.zeros(2).long()),
-    ]
-    given = [
-        type(one)(*(None if t is None else t.to("meta") for t in one)) if i == number else one
-        for i, one in enumerate(given)
-    ]
+    given = [torch.zeros(2).int(), torch.ones(1, 1), torch.zeros(2).long()]
+    given[number] = given[number].to("meta")
+    ids, weights, positions = given
+    operands = EmbeddingOperands(
+        torch.ones(2, 3),
+        torch.zeros(2, 3),
+        Positions(positions),
+        Positions(torch.zeros(2).long()),
+        -1,
+        Mask.of(ids, None, weights),
+    )
     with pytest.raises(ValueError, match="got a tensor on meta, expected cpu as the first one"):
-        native.launch("bias_grad", torch.ones(2, 3), *given)
+        native.launch("embedding_backward", operands)
 
 
 def test_a_dtype_that_no_kernel_takes_is_refused():
     with pytest.raises(
         ValueError, match=r"got a torch\.int32 tensor, expected torch\.float32, torch\.bfloat16"
     ):
-        native.launch("bias_grad", torch.ones(2, 3).int())
+        bias_grad(torch.ones(2, 3).int())
 
 
 @pytest.mark.parametrize(
@@ -285,8 +290,8 @@ def test_a_dtype_that_no_kernel_takes_is_refused():
     ],
 )
 def test_devices_that_an_architecture_serves(architecture, runs, not_on):
-    assert native._runs_on(architecture, runs)
-    assert not native._runs_on(architecture, not_on)
+    assert loading.runs_on(architecture, runs)
+    assert not loading.runs_on(architecture, not_on)
 
 
 def test_a_dtensor_is_refused(tmp_path):
@@ -300,9 +305,7 @@ def test_a_dtensor_is_refused(tmp_path):
         try:
             g = distribute_tensor(torch.ones(2, 3), init_device_mesh("cpu", (1,)))
             with pytest.raises(TypeError, match="got a DTensor"):
-                native.launch(
-                    "bias_grad", g, torch.zeros(1, 3), native.Routing(torch.zeros(2).int(), None), None
-                )
+                bias_grad(g)
         finally:
             destroy_process_group()
 
@@ -310,8 +313,8 @@ def test_a_dtensor_is_refused(tmp_path):
 def test_tensors_without_memory_are_not_launched():
     meta = torch.ones(2, 3, device="meta")
     with pytest.raises(ValueError, match="got a tensor on meta, expected cpu"):
-        native.launch("bias_grad", torch.ones(2, 3), meta, native.Routing(torch.zeros(2).int(), None), None)
-    native.launch("bias_grad", meta, meta, native.Routing(meta, None), None)  # tracing: nothing happens
+        bias_grad(torch.ones(2, 3), sums=meta)
+    bias_grad(meta)  # tracing: nothing happens
 
 
 def test_a_tensor_whose_memory_is_gone_is_refused():
@@ -319,21 +322,71 @@ def test_a_tensor_whose_memory_is_gone_is_refused():
     gone = torch.ones(2, 3)
     gone.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"got a tensor \[2, 3\] without memory"):
-        native.launch("bias_grad", g, gone, native.Routing(torch.zeros(2).int(), None), None)
+        bias_grad(g, sums=gone)
 
 
 def test_a_misaligned_view_is_refused():
     g = torch.frombuffer(bytearray(4 * 6 + 1), dtype=torch.float32, offset=1, count=6).reshape(2, 3)
     with pytest.raises(ValueError, match="an address that is not a multiple of 4; clone it"):
-        native.launch("bias_grad", g, torch.zeros(1, 3), native.Routing(torch.zeros(2).int(), None), None)
+        bias_grad(g)
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("GRADROUTE_CPU_CAPABILITY", "mmx")
     with pytest.raises(ValueError, match="GRADROUTE_CPU_CAPABILITY: got 'mmx', expected one of "):
-        native._instruction_set()
+        loading._instruction_set()
     monkeypatch.setenv("GRADROUTE_CPU_CAPABILITY", "baseline")
-    assert native._instruction_set() == "baseline"
+    assert loading._instruction_set() == "baseline"
+
+
+@pytest.mark.parametrize("struct", operands.STRUCTS)
+def test_operands_are_those_of_the_module(struct):
+    """The same fields in the same order in csrc/kernels.inc and in operands.py."""
+    assert native.module.STRUCTS[struct.__name__] == struct._fields
+
+
+def test_every_struct_of_the_module_has_a_twin():
+    by_hand = {"Matrix", "Heads", "Routing", "Table", "Stream"}  # the tuples that `taken` makes of tensors
+    assert set(native.module.STRUCTS) - by_hand == {struct.__name__ for struct in operands.STRUCTS}
+    assert set(native.module.KERNELS.values()) <= {struct.__name__ for struct in operands.STRUCTS}
+
+
+def test_tensors_are_taken_as_the_module_reads_them():
+    taken = {
+        "Matrix": operands.taken(torch.ones(2, 3), torch.device("cpu")),
+        "Heads": operands.taken(torch.ones(2, 3, 4, 5), torch.device("cpu")),
+        "Routing": Routing(torch.zeros(2).int(), torch.ones(2)).taken(torch.device("cpu")),
+        "Table": Weights(torch.ones(2, 3)).taken(torch.device("cpu")),
+    }
+    assert {name: len(fields) for name, fields in taken.items()} == {
+        name: len(native.module.STRUCTS[name]) for name in taken
+    }
+    with pytest.raises(TypeError, match="expected a tuple of 3 fields"):
+        native.module.cpu_baseline.bias_grad((), (0, 0))
+
+
+BUILT_EARLIER = types.SimpleNamespace(__file__="/somewhere/_native.so", STRUCTS={"Mask": ("routing",)})
+
+
+def test_a_module_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradroute._native", BUILT_EARLIER)
+    module, why = loading._load()
+    assert module is None
+    assert "/somewhere/_native.so was built from other sources than this package: build it again" in why
+
+
+def test_the_checkout_names_the_copy_that_has_the_module(tmp_path, monkeypatch):
+    """A plain `pip install .` builds no module for the checkout, whose package Python finds first at its root."""
+    monkeypatch.setattr(loading, "_PACKAGE", tmp_path / "checkout" / "gradroute")
+    installed = tmp_path / "site-packages" / "gradroute"
+    installed.mkdir(parents=True)
+    (installed / "_native.cpython.so").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "checkout"), str(tmp_path / "site-packages")])
+    why = loading._why_missing()
+    assert f"not built for the copy of gradroute in {tmp_path}/checkout/gradroute" in why
+    assert f"the copy installed in {installed} has it: run from outside of the checkout" in why
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "checkout")])
+    assert loading._why_missing() == "the native module was not built"
 
 
 def test_the_best_instruction_set_comes_first():
@@ -342,8 +395,8 @@ def test_the_best_instruction_set_comes_first():
 
 
 def test_without_the_module_the_backends_say_why(monkeypatch):
-    monkeypatch.setattr(native, "module", None)
-    monkeypatch.setattr(native, "load_error", "the native module was not built")
+    monkeypatch.setattr(loading, "module", None)
+    monkeypatch.setattr(loading, "load_error", "the native module was not built")
     for backend in ("cpu", "cuda"):
         assert backends.unavailable_backends("route_grad", "cpu")[backend].startswith(
             "the native module was not built"
@@ -357,7 +410,7 @@ def test_without_the_module_the_backends_say_why(monkeypatch):
 
 def test_the_gil_is_released_while_a_kernel_runs(monkeypatch):
     """One kernel in another thread; this thread never waits for as long as it takes."""
-    monkeypatch.setattr(native, "instruction_set", "baseline")
+    monkeypatch.setattr(loading, "instruction_set", "baseline")
     a = torch.ones(4096, 4096)
     sites, routes, took = MLPSites().effective, of_routes([0] * 4096), []
 

@@ -83,8 +83,8 @@ def test_a_kernel_that_fails_is_named(one_op, monkeypatch, capsys):
 
 def test_without_the_native_module_it_says_why(monkeypatch, capsys):
     monkeypatch.setattr(backends, "OPS", {"route_grad": ("cpu", "torch", "reference")})
-    monkeypatch.setattr(native, "module", None)
-    monkeypatch.setattr(native, "load_error", "the native module was not built")
+    monkeypatch.setattr(native.loading, "module", None)
+    monkeypatch.setattr(native.loading, "load_error", "the native module was not built")
     assert report.main([]) == 0
     said = capsys.readouterr().out
     assert "native    the native module was not built\n" in said

@@ -86,14 +86,14 @@ def test_tensors_on_another_device_are_refused(monkeypatch):
 
 
 def test_a_module_without_cuda_is_named(monkeypatch):
-    monkeypatch.setattr(native, "module", object())
+    monkeypatch.setattr(native.loading, "module", object())
     with expect(BackendError, "the native module was built without CUDA"):
         choose("route_grad", "cuda", X)
 
 
 def test_without_the_native_module_the_automatic_choice_warns(monkeypatch):
-    monkeypatch.setattr(native, "module", None)
-    monkeypatch.setattr(native, "load_error", "the native module was not built")
+    monkeypatch.setattr(native.loading, "module", None)
+    monkeypatch.setattr(native.loading, "load_error", "the native module was not built")
     with pytest.warns(
         RuntimeWarning, match="on the slower backend 'torch': .*cpu: the native module was not built"
     ):

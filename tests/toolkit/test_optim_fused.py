@@ -144,7 +144,7 @@ def test_composed(dtype):
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native(dtype, instruction_set, monkeypatch):
-    monkeypatch.setattr(native, "instruction_set", instruction_set)
+    monkeypatch.setattr(native.loading, "instruction_set", instruction_set)
     check_kernel(native.adamw_step, dtype)
     # Large enough to be shared among threads.
     check_kernel(native.adamw_step, dtype, shapes=((200, 300),))
@@ -402,8 +402,8 @@ def test_fused_is_a_bool(fused):
 
 
 def without_native(monkeypatch):
-    monkeypatch.setattr(native, "module", None)
-    monkeypatch.setattr(native, "load_error", "the native module was not built")
+    monkeypatch.setattr(native.loading, "module", None)
+    monkeypatch.setattr(native.loading, "load_error", "the native module was not built")
     return r"fused=True\): no backend can run it: cpu: the native module was not built"
 
 

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: vectors of elements, the masks of a vector, sums over a run of tokens, launching.
-// A kernel is written once for a width of access: 16 bytes where memory allows, else element by element.
+// The parts that all CUDA kernels share: vectors of elements, the masks of a vector, sums over a run of tokens,
+// launching. A kernel is written once for a width of access: 16 bytes where memory allows, else element by element.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,7 +27,7 @@ constexpr int TILE_ROWS = 8;
 constexpr int TILE_THREADS = TILE_LANES * TILE_ROWS;
 static_assert(TOKENS_PER_SUM % TILE_ROWS == 0, "rows of threads have equally many tokens");
 
-// The second and third dimensions of a grid end here; what is beyond is left to loops.
+// CUDA's limit on the second and third dimensions of a grid; kernels loop over what is beyond.
 constexpr int64_t MAX_GRID_Y = 65535;
 
 constexpr int BYTES_PER_ACCESS = 16;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void unpack(const Vector<E, N>& vector, float (&value
   for (int i = 0; i < N; ++i) values[i] = to_float(vector.at[i]);
 }
 
-// By pairs: taken one by one, 8 elements on their way would hold 8 registers instead of 4.
+// Pair by pair: taken one by one, 8 elements that are being loaded would hold 8 registers instead of 4.
 template <int N, class = std::enable_if_t<N % 2 == 0>>
 __device__ __forceinline__ void unpack(const Vector<__nv_bfloat16, N>& vector, float (&values)[N]) {
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ __forceinline__ Vector<E, N> pack(const float (&values)[N]) {
   return vector;
 }
 
-// Where [row, first] lies. Vectors are only formed where features are contiguous.
+// The address of [row, first]. Vectors are only formed where features are contiguous.
 template <class E, int N>
 __device__ __forceinline__ E* address(const Matrix& m, int64_t row, int64_t first) {
   return static_cast<E*>(m.data) + row * m.row_stride + (N == 1 ? first * m.col_stride : first);
@@ -179,7 +179,7 @@ __device__ __forceinline__ void apply_mask(const Table& table, const Token& toke
   for (int i = 0; i < N; ++i) values[i] = masked(m[i], values[i]);
 }
 
-// The same for two gradients under one mask.
+// Applies one mask to two gradients.
 template <int N>
 __device__ __forceinline__ void apply_masks(const Table& table, const Token& token, int64_t first, float (&one)[N],
                                             float (&other)[N]) {
@@ -232,7 +232,7 @@ __device__ __forceinline__ void store_sums(const Matrix& sums, int64_t run, int6
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The power of two from n on, at most `most`, which is one.
+// The smallest power of two that is at least n, capped at `most`, a power of two.
 inline unsigned lanes_for(int64_t n, unsigned most) {
   unsigned lanes = 1;
   while (lanes < most && lanes < n) lanes *= 2;
@@ -243,7 +243,7 @@ inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % BYTES_PER_ACCESS == 0; }
 
-// Whether rows can be read n features at a time. What is absent is no obstacle.
+// Whether rows can be read n features at a time. An absent matrix is no obstacle.
 inline bool takes_vectors(const Matrix& m, int64_t n) {
   return m.data == nullptr || (m.col_stride == 1 && m.cols % n == 0 && is_aligned(m.data) &&
                                (m.rows == 1 || m.row_stride * size_of(m.dtype) % BYTES_PER_ACCESS == 0));
@@ -257,6 +257,13 @@ inline bool takes_vectors(const Heads& x, int64_t n) {
 }
 
 inline bool takes_vectors(const Table& table, int64_t) { return table.cols <= 1 || is_aligned(table.weights); }
+
+inline bool takes_vectors(const Mask& mask, int64_t n) { return takes_vectors(mask.table, n); }
+
+inline bool takes_vectors(const MLPMasks& masks, int64_t n) {
+  return takes_vectors(masks.pre, n) && takes_vectors(masks.hidden, n) && takes_vectors(masks.forward, n) &&
+         takes_vectors(masks.update_out, n) && takes_vectors(masks.update_in, n);
+}
 
 template <class... Operands>
 bool all_take_vectors(int64_t n, const Operands&... operands) {
@@ -287,7 +294,7 @@ void with_access(const char* function, Dtype dtype, const Body& body, const Oper
 
 inline void check(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next launch would be blamed for it
+  cudaGetLastError();  // clears the error: the next launch would be blamed for it
   throw std::runtime_error(std::string("gradroute: ") + what + ": " + cudaGetErrorString(error));
 }
 
@@ -326,7 +333,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// A block for each run of tokens and TILE_LANES vectors of n features.
+// A grid with one block for each run of tokens and TILE_LANES vectors of n features.
 inline Grid tiles(int64_t tokens, int64_t features, int64_t n) {
   const int64_t runs = ceil_div(tokens, TOKENS_PER_SUM);
   return {dim3(ceil_div(features, TILE_LANES * n), std::min(runs, MAX_GRID_Y)), dim3(TILE_LANES, TILE_ROWS)};

@@ -1,0 +1,250 @@
+"""The operands of the native module's kernels: what csrc/kernels.inc lists, field by field and in the same order.
+
+`taken` turns them into the tuples that csrc/casters.h reads: tensors into addresses, shapes and strides. So a tensor
+that has no memory of its own, lies elsewhere or is not aligned to its elements is refused here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The numbers are those of Dtype in csrc/types.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+class Routing(NamedTuple):
+    """The routes of the tokens: ids `[T]`, strength `[T]`, 0-dim or None."""
+
+    ids: Tensor
+    strength: Tensor | None
+
+    def taken(self, device: torch.device) -> tuple[int, int, int, bool]:
+        """(address of ids, address of strength, its stride, whether it is double)."""
+        if self.strength is None:
+            return _address(self.ids, device), 0, 0, False
+        per_token = self.strength.dim() > 0
+        double = self.strength.dtype == torch.float64
+        return _address(self.ids, device), _address(self.strength, device), int(per_token), double
+
+
+class Weights(NamedTuple):
+    """A table's weights `[R, F]` or `[R, 1]`, fp32; or None."""
+
+    weights: Tensor | None
+
+    def taken(self, device: torch.device) -> tuple[int, int] | None:
+        """(address, columns)."""
+        return None if self.weights is None else (_address(self.weights, device), self.weights.shape[1])
+
+
+class Positions(NamedTuple):
+    """Positions `[T]`, int64."""
+
+    positions: Tensor
+
+    def taken(self, device: torch.device) -> int:
+        """The address."""
+        return _address(self.positions, device)
+
+
+class Mask(NamedTuple):
+    """One site's mask: the routes of the tokens, and the weights of each route."""
+
+    routing: Routing
+    table: Weights
+
+    @staticmethod
+    def of(ids: Tensor, strength: Tensor | None, weights: Tensor | None) -> Mask:
+        """The mask from an op's flat arguments."""
+        return Mask(Routing(ids, strength), Weights(weights))
+
+
+class MLPMasks(NamedTuple):
+    """The masks of an MLP."""
+
+    routing: Routing
+    pre: Weights
+    hidden: Weights
+    forward: Weights
+    update_out: Weights
+    update_in: Weights
+
+
+class HeadMasks(NamedTuple):
+    """The masks of attention's output, whose tables have one column per head."""
+
+    routing: Routing
+    heads: Weights
+    forward_heads: Weights
+
+
+class ProductOperands(NamedTuple):
+    """g, out `[T, F]`; segments: start and stop of each run of features on which a route's weight is constant."""
+
+    g: Tensor
+    out: Tensor
+    mask: Mask
+    segments: list[int]
+
+
+class BiasOperands(NamedTuple):
+    """g `[T, F]`, sums `[runs, F]`."""
+
+    g: Tensor
+    sums: Tensor
+    mask: Mask
+
+
+class ActivationOperands(NamedTuple):
+    """dz, a, da, z `[T, F]`, sums `[runs, F]`; None: not wanted."""
+
+    dz: Tensor | None
+    a: Tensor
+    da: Tensor | None
+    z: Tensor | None
+    sums: Tensor | None
+    masks: MLPMasks
+    activation: str
+
+
+class GluOperands(NamedTuple):
+    """dz, gate, up, dgate, dup, z `[T, F]`, gate_sums and up_sums `[runs, F]`; None: not wanted."""
+
+    dz: Tensor | None
+    gate: Tensor
+    up: Tensor
+    dgate: Tensor | None
+    dup: Tensor | None
+    z: Tensor | None
+    gate_sums: Tensor | None
+    up_sums: Tensor | None
+    masks: MLPMasks
+    activation: str
+
+
+class NormOperands(NamedTuple):
+    """dy, x, dx `[T, D]`, weight `[D]`, weight_sums and bias_sums `[runs, D]`; None: not wanted."""
+
+    dy: Tensor
+    x: Tensor
+    weight: Tensor | None
+    dx: Tensor | None
+    weight_sums: Tensor | None
+    bias_sums: Tensor | None
+    update: Mask
+    eps: float
+    offset: float
+    centered: bool
+    round_x_hat: bool
+
+
+class EmbeddingOperands(NamedTuple):
+    """dy `[T, D]`, out `[V, D]`, tokens and order `[T]`; padding_idx -1: none."""
+
+    dy: Tensor
+    out: Tensor
+    tokens: Positions
+    order: Positions
+    padding_idx: int
+    update: Mask
+
+
+class HeadOperands(NamedTuple):
+    """x, out `[B, H, S, D]`."""
+
+    x: Tensor
+    out: Tensor
+    mask: Mask
+
+
+class DeltaOperands(NamedTuple):
+    """dz, o, d_o `[B, H, S, D]`, delta `[B * H, S]`; d_o None: not wanted."""
+
+    dz: Tensor
+    o: Tensor
+    d_o: Tensor | None
+    delta: Tensor
+    masks: HeadMasks
+
+
+class AdamWOperands(NamedTuple):
+    """A parameter, its gradient and moments, each `[rows, columns]`; factors `[4, n]`."""
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    factors: Tensor
+    by_column: bool
+    beta1: float
+    beta2: float
+    eps: float
+    maximize: bool
+
+
+#: The structs of csrc/kernels.inc that are made field by field.
+STRUCTS = (
+    *(Mask, MLPMasks, HeadMasks),
+    *(ProductOperands, BiasOperands, ActivationOperands, GluOperands, NormOperands),
+    *(EmbeddingOperands, HeadOperands, DeltaOperands, AdamWOperands),
+)
+
+
+def taken(operand: Any, device: torch.device) -> Any:
+    """An operand, or a struct of them, as csrc/casters.h reads it.
+
+    Raises:
+        TypeError: a tensor subclass that wraps others, such as DTensor: it has no memory of its own.
+        ValueError: a tensor of a dtype that no kernel takes, on another device, without memory, or not aligned to its
+            elements.
+    """
+    if isinstance(operand, Tensor):
+        return _view(operand, device)
+    if isinstance(operand, (Routing, Weights, Positions)):
+        return operand.taken(device)
+    if isinstance(operand, tuple):
+        return tuple([taken(field, device) for field in operand])
+    return operand
+
+
+def _view(tensor: Tensor, device: torch.device) -> tuple[Any, ...]:
+    """A matrix `[rows, cols]`, a vector (one row), or `[batch, heads, sequence, features]`.
+
+    Returns:
+        (address, rows, cols, row stride, column stride, dtype), or (address, shape, strides, dtype).
+    """
+    address, dtype = _address(tensor, device), DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise ValueError(
+            f"native kernels: got a {tensor.dtype} tensor, expected {', '.join(map(str, DTYPES))}"
+        )
+    if tensor.dim() == 4:
+        return address, tuple(tensor.shape), tensor.stride(), dtype
+    if tensor.dim() == 1:
+        return address, 1, tensor.shape[0], 0, tensor.stride(0), dtype
+    return address, *tensor.shape, *tensor.stride(), dtype
+
+
+def _address(tensor: Tensor, device: torch.device) -> int:
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"native kernels: got a {type(tensor).__name__}, expected a torch.Tensor with memory of its own; "
+            "pass a DTensor's local tensor (to_local)"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"native kernels: got a tensor on {tensor.device}, expected {device} as the first one"
+        )
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise ValueError(f"native kernels: got a tensor {list(tensor.shape)} without memory")
+    if address % tensor.element_size():
+        raise ValueError(
+            f"native kernels: got a {tensor.dtype} tensor at an address that is not a multiple of "
+            f"{tensor.element_size()}; clone it"
+        )
+    return address
