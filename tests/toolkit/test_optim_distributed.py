@@ -16,7 +16,7 @@ import optim_worker
 GROUP = "optim"
 PATIENCE = 300  # seconds; ten times what the cells take on two idle cores
 
-# Of a parameter's largest change, over four steps whose gradients are sums in another order. Measured: 6e-6, which is a
+# Share of a parameter's largest change, over four steps whose gradients are sums in another order. Measured: 6e-6, a
 # unit in the last place of the weight of a norm.
 TOLERANCE = 1e-4
 

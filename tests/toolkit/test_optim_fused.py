@@ -31,9 +31,6 @@ def same(one, other):
     return one.dtype == other.dtype and torch.equal(bits(one), bits(other))
 
 
-# The kernels. --------------------------------------------------------------------------------------------------------
-
-
 class Step:
     """The arguments of a step on a matrix: any numbers, but moments of which v is no smaller than g² may make it.
 
@@ -255,9 +252,6 @@ def test_grids_of_large_matrices(shape):
     (launched,) = launches
     tiles = shape[0] * shape[1] // (launched.config["BLOCK_N"] * launched.config["BLOCK_M"])
     assert tiles == 2**17
-
-
-# The optimizer. ------------------------------------------------------------------------------------------------------
 
 
 @needs_native
