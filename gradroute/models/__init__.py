@@ -1,10 +1,9 @@
 """Existing models, routed by one call: `route(model, plan)`, and ordinary again by `unroute(model)`.
 
-Models of transformers 5 (Llama, Mistral, Qwen2, Qwen3, Gemma 3, GPT-2, GPT-Neo, GPT-NeoX and Pythia, Phi-3), and
-modules of the form of nanoGPT.
+They are models of transformers 5 (Llama, Mistral, Qwen2, Qwen3, Gemma 3, GPT-2, GPT-Neo, GPT-NeoX and Pythia, Phi-3),
+and modules of the form of nanoGPT.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from .ablation import ablate
@@ -40,14 +39,15 @@ if TYPE_CHECKING:
     from ..era import contract, expand
     from .parallel import RoutedAttentionParallel, RoutedMLPParallel, tensor_parallel
 
-# Imported when they are asked for: not every torch has torch.distributed, and gradroute.era imports from here.
-_LATER = dict.fromkeys(
-    ("RoutedAttentionParallel", "RoutedMLPParallel", "tensor_parallel"), "gradroute.models.parallel"
-)
-_LATER |= dict.fromkeys(("contract", "expand"), "gradroute.era")
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
+    """Imports a name when it is asked for: not every torch has torch.distributed, and era imports models itself."""
+    if name in ("contract", "expand"):
+        from .. import era
+
+        return getattr(era, name)
+    if name in ("RoutedAttentionParallel", "RoutedMLPParallel", "tensor_parallel"):
+        from . import parallel
+
+        return getattr(parallel, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

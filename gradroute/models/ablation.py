@@ -1,16 +1,16 @@
-"""ablate: what a route does not see in the forward of a routed model, taken out of it (SGTM's last step)."""
+"""ablate: takes out of a routed model what one route does not see in its forward (SGTM's last step)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from .architectures import inner_model
 from .attention import Attention
+from .linear import matrix
 from .lora import refuse_unreadable
 from .mlp import MLP
-from .modules import matrix
-from .routing import inner_model
-from .swapped import Swapped
+from .top import TopModel
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def ablate(model: nn.Module, route: int = 0, *, optimizer: torch.optim.Optimizer
 
     Args:
         model: a routed model whose plan masks in forward; unroute it afterwards.
-        route: whose forward stays.
-        optimizer: whose state of what is zeroed becomes 0 too. Without it momentum would bring some of it back.
+        route: the route whose forward stays.
+        optimizer: its state of what is zeroed becomes 0 too. Without it momentum would bring some of that back.
 
     Raises:
         TypeError: linear layers with adapters, or sharded ones.
@@ -34,15 +34,33 @@ def ablate(model: nn.Module, route: int = 0, *, optimizer: torch.optim.Optimizer
             already since it was routed, which would scale by fractional weights twice.
     """
     top = inner_model(model)
-    if not isinstance(top, Swapped):
+    if not isinstance(top, TopModel):
         raise ValueError(
             f"model: got a {type(top).__name__} that is not routed, expected one that route() made so"
         )
-    num_routes = top.routing_plan.num_routes
+    _check_route(route, top.routing_plan.num_routes)
+    masked = _masked_in_forward(top, route)
+    if top._ablated_fractions or not any(_adds(module, weights) for module, weights in masked):
+        raise ValueError(
+            f"model: got one in which what route {route} does not see was ablated already, expected one with influence"
+        )
+    for module, weights in masked:
+        module.scale_features(weights)
+        for name in module.names:
+            for parameter in getattr(module, name).parameters(recurse=False):
+                _zero_history(parameter, optimizer)
+    top._ablated_fractions = any(bool(((weights != 0) & (weights != 1)).any()) for _, weights in masked)
+
+
+def _check_route(route: int, num_routes: int) -> None:
     if isinstance(route, bool) or not isinstance(route, int):
         raise TypeError(f"route: got {route!r}, expected an int")
     if not 0 <= route < num_routes:
         raise ValueError(f"route: got {route}, expected 0 to {num_routes - 1}")
+
+
+def _masked_in_forward(top: TopModel, route: int) -> list[tuple[MLP | Attention, Tensor]]:
+    """The MLPs and attentions that mask in forward, each with the weights `[features]` that a route sees."""
     masked = [
         (module, table.weights[route])
         for module in top.modules()
@@ -53,16 +71,7 @@ def ablate(model: nn.Module, route: int = 0, *, optimizer: torch.optim.Optimizer
     for module, _ in masked:
         for name in module.names:
             refuse_unreadable(f"{type(module).__name__}.{name}", getattr(module, name))
-    if top._routing.get("ablated") or not any(_adds(module, weights) for module, weights in masked):
-        raise ValueError(
-            f"model: got one in which what route {route} does not see was ablated already, expected one with influence"
-        )
-    for module, weights in masked:
-        module.scale_features(weights)
-        for name in module.names:
-            for parameter in getattr(module, name).parameters(recurse=False):
-                _zero_history(parameter, optimizer)
-    top._routing["ablated"] = any(((weights != 0) & (weights != 1)).any() for _, weights in masked)
+    return masked
 
 
 def _zero_history(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,12 @@ _INTEGERS = (
     *(torch.uint16, torch.uint32, torch.uint64),
 )
 
-# A document is one checked example: its columns by name, each `[n]` on the CPU; `route_strength` is fp32 and may be
-# absent, `input_ids`, `labels`, `attention_mask` and `route_ids` are int64 and always there. Padding is one too.
+# A document is one checked example, or padding: its columns by name, each `[n]` on the CPU. `route_strength` is fp32
+# and may be absent; `input_ids`, `labels`, `attention_mask` and `route_ids` are int64 and always there.
 Document = dict[str, Tensor]
+
+# A column of an example as it comes: a number, a list, a tensor, an array, or what turns out to be none of these.
+Column = Any
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class RouteCollator:
     The first label of every document is `label_pad`, so that no document is asked to predict the next one's first
     token: the rule of transformers' DataCollatorWithFlattening.
 
-    What `align` is for: a mask is applied at a position, to all gradient that arrives there, and a causal language
+    `align` matters because a mask is applied at a position, to all gradient that arrives there, and a causal language
     model predicts token t + 1 at position t. With "position" id t masks position t, where token t is *read*: the
     loss of predicting a labelled token arrives one position earlier and would be masked by another token's id.
     Gradient routing whose masks are given by the token to be predicted (Cloud et al. 2024, arXiv 2410.04332) routes
@@ -56,7 +59,7 @@ class RouteCollator:
     and keeps its own. One label for a whole document is the same under both.
 
     Attributes:
-        pad_token_id: what `input_ids` are padded with; may be None where nothing needs padding.
+        pad_token_id: the token that `input_ids` are padded with; may be None where nothing needs padding.
         pad_to_multiple_of: the length of a row is rounded up to a multiple of it. In a packed batch the padding is
             one more document, of its own, at the end.
         packed: whether the batch is one row without padding.
@@ -177,7 +180,7 @@ def _joined(documents: Sequence[Document]) -> Document:
 
 
 def _boundaries(lengths: Tensor) -> dict[str, Any]:
-    """What attention over packed documents of these `lengths` `[documents]` asks for, under transformers' names."""
+    """The bounds of packed documents of these `lengths` `[documents]` for attention, under transformers' names."""
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     return {
@@ -188,7 +191,7 @@ def _boundaries(lengths: Tensor) -> dict[str, Any]:
     }
 
 
-def _check_int(name: str, value: Any, least: int | None = None, optional: bool = False) -> None:
+def _check_int(name: str, value: object, least: int | None = None, optional: bool = False) -> None:
     if optional and value is None:
         return
     expected = "an int" if least is None else f"an int of {least} or more"
@@ -233,7 +236,7 @@ def _check_names(name: str, example: Mapping[str, Any]) -> None:
         )
 
 
-def _listed(keys: Any) -> str:
+def _listed(keys: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, keys))) or "(none)"
 
 
@@ -259,7 +262,7 @@ def _checked(example: Mapping[str, Any], name: str) -> Document:
 
 
 def _integers(
-    name: str, value: Any, n: int | None = None, single: bool = False, bools: bool = False
+    name: str, value: Column, n: int | None = None, single: bool = False, bools: bool = False
 ) -> Tensor:
     """`value` as `[n]` int64; `single` allows one number for all, `bools` the dtype bool."""
     expected = "integers or bools" if bools else "integers"
@@ -269,7 +272,7 @@ def _integers(
     return tokens.to(torch.int64)
 
 
-def _finite(name: str, value: Any, n: int) -> Tensor:
+def _finite(name: str, value: Column, n: int) -> Tensor:
     """`value` as `[n]` fp32."""
     strength = _column(name, value, "real numbers", n, single=True)
     if not strength.is_floating_point() and strength.dtype not in _INTEGERS:
@@ -279,7 +282,7 @@ def _finite(name: str, value: Any, n: int) -> Tensor:
     return strength
 
 
-def _column(name: str, value: Any, expected: str, n: int | None, single: bool) -> Tensor:
+def _column(name: str, value: Column, expected: str, n: int | None, single: bool) -> Tensor:
     """`value` as a tensor `[n]` on the CPU, of the dtype it came with."""
     tokens = _tensor(name, value, expected)
     if tokens.dim() == 0 and single and n is not None:
@@ -296,7 +299,7 @@ def _column(name: str, value: Any, expected: str, n: int | None, single: bool) -
     return tokens
 
 
-def _tensor(name: str, value: Any, expected: str) -> Tensor:
+def _tensor(name: str, value: Column, expected: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to("cpu")
     try:

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import RoutedAttention, RoutedGatedMLP, RoutedMLP
-from .architectures import ARCHITECTURES, Architecture, part
-from .attention import head_features
+from .architectures import ARCHITECTURES, Architecture, architecture_of, inner_model, submodule
+from .attention import Attention, head_features
+from .linear import is_transposed, matrix
 from .lora import refuse_unreadable
-from .modules import is_dtensor, is_transposed, matrix
-from .routing import architecture_of, inner_model
+from .mlp import MLP
+from .modules import AnyModule, is_dtensor
 from .swapped import Swapped
 
 __all__ = [
@@ -103,7 +103,7 @@ class Width:
     """
 
     path: str
-    module: Any
+    module: AnyModule
     size: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -111,7 +111,7 @@ class Width:
     group: int = 1
     is_free: bool = True
 
-    def linears(self, paths: Sequence[str]) -> list[tuple[str, Any]]:
+    def linears(self, paths: Sequence[str]) -> list[tuple[str, AnyModule]]:
         """The module's linear layers at some paths, each with its full path."""
         return [(_join(self.path, path), self.module.get_submodule(path)) for path in paths]
 
@@ -148,7 +148,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder layers of a model of transformers as "layers.0", "layers.1", ...; of other modules none."""
     inner = inner_model(model)
     architecture = ARCHITECTURES.get(getattr(getattr(inner, "config", None), "model_type", None) or "")
-    layers = None if architecture is None else part(inner, architecture.layers)
+    layers = None if architecture is None else submodule(inner, architecture.layers)
     return {f"layers.{i}": layer for i, layer in enumerate(layers or ())}
 
 
@@ -212,16 +212,16 @@ def _attention_width(path: str, attention: RoutedAttention) -> Width:
 def _decoder_widths(model: nn.Module, what: str, architecture: Architecture) -> list[Width]:
     """The widths of a model's decoder layers, one a layer."""
     layer = architecture.layer
-    kind: Any = layer.mlp_kind if what == "units" else layer.attention_kind
+    mixin: type[MLP | Attention] = layer.mlp_mixin if what == "units" else layer.attention_mixin
     paths = {module: path for path, module in model.named_modules()}
-    is_free = what == "units" or kind.has_free_heads
+    is_free = what == "units" or layer.attention_mixin.has_free_heads
     widths = []
-    for decoder in part(model, architecture.layers):
+    for decoder in submodule(model, architecture.layers):
         module = getattr(decoder, layer.mlp_name) if what == "units" else layer.attention_of(decoder)
-        kind.check_module(module)
-        *inputs, output = kind.names
-        size, group = kind.size_of(module)
-        features = partial(kind.features_of, module)
+        mixin.check_module(module)
+        *inputs, output = mixin.names
+        size, group = mixin.size_of(module)
+        features = partial(mixin.features_of, module)
         widths.append(Width(paths[module], module, size, tuple(inputs), (output,), features, group, is_free))
     return widths
 
@@ -256,7 +256,7 @@ def _separate_heads(group: int, head_dim: int, chosen: Tensor) -> tuple[list[Ten
     return [q, kv, kv], q
 
 
-def _check_readable(path: str, linear: Any) -> None:
+def _check_readable(path: str, linear: AnyModule) -> None:
     """Raises unless a layer is linear, and its own parameters, whole and floating point, are all of it."""
     refuse_unreadable(path, linear)
     if not isinstance(linear, nn.Linear) and not is_transposed(linear):

@@ -1,9 +1,9 @@
-"""PEFT's LoRA around linear layers of a routed model."""
+"""PEFT's LoRA around linear layers of a routed model, and the choice of what routes a linear layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from ..route_grad import route_grad
 from ..routes import Routes
 from ..sites import given
 from ..tables import Table
-from .modules import Linear, call_linear, full_name, is_dtensor, swap_linear
+from .linear import Conv1D, Linear, call_linear, is_conv1d
+from .modules import AnyModule, Argument, full_name, is_dtensor
 from .swapped import Swapped, swap
 
 
@@ -32,13 +33,30 @@ class Adapter(Swapped):
 
     sites_type = LinearSites
 
-    def _sites_of_ops(self, sites: LinearSites) -> tuple[Any, ...]:
+    def _sites_of_ops(self, sites: LinearSites) -> tuple[LinearSites, ...]:
         raise TypeError(
             f"got sites for {full_name(self)}, expected them for layers without it or with plain LoRA"
         )
 
-    def forward(self, x: Tensor, *args: Any, routes: Routes | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: Argument, routes: Routes | None = None, **kwargs: Argument) -> Tensor:
         return super().forward(x, *args, **kwargs)
+
+
+class AdapterRouting(NamedTuple):
+    """What a LoRALinear needs to know besides its sites.
+
+    Attributes:
+        adapters: the table `[R, 1]` of an adapter by its name; without one, every token may train it.
+    """
+
+    adapters: Mapping[str, Table]
+
+
+class LoRAOps(NamedTuple):
+    """The sites of a LoRALinear's own masks, and of its base layer; None: nothing of the base layer is routed."""
+
+    own: LinearSites
+    base: LinearSites | None
 
 
 class LoRALinear(Swapped):
@@ -61,24 +79,24 @@ class LoRALinear(Swapped):
     It masks no gradient that flows on: an adapter that a token may not train still adds to its output, and to the
     gradient of x, what it always does.
 
-    Attributes:
-        adapters: by name the table of an adapter, `[R, 1]`; without one, every token may train it.
     """
 
     sites_type = LinearSites
-    base_layer: Any
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
-    lora_variant: Any
-    scaling: Any
+    base_layer: AnyModule
+    lora_A: Mapping[str, AnyModule]
+    lora_B: Mapping[str, AnyModule]
+    lora_dropout: Mapping[str, nn.Module]
+    lora_variant: Mapping[str, object]
+    scaling: Mapping[str, float]
     in_features: int
     out_features: int
+    _routing: AdapterRouting | None
+    _op_sites: LoRAOps
 
     @property
     def adapters(self) -> Mapping[str, Table]:
         """Which routes may train which adapter."""
-        return self._routing.get("adapters", {})
+        return {} if self._routing is None else self._routing.adapters
 
     def route_adapters(self, adapters: Mapping[str, Table]) -> None:
         """Restricts adapters to routes, beside what the sites do.
@@ -86,13 +104,13 @@ class LoRALinear(Swapped):
         Raises:
             TypeError: an adapter is not plain LoRA.
         """
-        self._routing["adapters"] = adapters
+        self._routing = AdapterRouting(adapters)
         self.swap_children()
 
     def _widths(self) -> Mapping[str, int | str]:
         bias = self.base_layer.bias
         if bias is None:
-            bias = next((part.bias for part in self.lora_B.values() if part.bias is not None), None)
+            bias = next((lora_b.bias for lora_b in self.lora_B.values() if lora_b.bias is not None), None)
         return LinearSites.widths(self.in_features, self.out_features, bias)
 
     def swap_children(self) -> None:
@@ -105,30 +123,29 @@ class LoRALinear(Swapped):
         for name, lora_a in self.lora_A.items():
             lora_b = self.lora_B[name]
             sites_a, sites_b = self._adapter_sites(name, lora_b.bias is not None)
-            for part, sites in ((lora_a, sites_a), (lora_b, sites_b)):
-                if isinstance(part, Swapped):
-                    part.sites = sites
+            for linear, sites in ((lora_a, sites_a), (lora_b, sites_b)):
+                if isinstance(linear, Swapped):
+                    linear.sites = sites
                 else:
-                    swap(part, Linear, sites, self.backend)
+                    swap(linear, Linear, sites, self.backend)
 
     def _is_routed(self) -> bool:
-        """Whether anything of the layer itself is; else it is called as it is, whatever its adapters are."""
+        """Whether anything of the layer itself is routed; else it is called as it is, whatever its adapters are."""
         return self._sites is not None or any(name in self.adapters for name in self.lora_A)
 
     def _table(self, site: str) -> Table | None:
         return None if self._sites is None else self._sites.tables.get(site)
 
-    def _sites_of_ops(self, sites: LinearSites) -> tuple[Any, ...]:
-        """The layer's own, whose `output` and `input` it masks itself, and those of the base layer."""
+    def _sites_of_ops(self, sites: LinearSites) -> LoRAOps:
         sites.check(None, self._widths())
-        of_base = ("update_rows", "update_cols", "update_bias")[: 2 if self.base_layer.bias is None else 3]
-        return sites, given(LinearSites, **{name: sites.tables.get(name) for name in of_base})
+        names = ("update_rows", "update_cols", "update_bias")[: 2 if self.base_layer.bias is None else 3]
+        return LoRAOps(sites, given(LinearSites, **{name: sites.tables.get(name) for name in names}))
 
     def _base_sites(self) -> LinearSites | None:
-        return self._op_sites[1] if self._op_sites else None
+        return self._op_sites.base if self._op_sites else None
 
     def _adapter_sites(self, name: str, has_bias: bool) -> tuple[LinearSites, LinearSites]:
-        """Those of an adapter's A and of its B."""
+        """The sites of an adapter's A, and those of its B."""
         rows, cols, adapter = self._table("update_rows"), self._table("update_cols"), self.adapters.get(name)
         bias = self._table("update_bias") or rows
         return (
@@ -140,7 +157,7 @@ class LoRALinear(Swapped):
             ),
         )
 
-    def forward(self, x: Tensor, *args: Any, routes: Routes | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: Argument, routes: Routes | None = None, **kwargs: Argument) -> Tensor:
         if routes is None or not self._is_routed():
             return super().forward(x, *args, **kwargs)
         self._refuse(kwargs)
@@ -151,7 +168,7 @@ class LoRALinear(Swapped):
             y = y + self._adapted(name, x, routes) * self.scaling[name]
         return self._masked("output", y.to(dtype), routes)
 
-    def _refuse(self, kwargs: Mapping[str, Any]) -> None:
+    def _refuse(self, kwargs: Mapping[str, object]) -> None:
         if self.merged:
             raise RuntimeError(
                 f"{full_name(self)}: got merged adapters beside routes, expected unmerge_adapter() before training"
@@ -178,6 +195,23 @@ class LoRALinear(Swapped):
     def _masked(self, site: str, x: Tensor, routes: Routes) -> Tensor:
         table = self._table(site)
         return x if table is None else route_grad(x, routes, table, backend=self.backend)
+
+
+def linear_mixin(module: nn.Module) -> type[Swapped]:
+    """The mixin that routes a linear layer; what cannot be routed is refused when it is swapped."""
+    if is_adapter(module):
+        return LoRALinear if is_lora(module) else Adapter
+    return Conv1D if is_conv1d(module) else Linear
+
+
+def swap_linear(module: nn.Module, sites: LinearSites | None, backend: str | None) -> None:
+    """Routes a linear layer that a routed module calls; where nothing of it is routed it may be of any class.
+
+    Raises:
+        TypeError: something is routed, and it is neither a torch.nn.Linear nor a Conv1D nor PEFT's LoRA of one.
+    """
+    if sites is not None or is_adapter(module):
+        swap(module, linear_mixin(module), sites, backend)
 
 
 def route_adapters(model: nn.Module, adapters: Mapping[str, Table]) -> None:
@@ -213,7 +247,7 @@ def adapters_of(module: nn.Module) -> tuple[str, ...]:
 
 def holds_adapters(module: nn.Module, adapters: Mapping[str, Table]) -> bool:
     """Whether an adapter of one of these names is in a module, at any depth."""
-    return any(name in adapters for part in module.modules() for name in adapters_of(part))
+    return any(name in adapters for inner in module.modules() for name in adapters_of(inner))
 
 
 def _any(table: Table | None) -> Table | None:  # [R, 1]
@@ -232,7 +266,7 @@ def _product(*tables: Table | None) -> Table | None:
     return Table(product)
 
 
-def refuse_unreadable(path: str, linear: Any) -> None:
+def refuse_unreadable(path: str, linear: nn.Module) -> None:
     """Raises where a linear layer's own parameters are not all that it computes with, or are distributed."""
     if is_adapter(linear) or any(map(is_dtensor, linear.parameters(recurse=False))):
         raise TypeError(

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..gated_mlp import routed_gated_mlp, routed_glu
 from ..linear import LinearSites
 from ..mlp import ActivationSites, MLPSites, routed_activation, routed_mlp
 from ..routes import Routes
 from ..sites import given
 from ..tables import Table, concatenate
-from .modules import (
-    call_linear,
-    is_readable,
-    is_watched,
-    matrix,
-    scale_columns,
-    scale_rows,
-    swap_linear,
-)
+from .linear import call_linear, features, is_readable, matrix, scale_columns, scale_rows
+from .lora import swap_linear
+from .modules import AnyModule, is_watched
 from .swapped import Swapped, check_children
 
-# The activation of an MLP by its class: torch.nn's, and those of transformers.
+# The op's name for an MLP's activation, by its class in torch.nn or transformers.
 _ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -41,19 +34,36 @@ _ACTIVATIONS = {
 }
 
 
+class MLPOps(NamedTuple):
+    """The sites of the ops that an MLP runs as: all of it fused, or its middle between linear layers that are called.
+
+    Attributes:
+        fused: the fused op's sites.
+        inner: the sites of each linear layer that makes hidden units.
+        middle: the activation's sites.
+        outer: the sites of the linear layer that reads the hidden units.
+    """
+
+    fused: MLPSites
+    inner: LinearSites | None
+    middle: ActivationSites | None
+    outer: LinearSites | None
+
+
 class MLP(Swapped):
     """Linear, activation, linear: `gradroute.routed_mlp`; where a linear layer must be called, its middle alone.
 
     Attributes:
         names: the linear submodules in the order of the op's weights.
         activation_name: the activation's submodule.
-        blocks: how many values of every hidden unit an inner linear layer makes, one block after the other.
+        fused_branches: how many branches, such as gate and up, one inner linear layer makes, one after the other.
     """
 
     sites_type = MLPSites
     names: tuple[str, ...] = ("c_fc", "c_proj")
     activation_name: str = "act"
-    blocks: int = 1
+    fused_branches: int = 1
+    _op_sites: MLPOps
 
     @classmethod
     def check_module(cls, module: nn.Module) -> None:
@@ -63,22 +73,27 @@ class MLP(Swapped):
     def swap_children(self) -> None:
         *inner, outer = self._linears()
         for linear in inner:
-            swap_linear(linear, self._op_sites[1], self.backend)
-        swap_linear(outer, self._op_sites[3], self.backend)
+            swap_linear(linear, self._op_sites.inner, self.backend)
+        swap_linear(outer, self._op_sites.outer, self.backend)
 
     @classmethod
-    def size_of(cls, module: Any) -> tuple[int, int]:
-        """The number of hidden units of an MLP that this kind routes, whether it does already or not; and 1."""
+    def size_of(cls, module: nn.Module) -> tuple[int, int]:
+        """The number of hidden units of an MLP that this mixin can route or has routed; and 1."""
         return features(getattr(module, cls.names[-1]))[1], 1
 
     @classmethod
-    def features_of(cls, module: Any, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Of chosen units, bool `[n]` of n in all, the rows of each inner layer and the columns of the outer one."""
+    def features_of(cls, module: nn.Module, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The rows of each inner layer and the columns of the outer one that chosen units have.
+
+        Args:
+            module: the MLP.
+            chosen: bool `[n]`, of n units in all.
+        """
         index = chosen.nonzero().flatten()
-        rows = torch.cat([index + block * len(chosen) for block in range(cls.blocks)])
+        rows = torch.cat([index + branch * len(chosen) for branch in range(cls.fused_branches)])
         return [rows] * (len(cls.names) - 1), index
 
-    def _linears(self) -> list[Any]:
+    def _linears(self) -> list[AnyModule]:
         return [getattr(self, name) for name in self.names]
 
     def _d_ff(self) -> int:
@@ -88,19 +103,18 @@ class MLP(Swapped):
         outer = self._linears()[-1]
         return MLPSites.widths(features(outer)[0], self._d_ff(), outer.bias)
 
-    def _sites_of_ops(self, sites: MLPSites) -> tuple[Any, ...]:
-        """Of the fused op, and, where linear layers are called, of the inner ones, the middle and the outer one."""
+    def _sites_of_ops(self, sites: MLPSites) -> MLPOps:
         sites.check(None, self._widths())
         tables = sites.tables
         update_in, update_out = (
             tables.get(name, tables.get("update")) for name in ("update_in", "update_out")
         )
         middle = {name: tables.get(name) for name in ("pre", "hidden", "forward")}
-        return (
-            sites,
-            given(LinearSites, update_rows=self._rows(update_in)),
-            given(ActivationSites, **middle),
-            given(
+        return MLPOps(
+            fused=sites,
+            inner=given(LinearSites, update_rows=self._row_table(update_in)),
+            middle=given(ActivationSites, **middle),
+            outer=given(
                 LinearSites,
                 output=tables.get("output"),
                 update_cols=update_out,
@@ -108,9 +122,10 @@ class MLP(Swapped):
             ),
         )
 
-    def _rows(self, table: Table | None) -> Table | None:
+    def _row_table(self, table: Table | None) -> Table | None:
         """A table of hidden units for the rows of an inner linear layer."""
-        return table if self.blocks == 1 else concatenate([table] * self.blocks, [self._d_ff()] * self.blocks)
+        branches = self.fused_branches
+        return table if branches == 1 else concatenate([table] * branches, [self._d_ff()] * branches)
 
     def forward_table(self) -> Table | None:
         """What tokens of each route see of the hidden units; None: all."""
@@ -121,7 +136,7 @@ class MLP(Swapped):
         weights = weights.expand(self._d_ff())
         *inner, outer = self._linears()
         for linear in inner:
-            scale_rows(linear, (weights != 0).float().repeat(self.blocks))
+            scale_rows(linear, (weights != 0).float().repeat(self.fused_branches))
         scale_columns(outer, weights)
 
     def _activation(self) -> str:
@@ -149,85 +164,23 @@ class MLP(Swapped):
             matrix(fc_out),
             fc_out.bias,
             routes,
-            self._op_sites[0],
+            self._op_sites.fused,
             self._activation(),
             backend=self.backend,
         )
 
     def _called(self, x: Tensor, routes: Routes) -> Tensor:
-        _, inner_sites, middle, outer_sites = self._op_sites
+        sites = self._op_sites
         fc_in, fc_out = self._linears()
-        a = call_linear(fc_in, x, routes, inner_sites)
-        z = routed_activation(a, routes, middle, self._activation(), backend=self.backend)
-        return call_linear(fc_out, z, routes, outer_sites)
+        a = call_linear(fc_in, x, routes, sites.inner)
+        z = routed_activation(a, routes, sites.middle, self._activation(), backend=self.backend)
+        return call_linear(fc_out, z, routes, sites.outer)
 
 
 class NeoXMLP(MLP):
-    """That of GPT-NeoX and Pythia."""
+    """The MLP of GPT-NeoX and Pythia."""
 
     names = ("dense_h_to_4h", "dense_4h_to_h")
-
-
-class GatedMLP(MLP):
-    """A gated MLP (SwiGLU, GeGLU): `gradroute.routed_gated_mlp`."""
-
-    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    activation_name = "act_fn"
-
-    def _fused(self, x: Tensor, routes: Routes) -> Tensor:
-        gate, up, down = self._linears()
-        return routed_gated_mlp(
-            x,
-            matrix(gate),
-            matrix(up),
-            matrix(down),
-            routes,
-            self._op_sites[0],
-            self._activation(),
-            gate.bias,
-            up.bias,
-            down.bias,
-            backend=self.backend,
-        )
-
-    def _called(self, x: Tensor, routes: Routes) -> Tensor:
-        _, inner_sites, middle, outer_sites = self._op_sites
-        gate, up, down = self._linears()
-        z = routed_glu(
-            call_linear(gate, x, routes, inner_sites),
-            call_linear(up, x, routes, inner_sites),
-            routes,
-            middle,
-            self._activation(),
-            backend=self.backend,
-        )
-        return call_linear(down, z, routes, outer_sites)
-
-
-class PhiMLP(GatedMLP):
-    """That of Phi-3: gate and up are one linear layer, which stays one product."""
-
-    names = ("gate_up_proj", "down_proj")
-    activation_name = "activation_fn"
-    blocks = 2
-
-    def _fused(self, x: Tensor, routes: Routes) -> Tensor:
-        return self._called(x, routes)
-
-    def _called(self, x: Tensor, routes: Routes) -> Tensor:
-        _, inner_sites, middle, outer_sites = self._op_sites
-        gate_up, down = self._linears()
-        gate, up = call_linear(gate_up, x, routes, inner_sites).chunk(2, dim=-1)
-        z = routed_glu(gate, up, routes, middle, self._activation(), backend=self.backend)
-        return call_linear(down, z, routes, outer_sites)
-
-
-def features(linear: Any) -> tuple[int, int]:
-    """The number of outputs and of inputs of a linear layer, or of what stands for one."""
-    if hasattr(linear, "out_features"):
-        return linear.out_features, linear.in_features
-    inputs, outputs = linear.weight.shape  # transformers' Conv1D
-    return outputs, inputs
 
 
 def _activation_of(module: nn.Module) -> str:

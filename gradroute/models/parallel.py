@@ -5,17 +5,17 @@ and o by columns. The ops take plain tensors (a custom op has no sharding strate
 `bias` *read* as this rank's part, while `parameters()`, optimizers, state_dict and torch.distributed.checkpoint see
 the DTensors. Tables are sliced alike, so that a rank masks its own hidden units and heads.
 
-The blocks' inputs and outputs are plain tensors that are the same on every rank. Forward sums the outputs of all ranks
-and backward the gradients of the inputs: two all-reduces a block. A parameter that every rank reads whole gets its
-gradient summed too: norms of the query and the key, whose heads are on several ranks. The bias of an output is read on
-the first rank, and as zeros on the others, so that it counts once.
+Inputs and outputs of attention and of the MLP are plain tensors that are the same on every rank. Forward sums the
+outputs of all ranks and backward the gradients of the inputs: two all-reduces for each. A parameter that every rank
+reads whole gets its gradient summed too: norms of the query and the key, whose heads are on several ranks. The bias of
+an output is read on the first rank, and as zeros on the others, so that it counts once.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
@@ -27,15 +27,19 @@ from ..function import Function
 from ..linear import LinearSites
 from ..sites import Sites
 from ..tables import Table
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, inner_model
 from .attention import Attention
-from .mlp import GatedMLP
-from .modules import Linear
-from .routing import Model, inner_model
+from .gated_mlp import GatedMLP
+from .linear import Linear
+from .mlp import MLPOps
+from .modules import AnyModule, Argument
+from .routing import Model
+
+GivenSites = TypeVar("GivenSites", bound=Sites | None)
 
 _FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
-# Why a model whose blocks are routed cannot be sharded by the styles of this page.
+# The reason why another architecture, which can be routed, cannot be sharded by the styles below.
 _REFUSED = {
     "phi3": "one linear layer makes q, k and v, another gate and up: a rank's rows would not be whole heads of each",
     "gpt_neox": "one linear layer makes q, k and v",
@@ -56,7 +60,7 @@ def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
 
     Args:
         model: a causal language model of transformers, or its base model.
-        mesh: of one dimension, such as `init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp"))["tp"]`.
+        mesh: a mesh of one dimension, such as `init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp"))["tp"]`.
 
     Returns:
         The same model.
@@ -98,11 +102,11 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 class Rank(NamedTuple):
-    """What a module must know of its mesh; no DeviceMesh, which torch.compile cannot save in a checkpoint.
+    """A rank's place in a mesh, as a module keeps it: torch.compile cannot save a DeviceMesh in a checkpoint.
 
     Attributes:
-        number: of this rank in the mesh.
-        ranks: how many there are.
+        number: this rank's number in the mesh.
+        ranks: how many ranks there are.
         group: the name of their process group.
     """
 
@@ -112,10 +116,15 @@ class Rank(NamedTuple):
 
 
 class _RoutedParallel(ParallelStyle):
-    """What both styles do: shard the linear layers of a block, and make it serve its rank."""
+    """What both styles do: shard the linear layers of attention or of an MLP, and make it serve its rank.
+
+    Attributes:
+        names: the linear submodules, the outer one last.
+        mixin: what makes the module serve its rank.
+    """
 
     names: ClassVar[tuple[str, ...]]
-    kind: ClassVar[type]
+    mixin: ClassVar[type]
 
     def check(self, module: nn.Module, mesh: DeviceMesh) -> None:
         """Raises unless this style can shard a module over a mesh."""
@@ -127,7 +136,7 @@ class _RoutedParallel(ParallelStyle):
         children = dict(module.named_children())
         for name in self.names:
             linear = children.get(name)
-            if type(linear) is not nn.Linear and getattr(type(linear), "kind", None) is not Linear:
+            if type(linear) is not nn.Linear and getattr(type(linear), "mixin", None) is not Linear:
                 raise TypeError(f"{what}.{name}: got a {type(linear).__name__}, expected a torch.nn.Linear")
             if isinstance(linear.weight, DTensor) or isinstance(linear, ShardedLinear):  # type: ignore[union-attr]
                 raise TypeError(
@@ -147,15 +156,15 @@ class _RoutedParallel(ParallelStyle):
         for norm in (getattr(module, name, None) for name in ("q_norm", "k_norm")):
             if norm is not None:
                 _swap(norm, WholeNorm, device_mesh)
-        _swap(module, self.kind, device_mesh)
+        _swap(module, self.mixin, device_mesh)
         return module
 
-    def _shard(self, linear: Any, mesh: DeviceMesh, kind: type[ShardedLinear]) -> None:
+    def _shard(self, linear: AnyModule, mesh: DeviceMesh, mixin: type[ShardedLinear]) -> None:
         for name, parameter in list(linear.named_parameters(recurse=False)):
-            placements = [kind.placements[name]]
+            placements = [mixin.placements[name]]
             sharded = distribute_tensor(parameter, mesh, placements, src_data_rank=self.src_data_rank)
             linear.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        _swap(linear, kind, mesh)
+        _swap(linear, mixin, mesh)
 
 
 class RoutedMLPParallel(_RoutedParallel):
@@ -177,7 +186,7 @@ class RoutedAttentionParallel(_RoutedParallel):
     names = Attention.names
 
     def _check_sizes(self, module: nn.Module, ranks: int) -> None:
-        head_dim: Any = module.head_dim
+        head_dim = cast(int, module.head_dim)
         for name, what in (("q_proj", "query heads"), ("k_proj", "key and value heads")):
             heads = getattr(module, name).out_features // head_dim
             if heads % ranks:
@@ -186,9 +195,9 @@ class RoutedAttentionParallel(_RoutedParallel):
                 )
 
 
-def _swap(module: Any, kind: type, mesh: DeviceMesh) -> None:
+def _swap(module: AnyModule, mixin: type, mesh: DeviceMesh) -> None:
     """Gives a module the class that makes it serve its rank, and its rank's part of its tables."""
-    module.__class__ = _parallel_class(kind, type(module))  # type: ignore[arg-type]
+    module.__class__ = _parallel_class(mixin, type(module))  # type: ignore[arg-type]
     module._rank = Rank(mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name)
     if getattr(module, "_sites", None) is not None:
         module._op_sites = module._sites_of_ops(module._sites)
@@ -196,10 +205,10 @@ def _swap(module: Any, kind: type, mesh: DeviceMesh) -> None:
 
 
 @functools.cache
-def _parallel_class(kind: type, whole: type[nn.Module]) -> type:
+def _parallel_class(mixin: type, whole: type[nn.Module]) -> type:
     """The subclass of a module's class that serves one rank; `whole` is what it was. It keeps the name."""
     names = {name: getattr(whole, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(whole.__name__, (kind, whole), names | {"whole": whole})
+    return type(whole.__name__, (mixin, whole), names | {"whole": whole})
 
 
 class ShardedLinear:
@@ -225,7 +234,7 @@ class ShardedLinear:
 
     @property
     def bias(self) -> Tensor | None:
-        """This rank's part."""
+        """This rank's part of the bias."""
         bias = self._parameters["bias"]
         return bias if bias is None or _is_resharded(bias) else self._local_bias(bias)
 
@@ -237,7 +246,7 @@ class ShardedLinear:
 
     def _sites_of_ops(self, sites: LinearSites) -> tuple[Any, ...]:
         (sites,) = super()._sites_of_ops(sites)  # type: ignore[misc]
-        return (_part(sites, self.sharded_sites, self._rank),)
+        return (_rank_sites(sites, self.sharded_sites, self._rank),)
 
 
 def _is_resharded(parameter: DTensor) -> bool:
@@ -275,12 +284,12 @@ class WholeNorm:
         return weight if isinstance(weight, DTensor) else summed_gradient(weight, self._rank)
 
 
-class ParallelBlock:
-    """A block between the residual stream and the residual stream, of which this rank makes a summand."""
+class ParallelSublayer:
+    """Attention or an MLP, of whose output to the residual stream this rank makes a summand."""
 
     _rank: Rank
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Argument, **kwargs: Argument) -> Argument:
         if args:
             args = (summed_gradient(args[0], self._rank), *args[1:])
         else:
@@ -289,43 +298,43 @@ class ParallelBlock:
         return (summed(y[0], self._rank), *y[1:]) if isinstance(y, tuple) else summed(y, self._rank)
 
 
-_OF_HIDDEN_UNITS = ("pre", "hidden", "forward", "update", "update_in", "update_out")
-_OF_HEADS = ("query", "key", "value", "heads", "forward_heads")
+_HIDDEN_UNIT_SITES = ("pre", "hidden", "forward", "update", "update_in", "update_out")
+_HEAD_SITES = ("query", "key", "value", "heads", "forward_heads")
 
 
-class ParallelMLP(ParallelBlock):
+class ParallelMLP(ParallelSublayer):
     """A gated MLP of this rank's hidden units."""
 
-    def _sites_of_ops(self, sites: Any) -> tuple[Any, ...]:
-        fused, inner, middle, outer = super()._sites_of_ops(sites)  # type: ignore[misc]
-        return (
-            _part(fused, _OF_HIDDEN_UNITS, self._rank),
-            _part(inner, RowShard.sharded_sites, self._rank),
-            _part(middle, _OF_HIDDEN_UNITS, self._rank),
-            _part(outer, ColumnShard.sharded_sites, self._rank),
+    def _sites_of_ops(self, sites: Sites) -> MLPOps:
+        ops: MLPOps = super()._sites_of_ops(sites)  # type: ignore[misc]
+        return MLPOps(
+            fused=_rank_sites(ops.fused, _HIDDEN_UNIT_SITES, self._rank),
+            inner=_rank_sites(ops.inner, RowShard.sharded_sites, self._rank),
+            middle=_rank_sites(ops.middle, _HIDDEN_UNIT_SITES, self._rank),
+            outer=_rank_sites(ops.outer, ColumnShard.sharded_sites, self._rank),
         )
 
 
-class ParallelAttention(ParallelBlock):
+class ParallelAttention(ParallelSublayer):
     """Attention of this rank's heads."""
 
-    def _sites_of_ops(self, sites: Any) -> tuple[Any, ...]:
+    def _sites_of_ops(self, sites: Sites) -> tuple[Any, ...]:
         *inner, output, attention = super()._sites_of_ops(sites)  # type: ignore[misc]
         return (
-            *(_part(of_linear, RowShard.sharded_sites, self._rank) for of_linear in inner),
-            _part(output, ColumnShard.sharded_sites, self._rank),
-            _part(attention, _OF_HEADS, self._rank),
+            *(_rank_sites(linear, RowShard.sharded_sites, self._rank) for linear in inner),
+            _rank_sites(output, ColumnShard.sharded_sites, self._rank),
+            _rank_sites(attention, _HEAD_SITES, self._rank),
         )
 
 
-RoutedMLPParallel.kind = ParallelMLP
-RoutedAttentionParallel.kind = ParallelAttention
+RoutedMLPParallel.mixin = ParallelMLP
+RoutedAttentionParallel.mixin = ParallelAttention
 
 
-def _part(sites: Any, names: Sequence[str], rank: Rank) -> Sites | None:
+def _rank_sites(sites: GivenSites, names: Sequence[str], rank: Rank) -> GivenSites:
     """Sites whose tables `names` have this rank's features alone; `[R, 1]` is for all of them."""
     if sites is None:
-        return None
+        return sites
     tables = {
         name: _columns(table, rank) if name in names and table.features > 1 else table
         for name, table in sites.tables.items()

@@ -14,8 +14,11 @@ from ..linear import LinearSites
 from ..mlp import MLPSites
 from ..norm import NormSites
 from ..routes import check_num_routes
-from ..sites import Sites
-from ..tables import Table, TableLike
+from ..sites import Site, Sites, site
+from ..tables import Table
+
+# A configuration of transformers, of any class.
+Configuration = Any
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,9 +34,9 @@ class ResidualSites(Sites):
         post: at the layer's output.
     """
 
-    pre: TableLike | None = None
-    mid: TableLike | None = None
-    post: TableLike | None = None
+    pre: Site = site("d_model")
+    mid: Site = site("d_model")
+    post: Site = site("d_model")
 
 
 class Shape(NamedTuple):
@@ -60,11 +63,11 @@ class Shape(NamedTuple):
     mlp_output_bias: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
-        """That of a transformers configuration (of its text part, where it has several).
+    def of(cls, config: Configuration) -> Shape:
+        """The shape that a transformers configuration says (its text part, where it has several).
 
         Raises:
-            TypeError: it has no such numbers.
+            TypeError: the configuration has no such numbers.
         """
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         try:
@@ -152,13 +155,13 @@ class RoutingPlan:
             raise ValueError(
                 "RoutingPlan: got no sites, expected at least one of mlp, attention, residual, ..."
             )
-        for name, kind in _ONCE.items():
-            self._checked(name, getattr(self, name), kind)
+        for name, expected in _ONCE.items():
+            self._checked(name, getattr(self, name), expected)
         _ = self.adapter_tables  # raises where they are not routes
 
     @functools.cached_property
     def adapter_tables(self) -> dict[str, Table]:
-        """By the name of an adapter `[R, 1]`: 1 where the route may train it."""
+        """The table `[R, 1]` of an adapter by its name: 1 where the route may train it."""
         return _adapter_tables(self.adapters, self.num_routes)
 
     def resolved(self, shape: Shape) -> RoutingPlan:
@@ -176,33 +179,33 @@ class RoutingPlan:
             TypeError: an entry is not of the sites' type.
             ValueError: a layer that the model does not have; a sequence of another length; a table of other routes.
         """
-        columns = {name: self._column(name, kind, shape) for name, kind in _PER_LAYER.items()}
+        columns = {name: self._column(name, expected, shape) for name, expected in _PER_LAYER.items()}
         return tuple(
             LayerSites(**{name: column[i] for name, column in columns.items()}) for i in range(shape.layers)
         )
 
-    def _column(self, name: str, kind: type[Sites], shape: Shape) -> list[Any]:
-        """One kind of sites for every layer."""
+    def _column(self, name: str, expected: type[Sites], shape: Shape) -> list[Any]:
+        """The sites of one entry of the plan, layer by layer."""
         entries = _entries(name, getattr(self, name), shape)
-        return [self._checked(f"{name}, layer {i}", entry, kind) for i, entry in enumerate(entries)]
+        return [self._checked(f"{name}, layer {i}", entry, expected) for i, entry in enumerate(entries)]
 
-    def _checked(self, where: str, sites: Any, kind: type[Sites]) -> Any:
+    def _checked(self, where: str, sites: object, expected: type[Sites]) -> Sites | None:
         if sites is None:
             return None
-        if not isinstance(sites, kind):
+        if not isinstance(sites, expected):
             raise TypeError(
-                f"RoutingPlan.{where}: got a {type(sites).__name__}, expected {kind.__name__} or None"
+                f"RoutingPlan.{where}: got a {type(sites).__name__}, expected {expected.__name__} or None"
             )
         for name, table in sites.tables.items():
             if table.num_routes != self.num_routes:
                 raise ValueError(
-                    f"RoutingPlan.{where}: {kind.__name__}.{name} has {table.num_routes} routes, expected "
+                    f"RoutingPlan.{where}: {expected.__name__}.{name} has {table.num_routes} routes, expected "
                     f"num_routes = {self.num_routes}"
                 )
         return sites
 
 
-def _adapter_tables(adapters: Any, num_routes: int) -> dict[str, Table]:
+def _adapter_tables(adapters: object, num_routes: int) -> dict[str, Table]:
     if adapters is None:
         return {}
     if not isinstance(adapters, Mapping):
@@ -223,7 +226,7 @@ def _adapter_tables(adapters: Any, num_routes: int) -> dict[str, Table]:
 
 
 def _entries(name: str, entries: PerLayer, shape: Shape) -> list[Any]:
-    """What is given per layer, as a list of one entry a layer."""
+    """An entry of the plan as a list of one entry a layer."""
     if entries is None or isinstance(entries, Sites):
         return [entries] * shape.layers
     if isinstance(entries, Mapping):
@@ -249,7 +252,7 @@ def _entries(name: str, entries: PerLayer, shape: Shape) -> list[Any]:
 
 
 def _called(function: Callable[..., Any], shape: Shape) -> list[Any]:
-    """A function of the index alone, or of the index and the model's shape, for every layer."""
+    """The results of a function of the index alone, or of the index and the model's shape, for every layer."""
     positional = [
         parameter
         for parameter in inspect.signature(function).parameters.values()

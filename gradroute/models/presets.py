@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 
@@ -13,11 +12,11 @@ from ..linear import LinearSites
 from ..mlp import MLPSites
 from ..norm import NormSites
 from ..tables import Table, localize
-from .plan import ResidualSites, RoutingPlan, Shape
+from .plan import Configuration, ResidualSites, RoutingPlan, Shape
 
 
 def sgtm(
-    config: Any,
+    config: Configuration,
     forget_heads: int = 1,
     forget_units: int = 64,
     *,
@@ -125,7 +124,7 @@ def localize_mlp(
     Args:
         layers: the layers' indices.
         units: how many, counted from the first; or which (slice or indices).
-        route: whose tokens are confined.
+        route: the route whose tokens are confined.
         num_routes: R; default: as many as `route` needs, at least two.
         on: the weight of the units.
         off: the weight of the others; negative numbers unlearn there.
@@ -162,7 +161,7 @@ def steering(
     Args:
         layers: the layers' indices, 6 to 18 in the paper.
         dim: the dimension, or several.
-        route: whose tokens are confined.
+        route: the route whose tokens are confined.
         num_routes: R; default: as many as `route` needs, at least two.
         off: the weight of the other dimensions.
 
@@ -197,7 +196,7 @@ def era(
     Args:
         layers: the layers that are routed; default: all.
         units: as many as were added.
-        route: whose tokens are confined to them.
+        route: the route whose tokens are confined to them.
         num_routes: R; default: as many as `route` needs, at least two.
         off: the weight of the original units; negative numbers unlearn there, the paper's negative learning rate.
 
@@ -220,7 +219,7 @@ def _count(route: int, num_routes: int | None) -> int:
     return max(2, route + 1) if num_routes is None else num_routes
 
 
-def _shape_of(config: Any) -> Shape:
+def _shape_of(config: Configuration) -> Shape:
     return config if isinstance(config, Shape) else Shape.of(config)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from ..attention import AttentionSites
 from ..mlp import MLPSites
-from .architectures import ARCHITECTURES, Architecture, part
-from .attention import register
-from .lora import LoRALinear, holds_adapters, route_adapters
-from .modules import Linear, PositionEmbedding, linear_kind
+from ..sites import Sites
+from .architectures import Architecture, architecture_of, inner_model, submodule
+from .attention_function import register
+from .decoder_layer import LayerRouting
+from .embedding import PositionEmbedding
+from .linear import Linear
+from .lora import LoRALinear, holds_adapters, linear_mixin, route_adapters
+from .modules import AnyModule
 from .plan import LayerSites, RoutingPlan, Shape
-from .swapped import Swapped, refuse_remade, refuse_unswappable, swap, unswap
-from .top import TopModel
+from .swapped import Swapped, errors_name, refuse_remade, refuse_unswappable, swap, unswap
+from .top import ModelRouting, TopModel
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,14 +41,14 @@ def route(
         model: a causal language model of transformers 5 (see ARCHITECTURES), PEFT's model around one, or with
             `architecture` any module of that form.
         plan: what to route.
-        architecture: where the model's parts are; default: by its `config.model_type`.
-        backend: of every op, see `gradroute.use_backend`.
+        architecture: where the model's submodules are; default: by its `config.model_type`.
+        backend: the backend of every op, see `gradroute.use_backend`.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: no such architecture; a part is not what its kind routes; sites of another type.
+        TypeError: no such architecture; a submodule is not what its mixin routes; sites of another type.
         ValueError: the plan does not fit the model, or it is routed already.
 
     After an error nothing has changed. Warns (RuntimeWarning) where the embedding and the head are one tied parameter
@@ -84,31 +88,12 @@ def unroute(model: Model) -> Model:
     return model
 
 
-def inner_model(model: Any) -> nn.Module:
-    """The model itself, inside PEFT's."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got a {type(model).__name__}, expected a torch.nn.Module")
-    is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    return model.get_base_model() if is_peft else model  # type: ignore[operator]
-
-
 def _is_routed(module: nn.Module) -> bool:
     return isinstance(module, Swapped)
 
 
-def architecture_of(model: nn.Module) -> Architecture:
-    """That of a model of transformers; raises TypeError where it is none that can be routed."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in ARCHITECTURES:
-        raise TypeError(
-            f"model: got a {type(model).__name__} of model_type {model_type!r}, expected one of "
-            f"{', '.join(ARCHITECTURES)}; for others say where the parts are with architecture="
-        )
-    return ARCHITECTURES[model_type]
-
-
 def _swap_all(model: nn.Module, plan: RoutingPlan, architecture: Architecture, backend: str | None) -> None:
-    layers = part(model, architecture.layers)
+    layers = submodule(model, architecture.layers)
     if layers is None:
         raise TypeError(f"model: got a {type(model).__name__} without {architecture.layers}")
     shape = _shape_of(model, layers, architecture)
@@ -118,51 +103,67 @@ def _swap_all(model: nn.Module, plan: RoutingPlan, architecture: Architecture, b
         for sites, layer in zip(plan.layers(shape), layers, strict=True)
     ]
     everywhere = any(_masks_attention(sites) for sites in by_layer)
-    routed = []
-    for i, (layer, sites) in enumerate(zip(layers, by_layer, strict=True)):
-        if everywhere or any(entry is not None for entry in sites):
-            with _context(f"layer {i}"):
-                swap(layer, architecture.layer, sites.residual, backend, layer=sites, everywhere=everywhere)
-            routed.append(layer)
+    routed = _swap_layers(layers, by_layer, architecture, backend, everywhere)
     outer = _swap_outer(model, plan, architecture, backend)
-    with _context("RoutingPlan.adapters"):
+    with errors_name("RoutingPlan.adapters"):
         route_adapters(model, plan.adapter_tables)
-    # Linear layers may be read instead of called: those around them say whether routes arrived.
-    expected = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, Swapped) and (module in outer or not isinstance(module, (Linear, LoRALinear)))
-    ]
-    if not expected:
-        raise ValueError("plan: got no sites in any layer, expected at least one")
-    swap(
-        model,
-        TopModel,
-        None,
-        backend,
+    routing = ModelRouting(
         plan=plan,
         handed=(*(() if architecture.passes_routes else routed), *outer),
-        expected=tuple(expected),
+        expected=_expected(model, outer),
         everywhere=everywhere,
         passes_routes=architecture.passes_routes,
     )
+    swap(model, TopModel, None, backend, routing)
+
+
+def _swap_layers(
+    layers: nn.ModuleList,
+    by_layer: list[LayerSites],
+    architecture: Architecture,
+    backend: str | None,
+    everywhere: bool,
+) -> list[AnyModule]:
+    """Routes the decoder layers that have sites, and lists them."""
+    routed = []
+    for i, (layer, sites) in enumerate(zip(layers, by_layer, strict=True)):
+        if everywhere or any(entry is not None for entry in sites):
+            with errors_name(f"layer {i}"):
+                swap(layer, architecture.layer, sites.residual, backend, LayerRouting(sites, everywhere))
+            routed.append(layer)
+    return routed
+
+
+def _expected(model: nn.Module, outer: list[AnyModule]) -> tuple[tuple[str, Swapped], ...]:
+    """The modules that routes must reach, by name; raises where there are none.
+
+    Linear layers may be read instead of called, so those around them say whether routes arrived.
+    """
+    expected = tuple(
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Swapped) and (module in outer or not isinstance(module, (Linear, LoRALinear)))
+    )
+    if not expected:
+        raise ValueError("plan: got no sites in any layer, expected at least one")
+    return expected
 
 
 def _swap_outer(
     model: nn.Module, plan: RoutingPlan, architecture: Architecture, backend: str | None
-) -> list[nn.Module]:
+) -> list[AnyModule]:
     """Routes what is outside of the decoder layers, and lists it."""
-    outer: list[tuple[str, str | None, Any, Any]] = [
-        ("embedding", architecture.embedding, architecture.embedding_kind, plan.embedding),
+    outer: list[tuple[str, str | None, type[Swapped] | None, Sites | None]] = [
+        ("embedding", architecture.embedding, architecture.embedding_mixin, plan.embedding),
         ("embedding", architecture.positions, PositionEmbedding, plan.embedding),
-        ("final_norm", architecture.final_norm, architecture.layer.norm_kind, plan.final_norm),
+        ("final_norm", architecture.final_norm, architecture.layer.norm_mixin, plan.final_norm),
         ("lm_head", architecture.lm_head, None, plan.lm_head),
     ]
     swapped = []
-    for entry, path, kind, sites in outer:
+    for entry, path, mixin, sites in outer:
         if path is None:
             continue
-        module = part(model, path)
+        module = submodule(model, path)
         if sites is None and not (entry == "lm_head" and _has_adapters(module, plan)):
             continue
         module = _trained_copy(module)
@@ -170,8 +171,8 @@ def _swap_outer(
             raise ValueError(
                 f"RoutingPlan.{entry}: got sites, expected None: {type(model).__name__} has no {path}"
             )
-        with _context(f"RoutingPlan.{entry}"):
-            swap(module, linear_kind(module) if kind is None else kind, sites, backend)
+        with errors_name(f"RoutingPlan.{entry}"):
+            swap(module, linear_mixin(module) if mixin is None else mixin, sites, backend)
         swapped.append(module)
     return swapped
 
@@ -180,10 +181,10 @@ def _reaching_adapters(
     sites: LayerSites, layer: nn.Module, architecture: Architecture, plan: RoutingPlan
 ) -> LayerSites:
     """A layer's sites, empty ones where its attention or its MLP has nothing but adapters to hand routes to."""
-    parts = dict(layer.named_children())
-    if sites.attention is None and _has_adapters(parts.get(architecture.layer.attention_name), plan):
+    children = dict(layer.named_children())
+    if sites.attention is None and _has_adapters(children.get(architecture.layer.attention_name), plan):
         sites = sites._replace(attention=AttentionSites())
-    if sites.mlp is None and _has_adapters(parts.get(architecture.layer.mlp_name), plan):
+    if sites.mlp is None and _has_adapters(children.get(architecture.layer.mlp_name), plan):
         sites = sites._replace(mlp=MLPSites())
     return sites
 
@@ -192,8 +193,8 @@ def _has_adapters(module: nn.Module | None, plan: RoutingPlan) -> bool:
     return module is not None and holds_adapters(module, plan.adapter_tables)
 
 
-def _trained_copy(module: Any) -> Any:
-    """What PEFT's modules_to_save trains in the place of a module."""
+def _trained_copy(module: AnyModule) -> AnyModule:
+    """The copy that PEFT's modules_to_save trains in a module's place, or the module itself."""
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return module
@@ -206,25 +207,11 @@ def _masks_attention(sites: LayerSites) -> bool:
     return any(not name.startswith("update") for name in tables)
 
 
-def _shape_of(model: nn.Module, layers: Any, architecture: Architecture) -> Shape:
+def _shape_of(model: nn.Module, layers: nn.ModuleList, architecture: Architecture) -> Shape:
     config = getattr(model, "config", None)
     known = hasattr(config, "num_attention_heads")
     shape = Shape.of(config) if known else architecture.layer.shape_of(layers)
     return shape._replace(layers=len(layers), **architecture.layer.output_biases(layers[0]))
-
-
-class _context:
-    """Says in an error which part of the plan it is about."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (TypeError, ValueError)):
-            raise type(error)(f"{self.where}: {error}") from error
 
 
 def _unswap_all(model: nn.Module) -> None:
@@ -233,7 +220,7 @@ def _unswap_all(model: nn.Module) -> None:
 
 
 def _warn_of_ties(model: nn.Module, plan: RoutingPlan, architecture: Architecture) -> None:
-    embedding, head = (part(model, path) for path in (architecture.embedding, architecture.lm_head))
+    embedding, head = (submodule(model, path) for path in (architecture.embedding, architecture.lm_head))
     if head is None or getattr(head, "weight", None) is not getattr(embedding, "weight", None):
         return
     if (plan.embedding is None) != (plan.lm_head is None):

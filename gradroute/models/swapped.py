@@ -7,14 +7,15 @@ overrides, so that the swapped module is then the ordinary one, bit for bit.
 Routes are an explicit argument from the decoder layer on down, because activation checkpointing runs a layer's forward
 again in backward, when nothing else says which routes it had (context variables and patched forwards give silently
 wrong gradients there). Modules whose parent passes no further arguments (the embeddings, the final norm, the head, and
-the blocks of some models) are handed the routes by the model for the time of its forward: `__call__` makes them an
-explicit argument before any checkpoint of the module itself begins.
+the decoder layers of some models) are handed the routes by the model for the time of its forward: `__call__` makes
+them an explicit argument before any checkpoint of the module itself begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +23,37 @@ from torch import Tensor, nn
 from ..layers import RoutedModule
 from ..routes import Routes
 from ..sites import Sites
+from .modules import Argument
 
-# What a swap leaves on an instance, and takes away again.
-_STATE = ("_sites", "_op_sites", "backend", "_routes", "_documents", "_was_routed", "_routing")
+# The attributes that a swap leaves on an instance, and takes away again.
+_STATE = (
+    *("_sites", "_op_sites", "backend", "_routes", "_documents", "_was_routed", "_routing"),
+    "_ablated_fractions",
+)
 
 
 class Swapped(RoutedModule):
-    """Base of the kinds of routed modules: a kind and a module's own class together make the class it is given.
+    """Base of the mixins that route modules: a mixin and a module's own class together make the class it is given.
 
     Attributes:
-        original: the class of the module before.
-        kind: the subclass of this one that routes it.
+        original: the module's class before.
+        mixin: the subclass of this one that routes it.
+        owns_sites: whether the module's sites concern nothing but itself, and may be assigned again.
     """
 
     original: ClassVar[type[nn.Module]]
-    kind: ClassVar[type[Swapped]]
+    mixin: ClassVar[type[Swapped]]
+    owns_sites: ClassVar[bool] = False
     _routes: Routes | None = None
     _documents: Tensor | None = None
     _was_routed: bool = False
-    _routing: dict[str, Any]
+    _routing: tuple[Any, ...] | None = (
+        None  # what a mixin needs to know besides its sites: a NamedTuple of its own
+    )
 
     if TYPE_CHECKING:  # the module's own attributes, which its class declares
 
         def __getattr__(self, name: str) -> Any: ...
-
-    is_leaf: ClassVar[bool] = False  # whether its sites are its own alone, and may be assigned again
 
     @property
     def sites(self) -> Any:
@@ -54,8 +61,8 @@ class Swapped(RoutedModule):
         return self._sites
 
     @sites.setter
-    def sites(self, sites: Any) -> None:
-        if "_sites" in vars(self) and not self.is_leaf:
+    def sites(self, sites: Sites | None) -> None:
+        if "_sites" in vars(self) and not self.owns_sites:
             raise TypeError(
                 f"{type(self).__name__}.sites: got sites for a module whose parts are routed with it, expected another "
                 "plan: unroute() the model and route() it again"
@@ -64,17 +71,17 @@ class Swapped(RoutedModule):
 
     @classmethod
     def members(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """What the class made of this kind and `original` has beside what it inherits."""
+        """Members that the class made of this mixin and `original` has besides those that it inherits."""
         return {}
 
     @classmethod
     def check_module(cls, module: nn.Module) -> None:
-        """Raises TypeError unless this kind can route the module."""
+        """Raises TypeError unless this mixin can route the module."""
 
     def swap_children(self) -> None:
         """Swaps the submodules that the module calls with routes; called once it has its own sites."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Argument, **kwargs: Argument) -> Argument:
         if "routes" not in kwargs:
             if self._routes is not None:
                 kwargs["routes"] = self._routes
@@ -89,8 +96,9 @@ class Swapped(RoutedModule):
         """Gives the module its routes for the calls to come, until it is given others.
 
         Args:
-            routes: the batch's; None: no more.
-            documents: the bounds of its documents, `cu_seq_lens_q`, for layers of models that do not pass them on.
+            routes: the batch's routes; None: none from now on.
+            documents: the bounds of the batch's documents, `cu_seq_lens_q`, for layers of models that do not pass them
+                on.
         """
         self._routes = routes
         if routes is not None and not self._was_routed:
@@ -105,13 +113,13 @@ class Swapped(RoutedModule):
                 "module alone does not know its routes (after routed training, unroute() the model to train it without)"
             )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # The class is made at run time, so it cannot be pickled by its name.
-        if type(self).__dict__.get("kind") is None:
+        if type(self).__dict__.get("mixin") is None:
             return super().__reduce_ex__(protocol)
         state = vars(self) | {"_routes": None, "_documents": None}
         state.pop("_compiled_call_impl", None)  # as torch.nn.Module does: it is bound to this very instance
-        return _empty, (self.kind, self.original), state
+        return _empty, (self.mixin, self.original), state
 
 
 def reached(routes: Routes) -> set[int]:
@@ -119,48 +127,67 @@ def reached(routes: Routes) -> set[int]:
     return routes.derived("modules reached", set)
 
 
-def _empty(kind: type[Swapped], original: type[nn.Module]) -> nn.Module:
-    swapped = swapped_class(kind, original)
+def _empty(mixin: type[Swapped], original: type[nn.Module]) -> nn.Module:
+    swapped = swapped_class(mixin, original)
     return swapped.__new__(swapped)
 
 
-_CLASSES: dict[tuple[Any, Any], Any] = {}
+_CLASSES: dict[tuple[type[Swapped], type[nn.Module]], Any] = {}
 
 
-def swapped_class(kind: type[Swapped], original: type[nn.Module]) -> Any:
+def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> Any:
     """The subclass of a module's class that routes it. It keeps the name: policies of FSDP and others look for it."""
-    if (kind, original) not in _CLASSES:
-        _CLASSES[kind, original] = _make_class(kind, original)
-    return _CLASSES[kind, original]
+    if (mixin, original) not in _CLASSES:
+        _CLASSES[mixin, original] = _make_class(mixin, original)
+    return _CLASSES[mixin, original]
 
 
-def _make_class(kind: type[Swapped], original: type[nn.Module]) -> type:
+def _make_class(mixin: type[Swapped], original: type[nn.Module]) -> type:
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(
         original.__name__,
-        (kind, original),
-        names | kind.members(original) | {"original": original, "kind": kind},
+        (mixin, original),
+        names | mixin.members(original) | {"original": original, "mixin": mixin},
     )
 
 
 def swap(
-    module: nn.Module, kind: type[Swapped], sites: Sites | None, backend: str | None, **routing: Any
-) -> Any:
-    """Makes `module` routed, in place; `routing` is what else its kind needs to know.
+    module: nn.Module,
+    mixin: type[Swapped],
+    sites: Sites | None,
+    backend: str | None,
+    routing: tuple[Any, ...] | None = None,
+) -> None:
+    """Makes `module` routed, in place.
+
+    Args:
+        module: a module of an existing model.
+        mixin: what routes it.
+        sites: where it masks.
+        backend: see `gradroute.use_backend`.
+        routing: what the mixin needs to know besides, in the NamedTuple that it declares.
 
     Raises:
-        TypeError: the module is not one that the kind can route.
+        TypeError: the module is not one that the mixin can route.
         ValueError: it is routed already, or a table does not fit it.
     """
     refuse_unswappable(module)
-    kind.check_module(module)
-    module.__class__ = swapped_class(kind, type(module))
+    mixin.check_module(module)
+    module.__class__ = swapped_class(mixin, type(module))
     assert isinstance(module, Swapped)
     module._routing = routing
     module.backend = backend
     module.sites = sites
     module.swap_children()
-    return module
+
+
+@contextmanager
+def errors_name(where: str) -> Iterator[None]:
+    """Puts `where` in front of the message of a TypeError or ValueError: which part of the plan it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def check_children(module: nn.Module, names: Iterable[str]) -> None:
@@ -190,7 +217,7 @@ def refuse_unswappable(module: nn.Module) -> None:
 
 def refuse_remade(module: nn.Module) -> None:
     """Raises where a routed module was given yet another class, which a swap back would lose."""
-    if isinstance(module, Swapped) and "kind" not in type(module).__dict__:
+    if isinstance(module, Swapped) and "mixin" not in type(module).__dict__:
         raise TypeError(
             f"model: got a {type(module).__name__} that something made another class of since it was routed (FSDP2 and "
             "tensor_parallel do), expected to unroute before that"

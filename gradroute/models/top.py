@@ -6,41 +6,63 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..routes import Routes
 from ..sites import Sites
-from .architectures import part
-from .attention import document_bounds, structured_mask
+from .architectures import submodule
+from .attention_function import document_bounds, structured_mask
 from .lora import is_adapter
+from .modules import Argument
 from .plan import RoutingPlan
 from .swapped import Swapped, reached
 
-# What a routed model's forward takes beside the ordinary one's arguments.
+# The arguments that a routed model's forward takes besides the ordinary one's.
 _ROUTING_ARGUMENTS = ("route_ids", "route_strength", "routes")
+
+
+class ModelRouting(NamedTuple):
+    """What a TopModel needs to know.
+
+    Attributes:
+        plan: the plan by which the model is routed.
+        handed: the modules that are handed their routes, because their parents pass no arguments on.
+        expected: the modules that routes must reach, by name.
+        everywhere: see AttentionRouting.
+        passes_routes: whether the model hands further arguments on to its decoder layers.
+    """
+
+    plan: RoutingPlan
+    handed: tuple[Swapped, ...]
+    expected: tuple[tuple[str, Swapped], ...]
+    everywhere: bool
+    passes_routes: bool
 
 
 class TopModel(Swapped):
     """A model whose forward takes routes: `model(input_ids, labels=..., route_ids=..., route_strength=...)`.
 
-    What its `_routing` says: `plan`; `handed`, the modules that are handed their routes; `expected`, the names of all
-    modules that must be reached; `everywhere`, see Attention; `passes_routes`, whether the model hands further
-    arguments on to its decoder layers.
+    Attributes:
+        argument_names: the arguments of the ordinary forward.
+        takes_cache: whether the ordinary forward takes `use_cache`.
     """
 
     sites_type = Sites  # it masks nothing itself
     argument_names: ClassVar[tuple[str, ...]]
     takes_cache: ClassVar[bool]
+    _routing: ModelRouting
+    # Whether ablate() scaled by weights other than 0 and 1, which it may not do twice.
+    _ablated_fractions: bool = False
 
     @classmethod
     def members(cls, original: type[nn.Module]) -> dict[str, Any]:
         """A forward with the ordinary one's signature and the routing arguments: Trainer keeps only named columns."""
 
         @functools.wraps(original.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: TopModel, *args: Argument, **kwargs: Argument) -> Argument:
             return self._forward(args, kwargs)
 
         forward.__signature__ = _signature(original.forward)  # type: ignore[attr-defined]
@@ -53,15 +75,15 @@ class TopModel(Swapped):
             "takes_cache": takes_more or "use_cache" in names,
         }
 
-    def _sites_of_ops(self, sites: Any) -> tuple[Any, ...]:
+    def _sites_of_ops(self, sites: Sites) -> tuple[()]:
         return ()
 
     @property
     def routing_plan(self) -> RoutingPlan:
         """The plan by which the model is routed."""
-        return self._routing["plan"]
+        return self._routing.plan
 
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward(self, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Argument:
         names = self.argument_names
         self._refuse_misspelt(kwargs)
         given = {name: kwargs.pop(name, None) for name in _ROUTING_ARGUMENTS}
@@ -76,7 +98,7 @@ class TopModel(Swapped):
         routes = self._routes_of(tokens, **given)
         self._refuse_cache(kwargs)
         self._refuse_beside_routes(kwargs)
-        if self._routing["everywhere"] and "attention_mask" in names:  # nanoGPT has no masks
+        if self._routing.everywhere and "attention_mask" in names:  # nanoGPT has no masks
             _structure(kwargs, tokens)
         elif kwargs.get("cu_seq_lens_q") is not None and kwargs.get("position_ids") is None:
             raise ValueError(
@@ -85,11 +107,11 @@ class TopModel(Swapped):
             )
         return self._routed(routes, kwargs)
 
-    def _unrouted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _unrouted(self, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Argument:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return type(self).original.forward(self, *args, **kwargs)
         # A checkpoint of the whole model runs it again in backward: then no module of it lacks its routes.
-        routed = [module for module in self._routing["handed"] if module._was_routed]
+        routed = [module for module in self._routing.handed if module._was_routed]
         for module in routed:
             module._was_routed = False
         try:
@@ -98,51 +120,42 @@ class TopModel(Swapped):
             for module in routed:
                 module._was_routed = True
 
-    def _routed(self, routes: Routes, kwargs: dict[str, Any]) -> Any:
-        if self._routing["passes_routes"]:
+    def _routed(self, routes: Routes, kwargs: dict[str, Argument]) -> Argument:
+        if self._routing.passes_routes:
             kwargs["routes"] = routes
-        for module in self._routing["handed"]:
+        for module in self._routing.handed:
             module.hand(routes, kwargs.get("cu_seq_lens_q"))
         try:
             output = type(self).original.forward(self, **kwargs)
         finally:
-            for module in self._routing["handed"]:
+            for module in self._routing.handed:
                 module.hand(None)
         if not torch.compiler.is_compiling():
             self._check_reached(routes)
         return output
 
     def _routes_of(
-        self, tokens: Tensor, route_ids: Any, route_strength: Any, routes: Routes | None
+        self, tokens: Tensor, route_ids: Argument, route_strength: Argument, routes: Routes | None
     ) -> Routes:
-        shape = tuple(tokens.shape[:2])
-        plan = self.routing_plan
-        if routes is not None:
-            if route_ids is not None or route_strength is not None:
-                raise ValueError(
-                    "routes: got routes beside route_ids or route_strength, expected one of both"
-                )
-            if not isinstance(routes, Routes):
-                raise TypeError(f"routes: got a {type(routes).__name__}, expected gradroute.Routes")
-        elif route_ids is None:
-            raise ValueError("route_ids: got None beside route_strength, expected the route of every token")
-        else:
-            if not isinstance(route_ids, Tensor):
-                route_ids = torch.as_tensor(route_ids, device="cpu")
-            if isinstance(route_strength, Tensor):  # a 0-dim one may be written to later, so it is not moved
-                route_ids = route_ids.to(route_strength.device)
-            routes = Routes.of(route_ids, plan.num_routes, route_strength).to(tokens.device)
-        if routes.num_routes != plan.num_routes:
+        num_routes = self.routing_plan.num_routes
+        if routes is None:
+            routes = _made_routes(route_ids, route_strength, num_routes).to(tokens.device)
+        elif route_ids is not None or route_strength is not None:
+            raise ValueError("routes: got routes beside route_ids or route_strength, expected one of both")
+        elif not isinstance(routes, Routes):
+            raise TypeError(f"routes: got a {type(routes).__name__}, expected gradroute.Routes")
+        if routes.num_routes != num_routes:
             raise ValueError(
-                f"routes: got {routes.num_routes} routes, expected the plan's num_routes = {plan.num_routes}"
+                f"routes: got {routes.num_routes} routes, expected the plan's num_routes = {num_routes}"
             )
+        shape = tuple(tokens.shape[:2])
         if routes.shape != shape:
             raise ValueError(
                 f"route_ids: got shape {list(routes.shape)}, expected that of the tokens {list(shape)}"
             )
         return routes
 
-    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_misspelt(self, kwargs: dict[str, Argument]) -> None:
         """Models of transformers take any keyword and drop what they do not know."""
         for name in kwargs:
             if name not in (*self.argument_names, *_ROUTING_ARGUMENTS) and _is_misspelt(name):
@@ -151,7 +164,7 @@ class TopModel(Swapped):
                     f"{', '.join(_ROUTING_ARGUMENTS)}"
                 )
 
-    def _refuse_cache(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_cache(self, kwargs: dict[str, Argument]) -> None:
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
             raise ValueError(
                 "past_key_values, use_cache: got a cache beside routes, expected none: routes are for training; "
@@ -160,13 +173,13 @@ class TopModel(Swapped):
         if self.takes_cache:
             kwargs["use_cache"] = False
 
-    def _refuse_beside_routes(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_beside_routes(self, kwargs: dict[str, Argument]) -> None:
         """Raises where an argument asks for what routed modules do not do."""
         plan = self.routing_plan
         wants_attentions = kwargs.get("output_attentions")
         if wants_attentions is None:
             wants_attentions = getattr(getattr(self, "config", None), "output_attentions", False)
-        if self._routing["everywhere"] and wants_attentions:
+        if self._routing.everywhere and wants_attentions:
             raise ValueError(
                 "output_attentions: got True beside routes, expected False: routed attention makes no probabilities"
             )
@@ -184,7 +197,7 @@ class TopModel(Swapped):
                 "encoder_hidden_states: got a tensor beside routes, expected None: no cross-attention"
             )
 
-    # Not traced (FSDP2 breaks the graph, and Dynamo would try this by itself and cannot), and yet in Dynamo's sight.
+    # Dynamo must see this and not trace it: where FSDP2 breaks the graph, Dynamo would trace it by itself, and cannot.
     @torch.compiler.disable(recursive=False)
     def _check_reached(self, routes: Routes) -> None:
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
@@ -192,7 +205,7 @@ class TopModel(Swapped):
         seen = reached(routes)
         missing = [
             name
-            for name, module in self._routing["expected"]
+            for name, module in self._routing.expected
             if (id(module) not in seen and not self._is_compiled(name)) or self._is_adapted(name)
         ]
         if missing:
@@ -205,7 +218,7 @@ class TopModel(Swapped):
     def _is_compiled(self, name: str) -> bool:
         """Whether a module runs as a part of one that was compiled by itself."""
         names = name.split(".")
-        around = [part(self, ".".join(names[:depth])) for depth in range(1, len(names) + 1)]
+        around = [submodule(self, ".".join(names[:depth])) for depth in range(1, len(names) + 1)]
         return any(
             getattr(module, "_compiled_call_impl", None) is not None
             or type(module).__name__ == "OptimizedModule"
@@ -214,10 +227,10 @@ class TopModel(Swapped):
 
     def _is_adapted(self, name: str) -> bool:
         """Whether an adapter stands around a routed module, which then still is reached, unlike the adapter."""
-        module = part(self, name)
+        module = submodule(self, name)
         return is_adapter(module) and not isinstance(module, Swapped)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Argument, **kwargs: Argument) -> Argument:
         """The ordinary generation, which is unrouted.
 
         Raises:
@@ -237,7 +250,17 @@ def _is_misspelt(name: str) -> bool:
     return is_close or any(word in name.lower() for word in ("route", "strength"))
 
 
-def _structure(kwargs: dict[str, Any], tokens: Tensor) -> None:
+def _made_routes(route_ids: Argument, route_strength: Argument, num_routes: int) -> Routes:
+    if route_ids is None:
+        raise ValueError("route_ids: got None beside route_strength, expected the route of every token")
+    if not isinstance(route_ids, Tensor):
+        route_ids = torch.as_tensor(route_ids, device="cpu")
+    if isinstance(route_strength, Tensor):  # a 0-dim one may be written to later, so it is not moved
+        route_ids = route_ids.to(route_strength.device)
+    return Routes.of(route_ids, num_routes, route_strength)
+
+
+def _structure(kwargs: dict[str, Argument], tokens: Tensor) -> None:
     """Puts masks in the form that routed attention takes: padding of keys, and bounds of documents."""
     shape = tuple(tokens.shape[:2])
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
@@ -248,7 +271,7 @@ def _structure(kwargs: dict[str, Any], tokens: Tensor) -> None:
     kwargs["attention_mask"] = structured_mask(mask, shape, tokens.device)
 
 
-def _tokens(kwargs: dict[str, Any]) -> Tensor:  # [B, S] or [B, S, d_model]
+def _tokens(kwargs: dict[str, Argument]) -> Tensor:  # [B, S] or [B, S, d_model]
     for name in ("input_ids", "inputs_embeds", "idx"):
         if kwargs.get(name) is not None:
             return kwargs[name]
@@ -259,12 +282,12 @@ def _tokens(kwargs: dict[str, Any]) -> Tensor:  # [B, S] or [B, S, d_model]
 
 
 def _argument_names(original: type[nn.Module]) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
-    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in named)
 
 
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+def _signature(forward: Callable[..., Argument]) -> inspect.Signature:
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     extra = [

@@ -1,21 +1,27 @@
 """TransformerLens 4: a routed model inside a TransformerBridge.
 
-A bridge calls the blocks, MLPs, linear layers, embeddings and the head of the model it wraps, with whatever arguments
-come. It computes attention and fused MLPs itself, and calls norms with their input alone: routes would end there.
+A bridge calls the decoder layers, MLPs, linear layers, embeddings and the head of the model it wraps, with whatever
+arguments come. It computes attention and fused MLPs itself, and calls norms with their input alone: routes would end
+there.
 `pass_routes` lets these call the wrapped module while there are routes, and compute as before while there are none.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor, nn
 
+from ..routes import Routes
+from .modules import AnyModule, Argument
 from .swapped import Swapped
 
+Bridge = TypeVar("Bridge", bound=nn.Module)
 
-def pass_routes(bridge: Any) -> Any:
+
+def pass_routes(bridge: Bridge) -> Bridge:
     """Lets routes reach what a bridge wraps: `bridge(tokens, route_ids=...)` then trains as the model alone does.
 
     `bridge = transformer_lens.model_bridge.sources.build_bridge_from_module(model, "LlamaForCausalLM",
@@ -33,7 +39,7 @@ def pass_routes(bridge: Any) -> Any:
         ValueError: nothing in it is routed, or its weights were processed.
     """
     components = importlib.import_module("transformer_lens.model_bridge.generalized_components")
-    kinds = (
+    mixins = (
         (components.AttentionBridge, _Attention),
         (components.NormalizationBridge, _Module),
         (components.JointGateUpMLPBridge, _Module),
@@ -46,20 +52,20 @@ def pass_routes(bridge: Any) -> Any:
             "bridge: got processed weights, expected those of the model: it then computes MLPs itself"
         )
     for module in modules:
-        for component, kind in kinds:
+        for component, mixin in mixins:
             if isinstance(module, component) and isinstance(module.original_component, Swapped):
-                module.__class__ = type(type(module).__name__, (kind, type(module)), {})
+                module.__class__ = type(type(module).__name__, (mixin, type(module)), {})
     return bridge
 
 
 class _Module(nn.Module):
     """A bridge of a norm or of a fused MLP that calls what it wraps while there are routes, given or handed."""
 
-    hook_in: Any
-    hook_out: Any
-    original_component: Any
+    hook_in: Callable[[Tensor], Tensor]
+    hook_out: Callable[[Tensor], Tensor]
+    original_component: AnyModule
 
-    def forward(self, hidden_states: Tensor, routes: Any = None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, routes: Routes | None = None, **kwargs: Argument) -> Tensor:
         routes = self.original_component._routes if routes is None else routes
         if routes is None:
             return super().forward(hidden_states, **kwargs)
@@ -69,11 +75,13 @@ class _Module(nn.Module):
 class _Attention(nn.Module):
     """An attention's bridge that calls the attention while there are routes."""
 
-    hook_in: Any
-    hook_out: Any
-    original_component: Any
+    hook_in: Callable[[Tensor], Tensor]
+    hook_out: Callable[[Tensor], Tensor]
+    original_component: AnyModule
 
-    def forward(self, hidden_states: Tensor, *args: Any, routes: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, *args: Argument, routes: Routes | None = None, **kwargs: Argument
+    ) -> Argument:
         if routes is None:
             return super().forward(hidden_states, *args, **kwargs)
         y = self.original_component(self.hook_in(hidden_states), *args, routes=routes, **kwargs)

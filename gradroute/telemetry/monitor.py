@@ -16,7 +16,7 @@ from ..attention import AttentionSites
 from ..blocks import Block
 from ..layers import RoutedModule
 from ..mlp import MLPSites
-from ..models.architectures import ARCHITECTURES, part
+from ..models.architectures import ARCHITECTURES, submodule
 from ..models.collator import ALIGNMENTS
 from ..models.routing import inner_model
 from .measurement import BatchRoutes, Measurement
@@ -667,7 +667,7 @@ def _decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Those of a model of transformers by short names; of other modules none."""
     inner = inner_model(model)
     architecture = ARCHITECTURES.get(getattr(getattr(inner, "config", None), "model_type", None) or "")
-    layers = None if architecture is None else part(inner, architecture.layers)
+    layers = None if architecture is None else submodule(inner, architecture.layers)
     return {f"layers.{i}": layer for i, layer in enumerate(layers or ())}
 
 

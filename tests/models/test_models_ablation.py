@@ -53,7 +53,7 @@ def test_ablated_model_computes_what_the_route_saw(name, tokens):
     zeros = sum(
         int((parameter == 0).all(-1).sum()) for parameter in model.parameters() if parameter.dim() == 2
     )
-    layers = len(model.get_submodule(model_zoo.KINDS[name].layers))
+    layers = len(model.get_submodule(model_zoo.LAYOUTS[name].layers))
     assert zeros >= ADDED * layers  # rows of an input weight, or of a Conv1D's output weight
 
 

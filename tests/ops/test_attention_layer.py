@@ -1,11 +1,10 @@
-"""RoutedAttention: the composition of routed linear layers and routed attention, its hooks, and its sites' moves."""
+"""RoutedAttention: the composition of routed linear layers and routed attention, and the detach idiom."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,155 +12,41 @@ import cases
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.nn.functional as F
-from torch import Tensor, nn
+from attention_layer_cases import (
+    BATCH,
+    D_MODEL,
+    EVERY_BACKEND,
+    FUNCTION_BACKENDS,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    ROUTES,
+    SEQUENCE,
+    LlamaAttention,
+    all_sites,
+    assert_same,
+    assert_same_step,
+    composed_by_hand,
+    detached_by_hand,
+    gradients,
+    make_layer,
+    random_input,
+    random_routes,
+    rotated,
+)
+from torch import Tensor
 
 import gradroute
 from gradroute import (
     AttentionSites,
-    LinearSites,
     RoutedAttention,
     Routes,
     Table,
     backends,
     routed_attention,
-    routed_linear,
     testing,
 )
 from gradroute.tables import localize
-
-ROUTES, D_MODEL, HEADS, KV_HEADS, HEAD_DIM = 3, 12, 4, 2, 4
-BATCH, SEQUENCE = 2, 7
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-EVERY_BACKEND = pytest.mark.parametrize("backend", backends.OPS["routed_attention"])
-FUNCTION_BACKENDS = [name for name in backends.OPS["routed_attention"] if name != "reference"]
-
-
-class LlamaAttention(nn.Module):
-    """As in Llama, less the rotation."""
-
-    def __init__(self, bias: bool = False, kv_heads: int = KV_HEADS) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(D_MODEL, HEADS * HEAD_DIM, bias)
-        self.k_proj, self.v_proj = (nn.Linear(D_MODEL, kv_heads * HEAD_DIM, bias) for _ in range(2))
-        self.o_proj = nn.Linear(HEADS * HEAD_DIM, D_MODEL, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (linear(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for linear in projections)
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(z.transpose(1, 2).flatten(2))
-
-
-def all_sites(kv_heads: int = KV_HEADS, bias: bool = False) -> AttentionSites:
-    """Every site that a layer of these numbers of heads has, each another table of {0, 1, 0.5, -0.75}."""
-    widths = {
-        **dict.fromkeys(("query", "heads", "forward_heads", "update_q", "update_out"), HEADS),
-        **dict.fromkeys(("key", "value", "update_kv"), kv_heads),
-        **dict.fromkeys(("score_edges", "value_edges"), ROUTES),
-        **({"update_output_bias": D_MODEL} if bias else {}),
-    }
-    return AttentionSites(
-        **{
-            name: testing.make_table("dense", ROUTES, width, seed)
-            for seed, (name, width) in enumerate(widths.items())
-        }
-    )
-
-
-def make_layer(sites: Any = None, kv_heads: int = KV_HEADS, **options: Any) -> RoutedAttention:
-    return RoutedAttention(
-        D_MODEL, HEADS, kv_heads, HEAD_DIM, sites=sites, **{"backend": "reference"} | options
-    )
-
-
-def random_routes(strength: bool = False) -> Routes:
-    ids = torch.randint(ROUTES, (BATCH, SEQUENCE))
-    return Routes.of(ids, ROUTES, strength=torch.rand(BATCH, SEQUENCE) if strength else None)
-
-
-def random_input(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(BATCH, SEQUENCE, D_MODEL, dtype=dtype).requires_grad_()
-
-
-def rotated(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """RoPE as in Llama, for positions from 0."""
-
-    def turn(x: Tensor) -> Tensor:  # [B, heads, S, D]
-        length, width = x.shape[2:]
-        frequencies = 10_000.0 ** (-torch.arange(0, width, 2) / width)
-        angles = torch.outer(torch.arange(length), frequencies).repeat(1, 2).to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
-
-    return turn(q), turn(k)
-
-
-def by_head(x: Tensor) -> Tensor:  # [B, S, heads * D] → [B, heads, S, D]
-    return x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
-
-
-def by_feature(table: Any) -> Table | None:
-    """A table by head, for the features of the heads; a `[R, 1]` one is for all."""
-    if table is None:
-        return None
-    return Table(table.weights if table.features == 1 else table.weights.repeat_interleave(HEAD_DIM, 1))
-
-
-def attention_sites_of(sites: AttentionSites) -> AttentionSites:
-    return AttentionSites(
-        **{name: table for name, table in sites.tables.items() if not name.startswith("update")}
-    )
-
-
-def composed_by_hand(
-    layer: Any, x: Tensor, routes: Routes, rotate: Any = lambda q, k: (q, k), **keywords: Any
-) -> Tensor:
-    """What the layer is to be, by its ops; its sites name each of update_q, update_kv and update_out."""
-    sites = layer.sites
-
-    def linear(name: str, inputs: Tensor, linear_sites: LinearSites) -> Tensor:
-        module = getattr(layer, name)
-        return routed_linear(inputs, module.weight, module.bias, routes, linear_sites, backend=layer.backend)
-
-    of_keys = LinearSites(update_rows=by_feature(sites.update_kv))
-    q = by_head(linear("q_proj", x, LinearSites(update_rows=by_feature(sites.update_q))))
-    k, v = (by_head(linear(name, x, of_keys)) for name in ("k_proj", "v_proj"))
-    q, k = rotate(q, k)
-    z = routed_attention(q, k, v, routes, attention_sites_of(sites), **keywords, backend=layer.backend)
-    of_output = LinearSites(update_cols=by_feature(sites.update_out), update_bias=sites.update_output_bias)
-    return linear("o_proj", z.transpose(1, 2).flatten(2), of_output)
-
-
-def detached_by_hand(layer: Any, x: Tensor, routes: Routes) -> Tensor:
-    """The same by the detach idiom, every token with its own copy of every parameter."""
-    sites, marks = layer.sites, testing.Marks(routes, layer.sites.tables, copies=True)
-
-    def linear(name: str, inputs: Tensor, **routed: Any) -> Tensor:
-        module = getattr(layer, name)
-        return marks.linear(inputs, module.weight, module.bias, **routed)
-
-    q_rows, kv_rows = by_feature(sites.update_q), by_feature(sites.update_kv)
-    q = by_head(linear("q_proj", x, rows=q_rows, bias_rows=q_rows))
-    k, v = (by_head(linear(name, x, rows=kv_rows, bias_rows=kv_rows)) for name in ("k_proj", "v_proj"))
-    z = testing.OPS["routed_attention"].formula(marks, q, k, v).transpose(1, 2).flatten(2)
-    return linear("o_proj", z, cols=by_feature(sites.update_out), bias_rows=sites.update_output_bias)
-
-
-def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    torch.manual_seed(1)
-    return torch.autograd.grad(output, inputs, torch.randn_like(output))
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-
-def assert_same_step(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
-    """The same bits in the output, and in the gradients of all inputs."""
-    assert_same(got, expected)
-    assert_same(gradients(got, *inputs), gradients(expected, *inputs))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -281,7 +166,7 @@ def test_update_by_group_beside_update_of_keys() -> None:
 
 
 def test_tables_of_one_column_stay_so() -> None:
-    """They are not expanded: a column for all features is the cheapest mask."""
+    """Tables of one column are not expanded: a column for all features is the cheapest mask."""
     one = Table([[1.0], [0.0], [0.5]])
     layer = make_layer(AttentionSites(update_q=one, update_kv=one, update_out=one, query=one))
     held = {table for sites in layer._op_sites for table in sites.tables.values()}
@@ -391,173 +276,6 @@ def test_a_cache_gives_the_last_rows(backend: str, routed: bool) -> None:
     torch.testing.assert_close(torch.cat(rows, 1), whole)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_state_dict_is_that_of_llama(bias: bool) -> None:
-    ordinary, other = LlamaAttention(bias), LlamaAttention(bias)
-    layer = make_layer(all_sites(bias=bias), bias=bias)
-    assert list(layer.state_dict()) == list(ordinary.state_dict())
-    layer.load_state_dict(ordinary.state_dict())
-    other.load_state_dict(layer.state_dict())
-    assert_same(dict(other.state_dict()), dict(ordinary.state_dict()))
-
-
-def test_the_ordinary_constructor() -> None:
-    layer = RoutedAttention(D_MODEL, 3)
-    shapes = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
-    assert shapes == {f"{name}.weight": [D_MODEL, D_MODEL] for name in PROJECTIONS}
-    assert (layer.heads, layer.kv_heads, layer.head_dim) == (3, 3, 4)
-    layer = RoutedAttention(D_MODEL, 6, 2, head_dim=5, dtype=torch.bfloat16)
-    assert layer.k_proj.weight.shape == (10, D_MODEL)
-    assert layer.o_proj.weight.shape == (D_MODEL, 30)
-    assert layer.o_proj.weight.dtype == torch.bfloat16
-
-
-def test_the_text() -> None:
-    layer = make_layer(AttentionSites(query=torch.zeros(2, 1)), window=8)
-    assert layer.extra_repr() == (
-        "heads=4, kv_heads=2, head_dim=4, causal=True, window=8, scale=None, dropout=0.0, "
-        "sites=AttentionSites(query=Table([2, 1], blocks)), backend='reference'"
-    )
-
-
-def test_from_projections_shares_parameters() -> None:
-    ordinary = LlamaAttention().to(torch.float16).eval()
-    ordinary.q_proj.weight.requires_grad_(False)
-    ordinary.register_forward_hook(lambda *_: 1 / 0)
-    random_state, sites = torch.get_rng_state(), all_sites()
-    layer = RoutedAttention.from_projections(
-        ordinary, HEADS, KV_HEADS, sites, causal=False, window=3, scale=0.5, dropout=0.1, backend="reference"
-    )
-    assert_same(torch.get_rng_state(), random_state)
-    mine, theirs = dict(layer.named_parameters()), dict(ordinary.named_parameters())
-    assert list(mine) == list(theirs)
-    assert all(mine[name] is theirs[name] for name in theirs)
-    assert not layer.q_proj.weight.requires_grad
-    assert not layer.training
-    assert not layer._forward_hooks
-    assert layer.sites is sites
-    options = (layer.causal, layer.window, layer.scale, layer.dropout, layer.backend)
-    assert options == (False, 3, 0.5, 0.1, "reference")
-
-
-def test_from_projections_keeps_names() -> None:
-    ordinary = nn.ModuleDict({name: nn.Linear(D_MODEL, D_MODEL) for name in ("wq", "wk", "wv", "wo")})
-    layer: Any = RoutedAttention.from_projections(
-        ordinary,
-        HEADS,
-        sites=all_sites(HEADS, bias=True),
-        names=["wq", "wk", "wv", "wo"],
-        backend="reference",
-    )
-    assert list(layer.state_dict()) == list(ordinary.state_dict())
-    assert (layer.kv_heads, layer.head_dim) == (HEADS, 3)
-    twin = RoutedAttention(D_MODEL, HEADS, sites=layer.sites, bias=True, backend="reference")
-    twin.load_state_dict(
-        {
-            key.replace(old, new): value
-            for key, value in layer.state_dict().items()
-            for old, new in zip(layer.names, PROJECTIONS, strict=True)
-            if key.startswith(old)
-        }
-    )
-    x, routes = random_input(), random_routes()
-    assert_same(layer(x, routes), twin(x, routes))
-    assert_same(
-        gradients(layer(x, routes), *layer.parameters()), gradients(twin(x, routes), *twin.parameters())
-    )
-
-
-def assert_same_layer(layer: Any, other: Any) -> None:
-    """The same parameters, sites, outputs and gradients."""
-    x, routes = random_input(), random_routes()
-    assert_same(dict(layer.state_dict()), dict(other.state_dict()))
-    assert repr(layer) == repr(other)
-    for name, table in layer.sites.tables.items():
-        assert_same(table.weights, other.sites.tables[name].weights)
-    y, z = layer(x, routes), other(x, routes)
-    assert_same(y, z)
-    assert_same(gradients(y, *layer.parameters()), gradients(z, *other.parameters()))
-
-
-def pickled(layer: Any) -> Any:
-    return pickle.loads(pickle.dumps(layer))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=lambda f: f.__name__)
-def test_copies(copied: Callable[[Any], Any]) -> None:
-    layer = make_layer(all_sites(bias=True), bias=True)
-    other = copied(layer)
-    assert not any(a is b for a, b in zip(layer.parameters(), other.parameters(), strict=True))
-    assert_same_layer(other, layer)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_tables_stay_fp32(dtype: torch.dtype) -> None:
-    layer = make_layer(all_sites()).to(dtype)
-    assert all(parameter.dtype == dtype for parameter in layer.parameters())
-    held = [table for sites in layer._op_sites for table in sites.tables.values()]
-    assert all(table.weights.dtype == torch.float32 for table in held)
-    y = layer(random_input(dtype), random_routes())
-    assert y.dtype == dtype
-    assert all(gradient.dtype == dtype for gradient in gradients(y, *layer.parameters()))
-
-
-def test_meta_device() -> None:
-    expected = make_layer(all_sites())
-    with torch.device("meta"):
-        layer = make_layer(AttentionSites(**expected.sites.tables))
-    assert all(parameter.is_meta for parameter in layer.parameters())
-    layer.to_empty(device="cpu")
-    layer.load_state_dict(expected.state_dict())
-    assert_same_layer(layer, expected)
-
-
-def test_tables_follow_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = []
-    monkeypatch.setattr(Table, "on", lambda table, device: copies.append((table, device)))
-
-    def copied(layer: Any) -> bool:
-        held = {table for sites in layer._op_sites for table in sites.tables.values()}
-        devices, done = {device.type for _, device in copies}, {table for table, _ in copies}
-        copies.clear()
-        return devices == {"cpu"} and done == held and len(held) == 10
-
-    layer = make_layer(all_sites())
-    assert copied(layer)
-    layer.to(torch.float64)
-    assert copied(layer)
-    assert copied(copy.deepcopy(layer))
-    layer.to("meta")
-    assert not copies
-    layer.to_empty(device="cpu")
-    assert copied(layer)
-    layer.sites = None
-    assert not copies
-    layer.sites = all_sites()
-    assert copied(layer)
-
-
-def test_sites_can_change_between_steps() -> None:
-    layer, x, routes = make_layer(all_sites()), random_input(), random_routes()
-    sites, parameters = layer.sites, list(layer.parameters())
-    routed = gradients(layer(x, routes), *parameters)
-    layer.sites = None
-    unrouted = gradients(layer(x, routes), *parameters)
-    assert not any(torch.equal(a, b) for a, b in zip(routed, unrouted, strict=True))
-    assert_same(unrouted, gradients(layer(x), *parameters))
-    layer.sites = sites
-    assert_same(gradients(layer(x, routes), *parameters), routed)
-
-
-def test_functional_call() -> None:
-    layer, other = make_layer(all_sites()), make_layer(all_sites())
-    x, routes = random_input(), random_routes()
-    parameters = {name: parameter.detach().requires_grad_() for name, parameter in other.named_parameters()}
-    got, expected = torch.func.functional_call(layer, parameters, (x, routes)), other(x, routes)
-    assert_same(got, expected)
-    assert_same(gradients(got, *parameters.values()), gradients(expected, *other.parameters()))
-
-
 def test_no_tokens() -> None:
     layer, x = make_layer(all_sites()), torch.zeros(BATCH, 0, D_MODEL)
     y = layer(x, Routes.of(torch.zeros(BATCH, 0, dtype=torch.int64), ROUTES))
@@ -565,7 +283,7 @@ def test_no_tokens() -> None:
     assert not any(gradient.any() for gradient in gradients(y, *layer.parameters()))
 
 
-# Dynamo's own, whenever it traces an autograd.Function.
+# Dynamo warns so whenever it traces an autograd.Function.
 DYNAMO = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
@@ -590,189 +308,6 @@ def test_compiled(backend: str) -> None:
         assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
     layer.sites = AttentionSites(heads=torch.zeros(ROUTES, 1))
-    *of_inputs, of_output = gradients(compiled(x, routes, rotate=rotated), x, *parameters)
-    assert not any(gradient.any() for gradient in of_inputs)
-    assert of_output.any()
-
-
-def with_child(module: Any, name: str, child: nn.Module) -> Any:
-    module.add_module(name, child)
-    return module
-
-
-class LoRALinear(nn.Linear):
-    pass
-
-
-def call(*shape: int, **sites: Any) -> Any:
-    layer = make_layer(AttentionSites(**sites))
-    return layer(torch.zeros(shape), Routes.of(torch.zeros(BATCH, SEQUENCE, dtype=torch.int64), 2))
-
-
-ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "update with fewer key heads": (
-        lambda: make_layer(AttentionSites(update=torch.zeros(2, 4))),
-        ValueError,
-        r"AttentionSites\.update_kv: got None beside update, expected a table \[R, 2\] or \[R, 1\]: with 4 query heads",
-    ),
-    "update with fewer key heads, reassigned": (
-        lambda: setattr(make_layer(), "sites", AttentionSites(update=torch.zeros(2, 1))),
-        ValueError,
-        r"AttentionSites\.update_kv: got None beside update",
-    ),
-    "query": (
-        lambda: make_layer(AttentionSites(query=torch.zeros(2, 2))),
-        ValueError,
-        r"AttentionSites\.query: got a table of 2 features, expected 4 or 1",
-    ),
-    "key": (
-        lambda: make_layer(AttentionSites(key=torch.zeros(2, 4))),
-        ValueError,
-        r"AttentionSites\.key: got a table of 4 features, expected 2 or 1",
-    ),
-    "update_q by feature": (
-        lambda: make_layer(AttentionSites(update_q=torch.zeros(2, 16))),
-        ValueError,
-        r"AttentionSites\.update_q: got a table of 16 features, expected 4 or 1",
-    ),
-    "update_kv": (
-        lambda: make_layer(AttentionSites(update_kv=torch.zeros(2, 4))),
-        ValueError,
-        r"AttentionSites\.update_kv: got a table of 4 features, expected 2 or 1",
-    ),
-    "update_out": (
-        lambda: make_layer(AttentionSites(update_out=torch.zeros(2, 2))),
-        ValueError,
-        r"AttentionSites\.update_out: got a table of 2 features, expected 4 or 1",
-    ),
-    "update_output_bias": (
-        lambda: make_layer(AttentionSites(update_output_bias=torch.zeros(2, 4)), bias=True),
-        ValueError,
-        r"AttentionSites\.update_output_bias: got a table of 4 features, expected 12 or 1",
-    ),
-    "update_output_bias without a bias": (
-        lambda: make_layer(AttentionSites(update_output_bias=torch.zeros(2, 12))),
-        ValueError,
-        r"AttentionSites\.update_output_bias: got Table.*expected None: o_proj has no bias",
-    ),
-    "edges": (
-        lambda: make_layer(AttentionSites(score_edges=torch.zeros(2, 3))),
-        ValueError,
-        r"AttentionSites\.score_edges: got a table of 3 features, expected 2 or 1",
-    ),
-    "edges of one column": (
-        lambda: make_layer(AttentionSites(value_edges=torch.zeros(2, 1))),
-        ValueError,
-        r"AttentionSites\.value_edges: got a table of 1 columns, expected \[R, R\].*R = 2",
-    ),
-    "numbers of routes": (
-        lambda: make_layer(AttentionSites(query=torch.zeros(2, 4), update_q=torch.zeros(3, 4))),
-        ValueError,
-        r"AttentionSites\.update_q: got a table of 3 routes, expected 2 \(as in query\)",
-    ),
-    "sites of another layer": (
-        lambda: make_layer(LinearSites()),
-        TypeError,
-        r"sites: got a LinearSites, expected gradroute\.AttentionSites or None",
-    ),
-    "heads of d_model": (
-        lambda: RoutedAttention(8, 3),
-        ValueError,
-        "heads: got 3, expected a divisor of d_model, 8",
-    ),
-    "no heads": (lambda: RoutedAttention(8, 0), ValueError, "heads: got 0, expected a positive number"),
-    "key heads": (
-        lambda: RoutedAttention(8, 4, 3),
-        ValueError,
-        "kv_heads: got 3, expected a divisor of heads = 4",
-    ),
-    "no key heads": (
-        lambda: RoutedAttention(8, 4, 0),
-        ValueError,
-        "kv_heads: got 0, expected a divisor of heads = 4",
-    ),
-    "head_dim": (
-        lambda: RoutedAttention(8, 4, head_dim=0),
-        ValueError,
-        "head_dim: got 0, expected a positive number of features per head",
-    ),
-    "width of x": (
-        lambda: call(BATCH, SEQUENCE, 8),
-        ValueError,
-        r"x: got shape \[2, 7, 8\], expected \[any, any, 12\]",
-    ),
-    "dimensions of x": (
-        lambda: call(SEQUENCE, D_MODEL),
-        ValueError,
-        r"x: got shape \[7, 12\], expected \[any, any, 12\]",
-    ),
-    "tokens": (
-        lambda: call(BATCH, 5, D_MODEL),
-        ValueError,
-        r"routes: got ids of shape \[2, 7\], expected x's leading shape \[2, 5\]",
-    ),
-    "routes of a call": (
-        lambda: call(BATCH, SEQUENCE, D_MODEL, update_q=torch.zeros(3, 4)),
-        ValueError,
-        r"AttentionSites\.update_q: got a table of 3 routes, expected 2 \(routes\.num_routes\)",
-    ),
-    "a tensor for routes": (
-        lambda: make_layer(all_sites())(random_input(), torch.zeros(BATCH, SEQUENCE)),
-        TypeError,
-        r"routes: got a Tensor, expected gradroute\.Routes",
-    ),
-    "LoRA": (
-        lambda: RoutedAttention.from_projections(
-            with_child(LlamaAttention(), "v_proj", LoRALinear(D_MODEL, KV_HEADS * HEAD_DIM)), HEADS, KV_HEADS
-        ),
-        TypeError,
-        r"module\.v_proj: got a LoRALinear.*call such modules, with gradroute\.routed_attention between them",
-    ),
-    "names": (
-        lambda: RoutedAttention.from_projections(LlamaAttention(), HEADS, names=("wq", "wk", "wv", "wo")),
-        ValueError,
-        "names: got 'wq', expected submodules of LlamaAttention: q_proj, k_proj, v_proj, o_proj",
-    ),
-    "number of names": (
-        lambda: RoutedAttention.from_projections(LlamaAttention(), HEADS, names=("q_proj", "o_proj")),
-        ValueError,
-        r"names: got \('q_proj', 'o_proj'\), expected 4 names",
-    ),
-    "other parameters": (
-        lambda: RoutedAttention.from_projections(
-            with_child(LlamaAttention(), "q_norm", nn.RMSNorm(HEAD_DIM)), HEADS, KV_HEADS
-        ),
-        ValueError,
-        r"module: got parameters or buffers q_norm\.weight, expected only those of \('q_proj', 'k_proj'",
-    ),
-    "dropout": (
-        lambda: RoutedAttention.from_projections(
-            with_child(LlamaAttention(), "attn_dropout", nn.Dropout(0.1)), HEADS, KV_HEADS
-        ),
-        ValueError,
-        r"module\.attn_dropout: got dropout with p = 0\.1, expected none",
-    ),
-    "heads of a projection": (
-        lambda: RoutedAttention.from_projections(LlamaAttention(), 3, 1),
-        ValueError,
-        "heads: got 3, expected a divisor of the outputs of q_proj, 16",
-    ),
-    "key heads of a projection": (
-        lambda: RoutedAttention.from_projections(LlamaAttention(), HEADS),
-        ValueError,
-        r"names: got k_proj of shape \[8, 12\], expected \[16, 12\]: q_proj is \[16, 12\], with 4 heads and 4 key",
-    ),
-    "order of names": (
-        lambda: RoutedAttention.from_projections(
-            LlamaAttention(), HEADS, KV_HEADS, names=("q_proj", "k_proj", "o_proj", "v_proj")
-        ),
-        ValueError,
-        r"names: got o_proj of shape \[12, 16\], expected \[8, 12\]",
-    ),
-}
-
-
-@pytest.mark.parametrize(("make", "kind", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors(make: Callable[[], Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        make()
+    *inner, output = gradients(compiled(x, routes, rotate=rotated), x, *parameters)
+    assert not any(gradient.any() for gradient in inner)
+    assert output.any()

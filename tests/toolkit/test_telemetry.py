@@ -36,7 +36,7 @@ from tiny_models import assert_gradients_equal, gradients
 
 from gradroute import Routes
 from gradroute.blocks import Block
-from gradroute.models.mlp import GatedMLP
+from gradroute.models.gated_mlp import GatedMLP
 from gradroute.telemetry import Telemetry
 
 

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from ..route_grad import route_grad
 from ..routes import Routes
-from .attention import Attention
-from .mlp import MLP, features
-from .modules import Norm, call
+from ..sites import Sites
+from .attention import Attention, AttentionRouting
+from .linear import features
+from .mlp import MLP
+from .modules import AnyModule, Argument, call
+from .norm import Norm
 from .plan import LayerSites, ResidualSites, Shape
-from .swapped import Swapped, check_children, swap
+from .swapped import Swapped, check_children, errors_name, swap
+
+
+class LayerRouting(NamedTuple):
+    """What a DecoderLayer needs to know besides its own sites.
+
+    Attributes:
+        sites: the plan's sites of this layer and its submodules.
+        everywhere: see AttentionRouting.
+    """
+
+    sites: LayerSites
+    everywhere: bool
 
 
 class DecoderLayer(Swapped):
     """Norm, attention, norm, MLP, each pair beside the residual stream: Llama, Mistral, Qwen, Phi-3, GPT-2, nanoGPT.
 
-    What its `_routing` says: `layer`, the plan's LayerSites of this layer, and `everywhere`, see Attention.
-
     Attributes:
-        attention_name: the submodule.
-        mlp_name: likewise.
-        norm_names: of width d_model, in the order of their calls.
-        norm_kind: what routes them.
-        attention_kind: what routes the attention.
-        mlp_kind: what routes the MLP.
-        dropout_names: what drops out of the outputs of attention and of the MLP, where they do not themselves.
+        attention_name: the attention submodule.
+        mlp_name: the MLP submodule.
+        norm_names: the norms of width d_model, in the order of their calls.
+        norm_mixin: what routes those norms.
+        attention_mixin: what routes the attention.
+        mlp_mixin: what routes the MLP.
+        dropout_names: the submodules that drop out of the outputs of attention and of the MLP, where those do not
+            themselves.
         positional: the arguments that may come without their names, after the hidden states.
     """
 
@@ -38,52 +52,57 @@ class DecoderLayer(Swapped):
     norm_names: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
     dropout_names: ClassVar[tuple[str | None, str | None]] = (None, None)
     positional: ClassVar[tuple[str, ...]] = ()
-    norm_kind: ClassVar[type[Norm]]
-    attention_kind: ClassVar[type[Attention]]
-    mlp_kind: ClassVar[type[MLP]]
+    norm_mixin: ClassVar[type[Norm]]
+    attention_mixin: ClassVar[type[Attention]]
+    mlp_mixin: ClassVar[type[MLP]]
+    _routing: LayerRouting
 
     @classmethod
     def check_module(cls, module: nn.Module) -> None:
         check_children(module, (cls.attention_name, cls.mlp_name, *cls.norm_names))
 
     def swap_children(self) -> None:
-        layer: LayerSites = self._routing["layer"]
+        sites, everywhere = self._routing
         if self._attention_is_routed():
-            options = {"norm": layer.qk_norm, "everywhere": self._routing["everywhere"]}
-            self._swap("attention", self._attention(), self.attention_kind, layer.attention, **options)
-        if layer.mlp is not None:
-            self._swap("mlp", getattr(self, self.mlp_name), self.mlp_kind, layer.mlp)
-        if layer.norm is not None:
+            routing = AttentionRouting(sites.qk_norm, everywhere)
+            self._swap("attention", self._attention(), self.attention_mixin, sites.attention, routing)
+        if sites.mlp is not None:
+            self._swap("mlp", getattr(self, self.mlp_name), self.mlp_mixin, sites.mlp)
+        if sites.norm is not None:
             for name in self.norm_names:
-                self._swap("norm", getattr(self, name), self.norm_kind, layer.norm)
+                self._swap("norm", getattr(self, name), self.norm_mixin, sites.norm)
 
-    def _swap(self, entry: str, module: nn.Module, kind: type[Swapped], sites: Any, **routing: Any) -> None:
-        try:
-            swap(module, kind, sites, self.backend, **routing)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"RoutingPlan.{entry}: {error}") from error
+    def _swap(
+        self,
+        entry: str,
+        module: nn.Module,
+        mixin: type[Swapped],
+        sites: Sites | None,
+        routing: AttentionRouting | None = None,
+    ) -> None:
+        with errors_name(f"RoutingPlan.{entry}"):
+            swap(module, mixin, sites, self.backend, routing)
 
     @classmethod
-    def shape_of(cls, layers: Any) -> Shape:
+    def shape_of(cls, layers: nn.ModuleList) -> Shape:
         """The widths of a model's layers, where no configuration says them."""
         attention, mlp = cls.attention_of(layers[0]), getattr(layers[0], cls.mlp_name)
-        heads, kv_heads, head_dim = cls.attention_kind.heads_of(attention)
-        d_model, d_ff = features(getattr(mlp, cls.mlp_kind.names[-1]))
-        return Shape(len(layers), d_model, d_ff, heads, kv_heads, head_dim)
+        d_model, d_ff = features(getattr(mlp, cls.mlp_mixin.names[-1]))
+        return Shape(len(layers), d_model, d_ff, *cls.attention_mixin.heads_of(attention))
 
     @classmethod
     def output_biases(cls, layer: nn.Module) -> dict[str, bool]:
         """Whether the output projections of attention and of the MLP have a bias, for a Shape."""
         attention, mlp = cls.attention_of(layer), getattr(layer, cls.mlp_name, None)
         outputs = (
-            getattr(attention, cls.attention_kind.names[-1], None),
-            getattr(mlp, cls.mlp_kind.names[-1], None),
+            getattr(attention, cls.attention_mixin.names[-1], None),
+            getattr(mlp, cls.mlp_mixin.names[-1], None),
         )
         has_bias = (getattr(output, "bias", None) is not None for output in outputs)
         return dict(zip(("attention_output_bias", "mlp_output_bias"), has_bias, strict=True))
 
     @classmethod
-    def attention_of(cls, layer: nn.Module) -> Any:
+    def attention_of(cls, layer: nn.Module) -> AnyModule:
         """The attention module of a decoder layer, routed or not; None where there is none."""
         return getattr(layer, cls.attention_name, None)
 
@@ -91,14 +110,15 @@ class DecoderLayer(Swapped):
         return self.attention_of(self)
 
     def _attention_is_routed(self) -> bool:
-        layer = self._routing["layer"]
-        return self._routing["everywhere"] or layer.attention is not None or layer.qk_norm is not None
+        sites, everywhere = self._routing
+        return everywhere or sites.attention is not None or sites.qk_norm is not None
 
     def _widths(self) -> Mapping[str, int | str]:
-        width = getattr(self, self.norm_names[0]).weight.shape[0]
-        return {"pre": width, "mid": width, "post": width}
+        return ResidualSites.widths_of(d_model=getattr(self, self.norm_names[0]).weight.shape[0])
 
-    def forward(self, hidden_states: Tensor, *args: Any, routes: Routes | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, *args: Argument, routes: Routes | None = None, **kwargs: Argument
+    ) -> Argument:
         if routes is None:
             self._refuse_ids(kwargs)
             return super().forward(hidden_states, *args, **kwargs)
@@ -107,7 +127,7 @@ class DecoderLayer(Swapped):
         x, probabilities = self._body(x, routes, kwargs)
         return self._output(self._masked("post", x, routes), probabilities)
 
-    def _refuse_ids(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_ids(self, kwargs: dict[str, Argument]) -> None:
         """Raises where ids came past the routed model, whose base model or another forward handed them on."""
         given = [name for name in ("route_ids", "route_strength") if kwargs.get(name) is not None]
         if given:
@@ -116,13 +136,13 @@ class DecoderLayer(Swapped):
                 "its base model, and route it after its forward was replaced"
             )
 
-    def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
         first, second = self.norm_names
         attended, probabilities = self._attend(self._normed(first, x, routes), routes, kwargs)
         x = self._masked("mid", x + self._dropped(0, attended), routes)
         return x + self._dropped(1, self._mlp(self._normed(second, x, routes), routes)), probabilities
 
-    def _output(self, x: Tensor, probabilities: Any) -> Any:
+    def _output(self, x: Tensor, probabilities: Tensor | None) -> Argument:
         return x
 
     def _masked(self, site: str, x: Tensor, routes: Routes) -> Tensor:
@@ -130,12 +150,12 @@ class DecoderLayer(Swapped):
         return x if table is None else route_grad(x, routes, table, backend=self.backend)
 
     def _normed(self, name: str, x: Tensor, routes: Routes) -> Tensor:
-        return call(getattr(self, name), x, routes, self._routing["layer"].norm)
+        return call(getattr(self, name), x, routes, self._routing.sites.norm)
 
     def _mlp(self, x: Tensor, routes: Routes) -> Tensor:
-        return call(getattr(self, self.mlp_name), x, routes, self._routing["layer"].mlp)
+        return call(getattr(self, self.mlp_name), x, routes, self._routing.sites.mlp)
 
-    def _attend(self, x: Tensor, routes: Routes, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _attend(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
         if self._attention_is_routed():
             kwargs = kwargs | {"routes": routes}
         y = getattr(self, self.attention_name)(x, **kwargs)
@@ -147,7 +167,7 @@ class DecoderLayer(Swapped):
 
 
 class SandwichLayer(DecoderLayer):
-    """With norms after attention and after the MLP too: Gemma 3."""
+    """A decoder layer with norms after attention and after the MLP too: Gemma 3."""
 
     norm_names = (
         "input_layernorm",
@@ -156,7 +176,7 @@ class SandwichLayer(DecoderLayer):
         "post_feedforward_layernorm",
     )
 
-    def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         y, probabilities = self._attend(self._normed(before_attention, x, routes), routes, kwargs)
         x = self._masked("mid", x + self._normed(after_attention, y, routes), routes)
@@ -165,7 +185,7 @@ class SandwichLayer(DecoderLayer):
 
 
 class NeoXLayer(DecoderLayer):
-    """Attention and MLP beside each other, or one after the other: GPT-NeoX, Pythia."""
+    """A decoder layer of attention and MLP beside each other, or one after the other: GPT-NeoX, Pythia."""
 
     attention_name = "attention"
     dropout_names = ("post_attention_dropout", "post_mlp_dropout")
@@ -177,7 +197,7 @@ class NeoXLayer(DecoderLayer):
             widths["mid"] = "attention and MLP are computed in parallel (use_parallel_residual)"
         return widths
 
-    def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
         if not self.use_parallel_residual:
             return super()._body(x, routes, kwargs)
         first, second = self.norm_names
@@ -188,9 +208,9 @@ class NeoXLayer(DecoderLayer):
 
 
 class NeoLayer(DecoderLayer):
-    """GPT-Neo: attention has a module of its own around it, and the probabilities are returned too."""
+    """The decoder layer of GPT-Neo: a module stands around attention, and the probabilities are returned too."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Argument, **kwargs: Argument) -> Argument:
         if self._documents is not None and "routes" not in kwargs:
             kwargs["cu_seq_lens_q"] = self._documents
         return super().__call__(*args, **kwargs)
@@ -200,13 +220,13 @@ class NeoLayer(DecoderLayer):
         self._documents = documents
 
     @classmethod
-    def attention_of(cls, layer: nn.Module) -> Any:
+    def attention_of(cls, layer: nn.Module) -> AnyModule:
         return getattr(super().attention_of(layer), "attention", None)
 
-    def _attend(self, x: Tensor, routes: Routes, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _attend(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
         if not self._attention_is_routed():
             return super()._attend(x, routes, kwargs)
         return self._attention()(x, routes=routes, **kwargs)
 
-    def _output(self, x: Tensor, probabilities: Any) -> Any:
+    def _output(self, x: Tensor, probabilities: Tensor | None) -> Argument:
         return x, probabilities

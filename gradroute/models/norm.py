@@ -1,0 +1,80 @@
+"""Norms of existing models, routed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..norm import NormSites, routed_layer_norm, routed_rms_norm
+from ..routes import Routes
+from .modules import full_name, refuse_dtensor
+from .swapped import Swapped
+
+
+class Norm(Swapped):
+    """What all norms share. A norm of heads `[B, S, H, D]` masks each head with its token's route."""
+
+    sites_type = NormSites
+    owns_sites = True
+    weight: Tensor
+
+    @classmethod
+    def check_module(cls, module: nn.Module) -> None:
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() != 1:
+            raise TypeError(f"got a {full_name(module)}, expected a norm with a weight of one dimension")
+
+    def _widths(self) -> Mapping[str, int | str]:
+        return {"update": self.weight.shape[0]}
+
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+        if routes is None or self._sites is None:
+            return super().forward(x)
+        refuse_dtensor(self)
+        if x.dim() > len(routes.shape) + 1:
+            routes = routes.repeat(x.shape[-2])
+        return self._routed(x, routes)
+
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+        raise NotImplementedError
+
+
+class LlamaNorm(Norm):
+    """The RMS norms of Llama, Mistral, Qwen and Phi-3."""
+
+    variance_epsilon: float
+
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+        return routed_rms_norm(
+            x,
+            self.weight,
+            routes,
+            self._sites,
+            self.variance_epsilon,
+            casting_mode="llama",
+            backend=self.backend,
+        )
+
+
+class GemmaNorm(Norm):
+    """The RMS norm of Gemma 3, which stores its weight less one."""
+
+    eps: float
+
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+        return routed_rms_norm(
+            x, self.weight, routes, self._sites, self.eps, 1.0, "gemma", backend=self.backend
+        )
+
+
+class LayerNorm(Norm):
+    """torch.nn.LayerNorm."""
+
+    bias: Tensor | None
+    eps: float
+
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+        return routed_layer_norm(
+            x, self.weight, self.bias, routes, self._sites, self.eps, backend=self.backend
+        )

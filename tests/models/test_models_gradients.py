@@ -1,0 +1,182 @@
+"""Gradients of routed models of every architecture, against the detach idiom and formulas hooked in by hand."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import model_zoo
+from model_zoo import HEADS, HIDDEN, LAYOUTS, NAMES, backward, fresh, plain
+from routed_by_hand import ByHand, by_hand
+from routed_models import (
+    OF_TRANSFORMERS,
+    activation_sites,
+    all_sites,
+    batch,
+    check,
+    check_differ,
+    exact,
+    route,
+    routed,
+    table,
+    update_sites,
+)
+
+from gradroute import AttentionSites, MLPSites, NormSites, Routes
+from gradroute.models import ResidualSites, RoutingPlan
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hand_is_autograd(name):
+    """Of the oracle itself: its formulas without masks are the plain model's gradients."""
+    tokens, targets, ids = batch()
+    nowhere = RoutingPlan(2, mlp=MLPSites())
+    check(by_hand(name, nowhere, ids, tokens, targets), backward(fresh(name), tokens, targets))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_sites_are_the_detach_idiom(name):
+    tokens, targets, ids = batch()
+    plan = RoutingPlan(2, **activation_sites(name))
+    got = backward(routed(name, plan), tokens, targets, route_ids=ids)
+    hooked = fresh(name)
+    hand = ByHand(hooked, name, plan, ids)
+    model_zoo.run(hooked, tokens, targets).backward()
+    check(got, model_zoo.gradients(hooked))  # autograd's own, through the idiom
+    check(got, hand.collected())
+    below = [key for key in got if ".0." in key or "embed" in key or "wte" in key or "wpe" in key]
+    check_differ(got, backward(fresh(name), tokens, targets), below)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_update_sites_mask_parameters_alone(name):
+    tokens, targets, ids = batch()
+    plan = RoutingPlan(2, **update_sites(name))
+    got = backward(routed(name, plan), tokens, targets, route_ids=ids)
+    check(got, by_hand(name, plan, ids, tokens, targets))
+    unmasked = backward(fresh(name), tokens, targets)
+    check_differ(got, unmasked)
+    # Only where parameters are: the last layer's masks change nothing below.
+    alone = RoutingPlan(2, mlp={1: update_sites(name)["mlp"]})
+    got = backward(routed(name, alone), tokens, targets, route_ids=ids)
+    masked = {key for key in got if ".1.mlp." in key}
+    check_differ(got, unmasked, {key for key in masked if key.endswith("weight")})
+    check(*({key: grads[key] for key in got if key not in masked} for grads in (got, unmasked)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("strength", [None, "token"])
+def test_all_sites_at_once(name, strength):
+    tokens, targets, ids = batch(routes=3)
+    strength = None if strength is None else torch.rand(ids.shape)
+    sites = all_sites(name, routes=3)
+    plan = RoutingPlan(3, **sites)
+    model = routed(name, plan)
+    got = backward(model, tokens, targets, route_ids=ids, route_strength=strength)
+    check(got, by_hand(name, plan, ids, tokens, targets, strength))
+    check_differ(got, backward(fresh(name), tokens, targets))
+    again = backward(model, tokens, targets, routes=Routes.of(ids, 3, strength))
+    assert all(torch.equal(got[key], again[key]) for key in got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_all_sites_on_a_gpu(name):
+    """The same numbers from other kernels: fp32 sums in another order, the exponentials of another library."""
+    tokens, targets, ids = batch(routes=3)
+    plan = RoutingPlan(3, **all_sites(name, routes=3))
+    expected = backward(routed(name, plan), tokens, targets, route_ids=ids)
+    model = routed(name, plan).cuda()
+    got = backward(model, tokens.cuda(), targets.cuda(), route_ids=ids)  # ids follow the tokens
+    check({key: gradient.cpu() for key, gradient in got.items()}, expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_differ(name):
+    """A layer that is not routed beside one that is, with attention masked in one and not in the other."""
+    tokens, targets, ids = batch()
+    last = len(plain(name).get_submodule(LAYOUTS[name].layers)) - 1
+    sites = all_sites(name)
+    plan = RoutingPlan(2, mlp={0: sites["mlp"]}, attention={last: sites["attention"]})
+    got = backward(routed(name, plan), tokens, targets, route_ids=ids)
+    check(got, by_hand(name, plan, ids, tokens, targets))
+    as_list = RoutingPlan(
+        2,
+        mlp=[sites["mlp"], *[None] * last],
+        attention=lambda index, shape: sites["attention"] if index == shape.layers - 1 else None,
+    )
+    again = backward(routed(name, as_list), tokens, targets, route_ids=ids)
+    assert all(torch.equal(got[key], again[key]) for key in got)
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+@pytest.mark.parametrize("site", ["score_edges", "value_edges", "both"])
+def test_edges(name, site):
+    """Binary edges, longer than the windows; the model's own window and scale hold."""
+    tokens, targets, ids = batch(tokens=13)
+    edges = [[1.0, 1.0], [0.0, 1.0]]
+    names = ("score_edges", "value_edges") if site == "both" else (site,)
+    plan = RoutingPlan(2, attention=AttentionSites(**dict.fromkeys(names, edges)))
+    model = routed(name, plan)
+    got = backward(model, tokens, targets, route_ids=ids)
+    check(got, by_hand(name, plan, ids, tokens, targets))
+    below = [key for key in got if ".0." in key and "weight" in key]
+    unmasked = backward(fresh(name), tokens, targets)
+    assert max(model_zoo.error(got[key], unmasked[key]) for key in below) > 0.01
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "phi3", "nano_gpt"])
+def test_shorthand_update(name):
+    """`update` is update_q, update_out, update_in, ..., where they are not given; tables of one column are for all."""
+    tokens, targets, ids = batch()
+    layout = LAYOUTS[name]
+    kv = {} if layout.kv_heads == HEADS else {"update_kv": table(layout.kv_heads)}
+    attention = AttentionSites(update=table(HEADS), **kv)
+    plan = RoutingPlan(2, mlp=MLPSites(update=table(HIDDEN)), attention=attention)
+    got = backward(routed(name, plan), tokens, targets, route_ids=ids)
+    check(got, by_hand(name, plan, ids, tokens, targets))
+    column = [[1.0], [0.5]]
+    plan = RoutingPlan(
+        2,
+        mlp=MLPSites(hidden=column, update=column),
+        attention=AttentionSites(heads=column, update=column, update_kv=column),
+        residual=ResidualSites(post=column),
+        norm=NormSites(column),
+    )
+    got = backward(routed(name, plan), tokens, targets, route_ids=ids)
+    check(got, by_hand(name, plan, ids, tokens, targets))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "nano_gpt"])
+def test_loss_of_the_model_itself(name):
+    """With labels, as people call it."""
+    tokens, _, ids = batch()
+    plan = RoutingPlan(2, **all_sites(name))
+
+    def own_loss(model, **inputs):
+        if name == "nano_gpt":
+            return model(tokens, tokens.roll(-1), **inputs)[1]
+        return model(input_ids=tokens, labels=tokens, **inputs).loss
+
+    model, hooked = routed(name, plan), fresh(name)
+    own_loss(model, route_ids=ids).backward()
+    hand = ByHand(hooked, name, plan, ids)
+    own_loss(hooked).backward()
+    check(model_zoo.gradients(model), hand.collected())
+
+
+@pytest.mark.parametrize("name", sorted({*OF_TRANSFORMERS} - {"gpt_neo"}))
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_parameter_sites_leave_attention_as_it_is(name, implementation):
+    """Where attention itself masks nowhere, the model's own implementation runs."""
+    tokens, targets, ids = batch(tokens=13)
+    plan = RoutingPlan(2, **update_sites(name))
+    unrouted = exact(name)
+    unrouted.set_attn_implementation(implementation)
+    model = route(name, copy.deepcopy(unrouted), plan)
+    got, expected = model_zoo.logits_of(model, tokens, route_ids=ids), model_zoo.logits_of(unrouted, tokens)
+    assert torch.equal(got, expected)
+    got = backward(model, tokens, targets, route_ids=ids)
+    check(got, by_hand(name, plan, ids, tokens, targets, model=unrouted))
