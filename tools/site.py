@@ -39,7 +39,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "gradroute.tables": ("localize", "heads", "concatenate"),
     "gradroute.models": None,
     "gradroute.labels": None,
-    "gradroute.optim": ("RoutedAdamW", "routed_param_groups"),
+    "gradroute.optim": None,
     "gradroute.era": None,
     "gradroute.blocks": ("Part", "Piece"),
     "gradroute.telemetry": None,
