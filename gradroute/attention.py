@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def routed_attention(
     From dz: do = m_forward_heads ⊙ m_heads ⊙ dz; dv = m_value ⊙ (E_value ⊙ P)ᵀ do; dS = P ⊙ (do vᵀ - rowsum(do ⊙ o));
     dS' = E_score ⊙ dS; dq = m_query ⊙ scale dS' k; dk = m_key ⊙ scale dS'ᵀ q, summed over the heads of a group.
     Saved for backward: q, k, v, the output and the scores' log-sum-exp; memory grows with the sequence, not its square.
-    Which kernels run a call, and why, is what `explain` says.
+    `explain` says which kernels run a call, and why.
 
     Args:
         q: `[B, H, S_q, D]`, fp32, bf16, fp16 or fp64.
@@ -126,19 +126,12 @@ def routed_attention(
         BackendError: the requested backend, or none, can run the call.
         RuntimeError: in backward with create_graph=True.
     """
-    q, k, v, routes, sites, pattern, plan = _planned(
-        q, k, v, routes, sites, causal, window, scale, cu_seqlens, key_mask, dropout, backend
-    )
+    pattern = Pattern.of(q, k, causal, window, scale, dropout, cu_seqlens, key_mask)
+    call = AttentionCall.of(q, k, v, routes, sites, pattern)
+    plan = attention_plan.plan(call, backend)
     if plan.backend == "reference":
-        if routes is None:
-            ids = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32, device=q.device)
-            routes = Routes.of(ids, 1, validate=False)
-        return reference.routed_attention(
-            q, k, v, routes, sites, causal, window, pattern.scale, cu_seqlens, key_mask
-        )
-    z, *_ = AttentionFunction.apply(
-        q, k, v, routes, sites.effective, pattern, plan.vendor, backends.primitives(plan.backend)
-    )
+        return _by_reference(call)
+    z, *_ = AttentionFunction.apply(*call, plan.vendor, backends.primitives(plan.backend))
     return z
 
 
@@ -159,97 +152,69 @@ def explain(
 ) -> Plan:
     """Which backend and which vendor's kernel `routed_attention` runs the same call on, and why; runs nothing.
 
-    Arguments, and errors raised, as there.
+    It takes the same arguments and raises the same errors.
 
     Returns:
-        Its backend, its vendor's kernel (None: own kernels or blocks) and the reason.
+        The call's backend, its vendor's kernel (None: the backend's own, or tiles of torch's products) and the reason.
     """
-    *_, plan = _planned(q, k, v, routes, sites, causal, window, scale, cu_seqlens, key_mask, dropout, backend)
-    return plan
+    pattern = Pattern.of(q, k, causal, window, scale, dropout, cu_seqlens, key_mask)
+    return attention_plan.plan(AttentionCall.of(q, k, v, routes, sites, pattern), backend)
 
 
-def _planned(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Routes | None,
-    sites: AttentionSites | None,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Routes | None, AttentionSites, Pattern, Plan]:
-    """The checked call: its tensors in autocast's dtype, routes (None: ordinary attention), sites, pattern and plan."""
-    is_ordinary = unrouted(routes, sites, AttentionSites)
-    check_shape("q", q, -1, -1, -1, -1)
-    batch, heads, _, head_dim = q.shape
-    check_shape("k", k, batch, -1, -1, head_dim)
-    kv_heads, keys = k.shape[1:3]
-    check_shape("v", v, batch, kv_heads, keys, head_dim)
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"k: got {kv_heads} heads, expected a divisor of q's {heads} heads")
-    _check_options(q, keys, window, cu_seqlens, key_mask, dropout)
-    if is_ordinary:
-        routes, sites = None, _NO_SITES
-    else:
-        assert routes is not None and sites is not None
-        _check_routed(q, k, v, routes, sites)
-    q, k, v = autocast(q, k, v)
-    for name, other in (("k", k), ("v", v)):
-        if other.dtype != q.dtype or other.device != q.device:
-            raise ValueError(
-                f"{name}: got {other.dtype} on {other.device}, expected q's {q.dtype} on {q.device}"
-            )
-    scale = head_dim**-0.5 if scale is None else scale
-    pattern = Pattern(causal, window, scale, dropout, cu_seqlens, key_mask)
-    return (
-        q,
-        k,
-        v,
-        routes,
-        sites,
-        pattern,
-        attention_plan.plan(q, k, v, routes, sites.effective, pattern, backend),
-    )
+class AttentionCall(NamedTuple):
+    """One call of attention, checked: what decides which kernels run it, and what they are given.
+
+    Attributes:
+        q: `[B, H, S_q, D]`, in autocast's dtype where that is enabled.
+        k: `[B, G, S_k, D]`, of q's dtype, on its device.
+        v: `[B, G, S_k, D]`, of q's dtype, on its device.
+        routes: of the tokens `[B, S_q]`; None: ordinary attention.
+        sites: effective ones, without a table where attention is ordinary.
+        pattern: which keys a query sees.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    routes: Routes | None
+    sites: AttentionSites
+    pattern: Pattern
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Routes | None,
+        sites: AttentionSites | None,
+        pattern: Pattern,
+    ) -> AttentionCall:
+        """Checks what a public function was given, whose options `pattern` has checked.
+
+        Raises:
+            TypeError: routes or sites are not what they should be.
+            ValueError: shapes, devices, dtypes or tables do not fit.
+        """
+        is_ordinary = unrouted(routes, sites, AttentionSites)
+        heads, kv_heads, keys = q.shape[1], *k.shape[1:3]
+        check_shape("v", v, q.shape[0], kv_heads, keys, q.shape[3])
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"k: got {kv_heads} heads, expected a divisor of q's {heads} heads")
+        if is_ordinary:
+            routes, sites = None, _NO_SITES
+        else:
+            assert routes is not None and sites is not None
+            _check_routed(q, k, v, routes, sites)
+        q, k, v = autocast(q, k, v)
+        for name, other in (("k", k), ("v", v)):
+            if other.dtype != q.dtype or other.device != q.device:
+                raise ValueError(
+                    f"{name}: got {other.dtype} on {other.device}, expected q's {q.dtype} on {q.device}"
+                )
+        return AttentionCall(q, k, v, routes, sites.effective, pattern)
 
 
 _NO_SITES = AttentionSites()
-
-
-def _check_options(
-    q: Tensor,
-    keys: int,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    dropout: float,
-) -> None:
-    batch = q.shape[0]
-    if window is not None and window < 1:
-        raise ValueError(f"window: got {window}, expected a positive number of keys or None")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: got {dropout}, expected a share of P in [0, 1)")
-    if cu_seqlens is not None:
-        check_shape("cu_seqlens", cu_seqlens, -1)
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
-            raise ValueError(
-                f"cu_seqlens: got {cu_seqlens.dtype} on {cu_seqlens.device}, expected torch.int32 on {q.device}"
-            )
-        if batch != 1:
-            raise ValueError(f"cu_seqlens: got a batch of {batch}, expected a batch of one packed sequence")
-        if q.shape[2] != keys:
-            raise ValueError(
-                f"cu_seqlens: got {q.shape[2]} queries for {keys} keys, expected as many: documents are of both"
-            )
-    if key_mask is not None:
-        check_shape("key_mask", key_mask, batch, keys)
-        if key_mask.dtype != torch.bool or key_mask.device != q.device:
-            raise ValueError(
-                f"key_mask: got {key_mask.dtype} on {key_mask.device}, expected torch.bool on {q.device}"
-            )
 
 
 def _check_routed(q: Tensor, k: Tensor, v: Tensor, routes: Routes, sites: AttentionSites) -> None:
@@ -262,6 +227,15 @@ def _check_routed(q: Tensor, k: Tensor, v: Tensor, routes: Routes, sites: Attent
     routes.check_tokens((q.shape[0], queries), q, "q")
     sites.check(routes, AttentionSites.widths(routes.num_routes, heads, kv_heads))
     sites.check_edges(routes.num_routes)
+
+
+def _by_reference(call: AttentionCall) -> Tensor:
+    q, k, v, routes, sites, pattern = call
+    if routes is None:
+        ids = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32, device=q.device)
+        routes = Routes.of(ids, 1, validate=False)
+    causal, window, scale, _, cu_seqlens, key_mask = pattern
+    return reference.routed_attention(q, k, v, routes, sites, causal, window, scale, cu_seqlens, key_mask)
 
 
 class AttentionFunction(Function):
@@ -286,7 +260,7 @@ class AttentionFunction(Function):
         q, k, v, ctx.routes, ctx.sites, ctx.pattern, ctx.vendor, ctx.primitives = inputs
         z, *saved = output
         ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # of the others: zeros that nobody reads
+        ctx.set_materialize_grads(False)  # the saved outputs' gradients would be zeros that nobody reads
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(q, k, v, z, *saved)
 
@@ -313,9 +287,9 @@ class AttentionFunction(Function):
             dq,
             dk if need_k else None,
             dv if need_v else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )  # ..., routes, sites, pattern, vendor, primitives
+            None,  # routes
+            None,  # sites
+            None,  # pattern
+            None,  # vendor
+            None,  # primitives
+        )

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from .. import backends
 from ..primitives.attention_pattern import Pattern
 from ..routes import Routes
-from . import vendor as attention_vendor
+from . import vendor as vendors
+
+if TYPE_CHECKING:
+    from ..attention import AttentionCall, AttentionSites
 
 # Below this share of a dense backward's work, kernels that leave out what has no weight beat the fastest dense ones:
 # a split Triton backward takes 1.5 to 1.9 times as long as a vendor's (published figures for Hopper; not yet measured
 # with these kernels).
 SKIP_BELOW = 0.6
 
-# Of a backward's seven products of a tile, four make dK and dV and three dQ.
+# Four of a backward's seven products of a tile make dK and dV, three make dQ.
 KEY_VALUE_SHARE = 4 / 7
 
-MAX_HEAD_DIM = 256  # of backend triton: a tile has whole rows
+# The largest head dimension on backend triton, whose tiles have whole rows.
+MAX_HEAD_DIM = 256
 
 
 class Plan(NamedTuple):
@@ -27,8 +31,8 @@ class Plan(NamedTuple):
 
     Attributes:
         backend: of `gradroute.backends.BACKENDS`.
-        vendor: the vendor's kernel, of `gradroute.backends.vendor.VENDORS` (with edges its forward alone); None: the
-            backend's own kernels, on backends torch and cpu blocks of torch's products.
+        vendor: the vendor's kernel, by its name in `gradroute.backends.vendor.VENDORS` (with edges its forward alone);
+            None: the backend's own kernels, which on backends torch and cpu are tiles of torch's products.
         reason: why.
     """
 
@@ -37,16 +41,8 @@ class Plan(NamedTuple):
     reason: str
 
 
-def plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Routes | None,
-    sites: Any,
-    pattern: Pattern,
-    requested: str | None,
-) -> Plan:
-    """What runs a call with these effective sites.
+def plan(call: AttentionCall, requested: str | None) -> Plan:
+    """What runs a call.
 
     Vendors' kernels are the fastest where their whole backward is needed and no edges are; own kernels can do all of
     it, and leave out what has no weight.
@@ -54,14 +50,13 @@ def plan(
     Raises:
         BackendError: the requested backend, or none, can run it.
     """
-    vendor, vendor_reason = attention_vendor.choose(q, k, v, pattern)
-    has_edges = sites.score_edges is not None or sites.value_edges is not None
-    work = remaining_work(routes, sites)
+    vendor, vendor_reason = vendors.choose(call.q, call.k, call.v, call.pattern)
+    has_edges = call.sites.score_edges is not None or call.sites.value_edges is not None
+    work = remaining_work(call.routes, call.sites)
     own_first = has_edges or vendor is None or work < SKIP_BELOW
     order = OWN_FIRST if own_first else VENDOR_FIRST
-    backend = backends.choose(
-        "routed_attention", requested, q, refused(q, vendor, vendor_reason, has_edges, pattern), order
-    )
+    reasons = refused(call.q, vendor, vendor_reason, has_edges, call.pattern)
+    backend = backends.choose("routed_attention", requested, call.q, reasons, order)
     if backend in ("reference", "triton"):
         why = "it was asked for"
         if has_edges:
@@ -72,7 +67,7 @@ def plan(
             why = "masks leave so little of the backward's work that own kernels, which make no more, are faster"
         return Plan(backend, None, why)
     if has_edges and vendor is not None:
-        return Plan(backend, vendor, f"{vendor_reason}; edges between routes need a backward in blocks")
+        return Plan(backend, vendor, f"{vendor_reason}; edges between routes need a backward in tiles")
     return Plan(backend, vendor, vendor_reason)
 
 
@@ -103,7 +98,7 @@ def refused(
     return reasons
 
 
-def remaining_work(routes: Routes | None, sites: Any) -> float:
+def remaining_work(routes: Routes | None, sites: AttentionSites) -> float:
     """The share of a dense backward that masks leave, taken as if tokens came in long runs of every route alike."""
     if routes is None or routes.strength is not None:
         return 1.0

@@ -18,7 +18,7 @@ from ..primitives.protocol import ActivationTables, AttentionTables
 from ..routes import Routes
 from ..tables import Table
 from . import composed as primitives  # this module, as shared algorithms take it
-from . import tiled as attention_blocks
+from . import tiled
 from .vendor import VENDORS
 
 
@@ -247,14 +247,14 @@ def attention_forward(
         routes: of the tokens `[B, S_q]`; None: no masks.
         sites: effective sites.
         pattern: which keys a query sees.
-        vendor: the kernel, of `gradroute.backends.vendor.VENDORS`; None: in blocks.
+        vendor: the kernel, of `gradroute.backends.vendor.VENDORS`; None: tiles of torch's products.
         product: the masked product of heads.
 
     Returns:
         z `[B, H, S_q, D]`; the tensors to save: those of the kernel, its output first where that is not z.
     """
     if vendor is None:
-        o, *saved = attention_blocks.attention_forward(q, k, v, pattern)
+        o, *saved = tiled.attention_forward(q, k, v, pattern)
     else:
         o, *saved = VENDORS[vendor].forward(q, k, v, pattern)
     if sites.forward_heads is None:
@@ -301,7 +301,7 @@ def attention_backward(
     output_grad: Callable[..., tuple[Tensor, Tensor | None]] = attention_output_grad,
     product_: Callable[..., None] = masked_heads_,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk and dv of attention with every mask: around a vendor's backward, or, with edges, in blocks.
+    """dq, dk and dv of attention with every mask: around a vendor's backward, or, with edges, in tiles.
 
     Args:
         dz: `[B, H, S_q, D]`, in any layout.
@@ -323,13 +323,13 @@ def attention_backward(
         dq, dk, dv, in the shapes of q, k, v; None for what is not wanted.
     """
     o, *rest = (z, *saved) if sites.forward_heads is None else saved
-    in_blocks = vendor is None or sites.score_edges is not None or sites.value_edges is not None
-    d_o, delta = output_grad(dz, o, routes, sites, want_delta=in_blocks)
+    in_tiles = vendor is None or sites.score_edges is not None or sites.value_edges is not None
+    d_o, delta = output_grad(dz, o, routes, sites, want_delta=in_tiles)
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
-    if in_blocks:
-        dq, dk, dv = attention_blocks.attention_backward(
+    if in_tiles:
+        dq, dk, dv = tiled.attention_backward(
             d_o,
             q,
             k,

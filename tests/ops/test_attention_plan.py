@@ -41,7 +41,7 @@ def test_on_the_cpu_masks_go_around_the_vendors_kernel():
 
 
 @needs_native
-def test_on_the_cpu_a_window_is_computed_in_blocks():
+def test_on_the_cpu_a_window_is_computed_in_tiles():
     q, k, v, routes = inputs()
     plan = explain(q, k, v, routes, HEADS, window=3)
     assert plan == ("cpu", None, "cpu_flash: it has no window")

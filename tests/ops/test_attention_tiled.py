@@ -1,4 +1,4 @@
-"""Attention in blocks: the numbers, what edges forbid exactly, and how much work and memory are left."""
+"""Attention in tiles: the numbers, what edges forbid exactly, and how much work and memory are left."""
 
 import dataclasses
 import math
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from gradroute import AttentionSites, Routes, reference, testing
-from gradroute.backends import tiled as attention_blocks
+from gradroute.backends import tiled
+from gradroute.backends.tiled import backward, forward, tiling
+from gradroute.backends.tiled import edges as tiled_edges
 from gradroute.primitives.attention_pattern import Pattern
 from gradroute.tables import Table
 
@@ -51,14 +53,19 @@ WAYS = {
 
 @pytest.fixture
 def take(monkeypatch):
-    """take(way): blocks so small that a short sequence makes many, none of them full."""
+    """take(way): tiles so small that a short sequence makes many, none of them full."""
     limits = {"ROWS": 24, "KEYS": 16, "DEVICE_ROWS": 20, "DEVICE_KEYS": 13, "DEVICE_SCORES": 1 << 10}
 
     def chosen(way):
-        for name, value in (limits | WAYS[way]).items():
-            monkeypatch.setattr(attention_blocks, name, value)
+        replace(monkeypatch, limits | WAYS[way])
 
     return chosen
+
+
+def replace(monkeypatch, values):
+    """Replaces what tiles are made by; each name stands in one module."""
+    for name, value in values.items():
+        monkeypatch.setattr(tiled_edges if hasattr(tiled_edges, name) else tiling, name, value)
 
 
 class Outcome(NamedTuple):
@@ -81,15 +88,15 @@ class Call:
     score: Tensor | None = None  # [R, R]
     value: Tensor | None = None  # [R, R]
 
-    def blocks(self, want_query=True, want_key_value=True) -> Outcome:
-        o, lse = attention_blocks.attention_forward(self.q, self.k, self.v, self.pattern)
+    def tiled(self, want_query=True, want_key_value=True) -> Outcome:
+        o, lse = tiled.attention_forward(self.q, self.k, self.v, self.pattern)
         return Outcome(o, *self.backward(o, lse, want_query=want_query, want_key_value=want_key_value))
 
     def backward(self, o, lse, **wanted):
         tables = (None if weights is None else Table(weights) for weights in (self.score, self.value))
         operands = (self.d_o, self.q, self.k, self.v, o, lse)
         wanted = {"want_query": True, "want_key_value": True} | wanted
-        return attention_blocks.attention_backward(*operands, self.routes, *tables, self.pattern, **wanted)
+        return tiled.attention_backward(*operands, self.routes, *tables, self.pattern, **wanted)
 
     def exact(self) -> Outcome:
         """The reference in fp64."""
@@ -130,7 +137,7 @@ class Call:
         """The budget of testing.excess. Terms of dS cancel where queries see one key each: do vᵀ k and do vᵀ q."""
         exact = self.exact()
         plain = exact if self.q.dtype == torch.float64 else self.plain()
-        for name, *results in zip(Outcome._fields, self.blocks(**wanted), exact, plain, strict=True):
+        for name, *results in zip(Outcome._fields, self.tiled(**wanted), exact, plain, strict=True):
             actual, expected, at_dtype = results
             cancelling = self.size_of_terms() if self.pattern.window == 1 and name in ("dq", "dk") else 0.0
             excess = testing.excess(actual, expected, at_dtype.to(self.q.dtype), cancelling)
@@ -164,6 +171,14 @@ def make(
     return Call(d_o, q, k, v, pattern, routes, EDGES[score], EDGES[value])
 
 
+def on(pattern, device):
+    """The pattern with its masks on another device."""
+    masks = {name: getattr(pattern, name) for name in ("cu_seqlens", "key_mask")}
+    return pattern._replace(
+        **{name: None if mask is None else mask.to(device) for name, mask in masks.items()}
+    )
+
+
 COVERING = list(
     cases.covering(
         {
@@ -178,7 +193,7 @@ COVERING = list(
 
 
 @pytest.mark.parametrize("case", COVERING, ids=lambda case: "-".join(map(str, case.values())))
-def test_blocks_are_the_reference(case, take):
+def test_tiles_are_the_reference(case, take):
     take(case["way"])
     options = PATTERNS[case["pattern"]]
     batch = 1 if "documents" in options else 2
@@ -210,9 +225,8 @@ def test_documents_may_end_before_the_keys_and_queries_may_be_fewer(take):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_shipped_block_sizes(way, monkeypatch):
-    for name, value in WAYS[way].items():
-        monkeypatch.setattr(attention_blocks, name, value)
+def test_shipped_tile_sizes(way, monkeypatch):
+    replace(monkeypatch, WAYS[way])
     make(lengths=(700, 700), score="binary", value="fractional").assert_within_budget()
 
 
@@ -223,7 +237,7 @@ def test_lse_is_the_logarithm_of_the_sum(way, take):
     seen = reference.visible_keys(67, 67, call.q.device, True, 9, None, call.pattern.key_mask)
     scores = 0.4 * call.q @ call.k.repeat_interleave(2, 1).mT
     expected = torch.logsumexp(scores.masked_fill(~seen, -math.inf), -1)
-    o, lse = attention_blocks.attention_forward(call.q, call.k, call.v, call.pattern)
+    o, lse = tiled.attention_forward(call.q, call.k, call.v, call.pattern)
     torch.testing.assert_close(lse, expected, rtol=2**-40, atol=2**-40)
     assert (lse == -math.inf).any()
     assert (o[lse == -math.inf] == 0).all()
@@ -235,7 +249,7 @@ def test_a_vendors_lse_of_a_query_without_keys(none_seen, way, take):
     """It may be either infinity, and the output there anything."""
     take(way)
     call = make(batch=2, window=9, padding=0.6, score="fractional", value="fractional")
-    o, lse = attention_blocks.attention_forward(call.q, call.k, call.v, call.pattern)
+    o, lse = tiled.attention_forward(call.q, call.k, call.v, call.pattern)
     expected = call.backward(o, lse)
     lost = lse == -math.inf
     actual = call.backward(o.masked_fill(lost[..., None], math.nan), lse.masked_fill(lost, none_seen))
@@ -247,7 +261,7 @@ def test_scores_of_hundreds(take):
     take("picked")
     call = make(dtype=torch.float32, score="binary")
     call = dataclasses.replace(call, q=300 * call.q)
-    for actual, expected in zip(call.blocks(), call.exact(), strict=True):
+    for actual, expected in zip(call.tiled(), call.exact(), strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -259,7 +273,7 @@ def test_where_edges_forbid_nothing_passes_not_even_nan(way, take):
     ids = call.routes.ids.clone()
     ids[30] = 2  # a row of zeros
     call = dataclasses.replace(call, routes=Routes.of(ids[None], NUM_ROUTES))
-    o, lse = attention_blocks.attention_forward(call.q, call.k, call.v, call.pattern)
+    o, lse = tiled.attention_forward(call.q, call.k, call.v, call.pattern)
     expected = call.backward(o, lse)
     o[:, :, 30], lse[:, :, 30] = math.inf, math.nan
     dq, dk, dv = call.backward(o, lse)
@@ -274,11 +288,11 @@ def test_padding_and_rows_without_gradient_are_left_out_exactly(way, take):
     call = make(causal=False, padding=0.4, score="fractional", value="negative")
     silent = torch.arange(67) % 5 == 0
     call = dataclasses.replace(call, d_o=call.d_o.masked_fill(silent[:, None], 0))
-    expected = call.blocks()
+    expected = call.tiled()
     (hidden,) = ~call.pattern.key_mask
     poisoned = {"k": call.k, "v": call.v}
     poisoned = {name: t.masked_fill(hidden[:, None], math.nan) for name, t in poisoned.items()}
-    o, lse = attention_blocks.attention_forward(call.q, call.k, call.v, call.pattern)
+    o, lse = tiled.attention_forward(call.q, call.k, call.v, call.pattern)
     q, o = (t.masked_fill(silent[:, None], math.nan) for t in (call.q, o))
     gradients = dataclasses.replace(call, q=q, **poisoned).backward(o, lse)
     assert all(torch.equal(*pair) for pair in zip(gradients, expected[1:], strict=True))
@@ -291,7 +305,7 @@ def test_padding_and_rows_without_gradient_are_left_out_exactly(way, take):
 def test_a_delta_that_is_known(way, take):
     take(way)
     call = make(batch=2, score="fractional", value="binary", padding=0.3)
-    o, lse = attention_blocks.attention_forward(call.q, call.k, call.v, call.pattern)
+    o, lse = tiled.attention_forward(call.q, call.k, call.v, call.pattern)
     expected = call.backward(o, lse)
     actual = call.backward(torch.full_like(o, math.nan), lse, delta=(call.d_o * o).sum(-1))
     for pair in zip(actual, expected, strict=True):
@@ -302,16 +316,16 @@ def test_a_delta_that_is_known(way, take):
 def test_gradients_that_are_not_wanted(way, take):
     take(way)
     call = make(batch=2, score="fractional", value="binary")
-    everything = call.blocks()
-    only_query = call.blocks(want_key_value=False)
-    only_keys = call.blocks(want_query=False)
+    everything = call.tiled()
+    only_query = call.tiled(want_key_value=False)
+    only_keys = call.tiled(want_query=False)
     assert only_query.dk is None
     assert only_query.dv is None
     assert only_keys.dq is None
     torch.testing.assert_close(only_query.dq, everything.dq, rtol=2**-40, atol=2**-40)
     assert torch.equal(only_keys.dk, everything.dk)
     assert torch.equal(only_keys.dv, everything.dv)
-    assert call.blocks(want_query=False, want_key_value=False)[1:] == (None, None, None)
+    assert call.tiled(want_query=False, want_key_value=False)[1:] == (None, None, None)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -322,11 +336,11 @@ def test_any_strides(way, take):
     call = dataclasses.replace(call, d_o=call.d_o[:, :, :1, :1].expand(-1, -1, 67, 6))
     strided = {name: getattr(call, name).transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
     apart = {name: torch.stack([t, t], -1)[..., 0] for name, t in strided.items()}
-    expected = dataclasses.replace(call, d_o=call.d_o.contiguous()).blocks()
+    expected = dataclasses.replace(call, d_o=call.d_o.contiguous()).tiled()
     for layout in (strided, apart):
-        actual = dataclasses.replace(call, **layout).blocks()
+        actual = dataclasses.replace(call, **layout).tiled()
         assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
-    assert dataclasses.replace(call, **strided).blocks().dq.stride() == strided["q"].stride()
+    assert dataclasses.replace(call, **strided).tiled().dq.stride() == strided["q"].stride()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -334,7 +348,7 @@ def test_same_inputs_same_bits_and_inputs_are_not_written(way, take):
     take(way)
     call = make(batch=2, score="fractional", value="binary", padding=0.3)
     before = [t.clone() for t in (call.d_o, call.q, call.k, call.v)]
-    first, second = call.blocks(), call.blocks()
+    first, second = call.tiled(), call.tiled()
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     after = (call.d_o, call.q, call.k, call.v)
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
@@ -345,25 +359,25 @@ def test_same_inputs_same_bits_and_inputs_are_not_written(way, take):
 
 @pytest.fixture
 def multiply_adds(monkeypatch):
-    """multiply_adds(call): those of its backward, in products of blocks with `[n, D]`."""
+    """multiply_adds(call): those of its backward, in products of tiles with `[n, D]`."""
     total = 0
 
     def counted(name, size):
-        original = getattr(attention_blocks.Blockwise, name)
+        original = getattr(tiling.Tiling, name)
 
         def product(self, a, b, *rest):
             nonlocal total
             total += size(a, b, *rest)
             return original(self, a, b, *rest)
 
-        monkeypatch.setattr(attention_blocks.Blockwise, name, product)
+        monkeypatch.setattr(tiling.Tiling, name, product)
 
     counted("product", lambda a, b, tile: a.numel() * b.shape[-2])
     counted("accumulate", lambda sums, a, b: a.numel() * b.shape[-1])
 
     def of(call):
         nonlocal total
-        o, lse = attention_blocks.attention_forward(call.q, call.k, call.v, call.pattern)
+        o, lse = tiled.attention_forward(call.q, call.k, call.v, call.pattern)
         total = 0
         call.backward(o, lse)
         return total
@@ -398,8 +412,8 @@ def test_rows_without_gradient_and_padding_cost_nothing(take, multiply_adds):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_blocks_that_are_not_seen_are_skipped(way, take, multiply_adds):
-    """Of 2048 keys each query sees 32, and visits those of at most two blocks more."""
+def test_tiles_that_are_not_seen_are_skipped(way, take, multiply_adds):
+    """Of 2048 keys each query sees 32, and visits those of at most two tiles more."""
     take(way)
     call = make(lengths=(2048, 2048), heads=(1, 1), window=32, head_dim=1)
     assert multiply_adds(call) <= 5 * 2048 * (32 + 24 + 16)
@@ -430,13 +444,12 @@ def peak_bytes(run):
 @pytest.mark.parametrize("way", ["picked", "tables", "device"])
 def test_memory_grows_with_the_sequence_not_its_square(way, take, monkeypatch):
     take(way)
-    for name in ("ROWS", "KEYS", "DEVICE_ROWS", "DEVICE_KEYS"):
-        monkeypatch.setattr(attention_blocks, name, 96)
+    replace(monkeypatch, dict.fromkeys(("ROWS", "KEYS", "DEVICE_ROWS", "DEVICE_KEYS"), 96))
     calls = [
         make(lengths=(n, n), head_dim=16, dtype=torch.float32, score="binary", value="fractional")
         for n in (512, 1024)
     ]
-    small, large = (peak_bytes(call.blocks) for call in calls)
+    small, large = (peak_bytes(call.tiled) for call in calls)
     assert large <= 2.2 * small
     assert large <= peak_bytes(calls[1].by_reference) / 8
 
@@ -446,17 +459,15 @@ def test_memory_grows_with_the_sequence_not_its_square(way, take, monkeypatch):
 
 def test_a_device_is_never_waited_for(monkeypatch):
     """Tensors on the meta device have no data to look at: whoever asks for a value raises."""
-    monkeypatch.setattr(attention_blocks, "has_data", lambda tensor: True)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "has_data", lambda tensor: True)
     for options in ({}, {"window": 5}, {"documents": [0, 9, 67]}, {"padding": 0.3, "causal": False}):
         call = make(score="fractional", value="binary", **options)
-        pattern = call.pattern
-        masks = {name: getattr(pattern, name) for name in ("cu_seqlens", "key_mask")}
-        masks = {name: None if mask is None else mask.to("meta") for name, mask in masks.items()}
+        pattern = on(call.pattern, "meta")
         flat = (call.q.to("meta"), call.k.to("meta"), call.v.to("meta"))
-        shared = (pattern.causal, pattern.window, pattern.scale, *masks.values())
-        o, lse = attention_blocks.forward_op(*flat, *shared)
+        o, lse = forward.forward_op(*flat, *pattern)
         edges = (call.routes.ids.to("meta"), call.score.to("meta"), call.value.to("meta"))
-        gradients = attention_blocks.backward_op(o, *flat, o, lse, *edges, None, *shared, True, True)
+        gradients = backward.backward_op(o, *flat, o, lse, *edges, None, *pattern, True, True)
         assert [gradient.shape for gradient in gradients] == [t.shape for t in flat]
         assert all(gradient.is_meta for gradient in gradients)
 
@@ -472,7 +483,7 @@ def test_products_of_half_precision(dtype, take, monkeypatch):
         return bmm(a, b) if out_dtype is None else bmm(a.to(out_dtype), b.to(out_dtype))
 
     monkeypatch.setattr(torch, "bmm", in_fp32)
-    monkeypatch.setattr(attention_blocks, "operand_dtype", lambda t: t.dtype)
+    monkeypatch.setattr(tiling, "operand_dtype", lambda t: t.dtype)
     for options in ({}, {"score": "binary", "value": "fractional"}, {"padding": 0.3, "causal": False}):
         make(batch=2, dtype=dtype, **options).assert_within_budget()
     assert set(products) == {(dtype, dtype, torch.float32)}
@@ -484,13 +495,12 @@ def test_on_a_gpu(dtype):
     for options in PATTERNS.values():
         call = make(dtype=dtype, score="binary", value="fractional", **options)
         tensors = {name: getattr(call, name).cuda() for name in ("d_o", "q", "k", "v")}
-        masks = {name: getattr(call.pattern, name) for name in ("cu_seqlens", "key_mask")}
-        masks = {name: None if mask is None else mask.cuda() for name, mask in masks.items()}
-        pattern = call.pattern._replace(**masks)
-        call = dataclasses.replace(call, routes=call.routes.to("cuda"), pattern=pattern, **tensors)
+        call = dataclasses.replace(
+            call, routes=call.routes.to("cuda"), pattern=on(call.pattern, "cuda"), **tensors
+        )
         torch.cuda.set_sync_debug_mode("error")
         try:
-            call.blocks()
+            call.tiled()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         call.assert_within_budget()
@@ -503,13 +513,12 @@ def test_ops_pass_opcheck(device):
     for options in ({}, {"window": 5}, {"documents": [0, 9, 67]}, {"padding": 0.3, "causal": False}):
         call = make(dtype=torch.float32, score="fractional", value="binary", **options)
         flat = [t.to(device) for t in (call.q, call.k, call.v)]
-        causal, window, scale, _, *masks = call.pattern
-        shared = (causal, window, scale, *(None if mask is None else mask.to(device) for mask in masks))
-        o, lse = attention_blocks.forward_op(*flat, *shared)
+        pattern = on(call.pattern, device)
+        o, lse = forward.forward_op(*flat, *pattern)
         edges = [t.to(device) for t in (call.routes.ids, call.score, call.value)]
         gradient = call.d_o.to(device)
-        calls = {attention_blocks.forward_op: (*flat, *shared)}
-        calls[attention_blocks.backward_op] = (gradient, *flat, o, lse, *edges, None, *shared, True, True)
+        calls = {forward.forward_op: (*flat, *pattern)}
+        calls[backward.backward_op] = (gradient, *flat, o, lse, *edges, None, *pattern, True, True)
         for op, arguments in calls.items():
             outcome = torch.library.opcheck(op, arguments)
             assert set(outcome.values()) == {"SUCCESS"}, outcome
@@ -521,9 +530,9 @@ def test_compiled_calls_are_the_same():
     wanted = {"want_query": True, "want_key_value": False}
 
     def both(d_o, q, k, v):
-        o, lse = attention_blocks.attention_forward(q, k, v, call.pattern)
+        o, lse = tiled.attention_forward(q, k, v, call.pattern)
         operands = (d_o, q, k, v, o, lse, call.routes, *tables, call.pattern)
-        return o, attention_blocks.attention_backward(*operands, **wanted)
+        return o, tiled.attention_backward(*operands, **wanted)
 
     tensors = (call.d_o, call.q, call.k, call.v)
     o, gradients = torch.compile(both, fullgraph=True, backend="aot_eager")(*tensors)
