@@ -11,12 +11,12 @@ import torch
 from gradroute import testing
 from gradroute.backends.attention_plan import remaining_work
 
-from . import attention_check, memory
+from . import attention_check, memory, progress
 from .attention_cases import CASES, DTYPES, SHAPES, Entry, Shape, Way, calls, warm_step_on_cpu
 from .cases import FORWARD, FULL, Case, Findings, Plan, Step, Variant, Work, attempt
 from .ops import assert_rival_is_right
 
-#: What is not timed, and why.
+#: By case the variants that are not timed, with the reason.
 NOT_TIMED = {
     "both edges": {
         "detach": "edges by hand need [S, S] matrices in every head, as the reference has, which is timed"
@@ -26,7 +26,7 @@ MODES = {"cpu": (FULL,), "cuda": (FORWARD, FULL)}
 
 
 def plans(device: torch.device, lengths: tuple[int, ...] = (), with_compiled: bool = True) -> list[Plan]:
-    """Every case of a device, at its shape; or at other sequence lengths."""
+    """Every case of a device at its shape, or without targets at other sequence lengths."""
     shape = SHAPES[device.type]
     shapes = [shape._replace(length=length) for length in lengths] or [shape]
     dtype = str(DTYPES[device.type]).removeprefix("torch.")
@@ -46,6 +46,7 @@ def plans(device: torch.device, lengths: tuple[int, ...] = (), with_compiled: bo
 
 def case(name: str, shape: Shape, device: torch.device, with_compiled: bool = True) -> Case:
     entry = CASES[device.type][name](calls(shape, device))
+    has_limits = shape == SHAPES[device.type]  # targets were set for this shape alone
     ways = {way: one for way, one in entry.ways.items() if with_compiled or not way.endswith("compiled")}
     return Case(
         variants={way: variant(name, shape, device, way, one) for way, one in ways.items()},
@@ -53,14 +54,14 @@ def case(name: str, shape: Shape, device: torch.device, with_compiled: bool = Tr
         examine=partial(examine, entry),
         checked=attention_check.HOW,
         modes=MODES[device.type],
-        limits=entry.limits,
+        limits=entry.limits if has_limits else (),
         missing=NOT_TIMED.get(name, {}),
         work=work(shape, ways),
     )
 
 
 def work(shape: Shape, ways: Mapping[str, Way]) -> dict[str, Work]:
-    """Causal attention: 2 B H S² D forward, 2.5 times that backward, of which masks by head leave a share."""
+    """The FLOPs of causal attention: 2 B H S² D forward, and 2.5 times that backward, where masks leave a share."""
     forward = 2.0 * shape.batch * shape.heads * shape.length**2 * shape.head_dim
     shares = [
         remaining_work(way.call.routes, way.call.sites.effective) for way in ways.values() if way.call.routes
@@ -85,7 +86,7 @@ def variant(name: str, shape: Shape, device: torch.device, way_name: str, way: W
 def memory_bytes(
     device: torch.device, shape: Shape, case_name: str, way: str, mode: str, step: Step
 ) -> int | None:
-    """The peak of a pass's memory beyond its inputs; on the CPU in a process of its own."""
+    """The peak of a pass's memory beyond its inputs; on the CPU it is measured in another process."""
     if device.type == "cuda":
         return memory.on_device(step)
     return memory.on_cpu(partial(warm_step_on_cpu, shape, case_name, way))
@@ -98,8 +99,10 @@ def examine(entry: Entry, variants: Mapping[str, Any]) -> Findings:
     for name in variants:
         by_call.setdefault(id(entry.ways[name].call), []).append(name)
     for names in by_call.values():
+        progress.step("computing the reference in fp64")
         exact, plain = attention_check.exact_and_plain(entry.ways[names[0]].call)
         for name in names:
+            progress.step(f"checking {name}")
             found[name] = attempt(partial(_examine, name, entry.ways[name], exact, plain))
     return found
 

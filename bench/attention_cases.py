@@ -1,4 +1,4 @@
-"""What the suite `attention` times: calls of routed_attention by device, and what one would use instead."""
+"""The calls of routed_attention that the suite `attention` times, by device, and the ways to do without it."""
 
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gradroute import AttentionSites, Routes, attention
 from gradroute.backends.attention_plan import Plan
-from gradroute.tables import localize
+from gradroute.tables import Table, localize
 from gradroute.testing import Sample
 
 from . import memory
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
     Attributes:
         batch, heads, kv_heads, length, head_dim: B, H, G, S and D.
-        run: the least and the largest number of tokens in a row that are of one route.
+        run: the shortest and the longest run of tokens of one route.
     """
 
     batch: int
@@ -46,14 +46,14 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 class Calls(NamedTuple):
-    """Calls on the same tensors, causal.
+    """Causal calls on the same tensors.
 
     Attributes:
-        ordinary: without routes.
-        masks: heads, keys and values; half of the heads of one route off.
-        edges: every route teaches itself and route 0, through scores and values.
-        score_edges: the same through scores alone.
-        half: half of the heads off, of every route.
+        ordinary: a call without routes.
+        masks: a call whose heads, keys and values are masked; one route has half of its heads off.
+        edges: a call in which every route teaches itself and route 0, through scores and values.
+        score_edges: the same call with edges through scores alone.
+        half: a call in which every route has half of its heads off.
     """
 
     ordinary: Sample
@@ -73,7 +73,7 @@ def calls(shape: Shape, device: torch.device) -> Calls:
     tensors = {"q": normal(shape.heads), "k": normal(shape.kv_heads), "v": normal(shape.kv_heads)}
     routes, upstream = Routes.of(ids_in_runs(shape), NUM_ROUTES).to(device), normal(shape.heads)
 
-    def call(**tables: Any) -> Sample:
+    def call(**tables: Table | Tensor) -> Sample:
         return Sample("routed_attention", tensors, routes, AttentionSites(**tables), {}, upstream)
 
     by_head, by_key_head = (
@@ -109,9 +109,9 @@ class Way(NamedTuple):
     """One way to make a call.
 
     Attributes:
-        call: what it has to compute.
+        call: the call to compute.
         forward: (q, k, v) → z `[B, H, S, D]`, differentiable.
-        explain: what runs the call, and why; None: a rival.
+        explain: names the kernel that runs the call, and why; None: a rival.
     """
 
     call: Sample
@@ -119,9 +119,9 @@ class Way(NamedTuple):
     explain: Callable[[], Plan] | None = None
 
     def steps(self, mode: str) -> list[Step]:
-        """On one set of inputs."""
+        """The step of a pass on one set of inputs."""
         leaves = self.call.leaves()
-        if mode == FORWARD:  # as in training: what backward needs is kept until it returns
+        if mode == FORWARD:  # all that backward needs is kept until it returns, as in training
             return [lambda: self.forward(**leaves)]
         wanted = tuple(leaf for leaf in leaves.values() if leaf is not None)
         return [lambda: torch.autograd.grad(self.forward(**leaves), wanted, self.call.upstream)]
@@ -135,9 +135,9 @@ class Entry(NamedTuple):
     """Ways that are timed in the same rounds.
 
     Attributes:
-        ways: by name.
+        ways: the ways by name.
         rivals: names of those whose times divide everyone's; the first is the base.
-        limits: what must be reached.
+        limits: the targets.
     """
 
     ways: dict[str, Way]
@@ -146,7 +146,7 @@ class Entry(NamedTuple):
 
 
 def routed(call: Sample, backend: str | None = None) -> Way:
-    """routed_attention itself; on None: the automatic choice."""
+    """routed_attention on a backend; None stands for the automatic choice."""
     explain = partial(
         attention.explain, **call.tensors, routes=call.routes, sites=call.sites, backend=backend
     )
@@ -154,7 +154,7 @@ def routed(call: Sample, backend: str | None = None) -> Way:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
-    """PyTorch's own; `kernel`: on that one or not at all."""
+    """PyTorch's own attention; where a `kernel` is named, that one or none."""
     if kernel is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     with sdpa_kernel(kernel):
@@ -162,7 +162,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> T
 
 
 def detach(call: Sample) -> dict[str, Way]:
-    """`m*x + (1-m)*x.detach()` by head, around SDPA, eager and compiled; its masks are made here."""
+    """The detach idiom, `m*x + (1-m)*x.detach()`, by head around SDPA, eager and compiled, with masks made before."""
     idiom = partial(detach_idiom, DenseMasks(call, call.upstream.dtype))
     return {"detach": Way(call, idiom), "detach, compiled": Way(call, compiled(idiom))}
 
@@ -175,7 +175,7 @@ def detach_idiom(marks: DenseMasks, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Flex:
     """FlexAttention, compiled; edges between scores are `torch.where(edge, s, s.detach())`.
 
-    An edge is a bit of its query token, as own kernels have it: a load by row and one by column, none by element.
+    An edge is a bit of its query token, as in gradroute's kernels: a load by row and one by column, none by element.
     """
 
     def __init__(self, call: Sample) -> None:
@@ -186,18 +186,18 @@ class Flex:
 
     @cached_property
     def attend(self) -> Callable[..., Any]:
-        """Compiled at the first call."""
+        """FlexAttention, compiled at its first call."""
         return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     @cached_property
     def block_mask(self) -> Any:
-        """Causal."""
+        """The causal mask, in FlexAttention's form."""
         length, device = self.call.upstream.shape[2], self.call.upstream.device
         return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device)
 
     @cached_property
     def score_mod(self) -> Callable[..., Tensor] | None:
-        """None where there are no edges."""
+        """The change of scores that edges make; None where there are no edges."""
         routes, table = self.call.routes, self.call.tables.get("score_edges")
         if routes is None or table is None:
             return None
@@ -214,7 +214,7 @@ class Flex:
 
 
 def cudnn(calls: Calls) -> Way:
-    """The fastest unmasked attention on Hopper: the base of the CUDA cases."""
+    """cuDNN's attention, the fastest unmasked one on Hopper: the base of the CUDA cases."""
     return Way(calls.ordinary, partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION))
 
 
@@ -317,7 +317,7 @@ CASES: dict[str, dict[str, Callable[[Calls], Entry]]] = {
 
 
 def warm_step_on_cpu(shape: Shape, case: str, way: str) -> Callable[[], Any]:
-    """A step, after a short one of its kind: what is loaded once is not what it costs."""
+    """A step after a short one of its kind, so that what is loaded once is not counted."""
     short, whole = (
         CASES["cpu"][case](calls(some, torch.device("cpu"))).ways[way].steps(FULL)[0]
         for some in (shape._replace(length=min(64, shape.length)), shape)

@@ -22,7 +22,7 @@ HOW = (
 
 
 def exact_and_plain(call: Sample) -> tuple[Result, Result]:
-    """What a call must give, in fp64, and what eager PyTorch gives at its dtype."""
+    """The exact result of a call, in fp64, and the result of eager PyTorch at the call's dtype."""
     exact, plain = [], []
     for part in parts(call):
         exact.append(part.in_float64().run("reference"))
@@ -70,7 +70,7 @@ def of_heads(sites: AttentionSites, heads: slice, kv: slice) -> AttentionSites:
 
 
 def joined(results: list[Result], elements: int) -> Result:
-    """Results of `parts` as one of the call."""
+    """The results of the parts of a call joined to one of the whole call."""
 
     def whole(tensors: list[Any]) -> Tensor:
         heads = len(tensors) // elements
@@ -97,7 +97,7 @@ def eager(call: Sample, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     edges = marks.edges("value_edges", batch, q.dtype)
     if edges is None:
         o = p @ v
-    else:  # a second product that adds 0 and has the gradient of v
+    else:  # a second product, which adds 0, has the gradient of v
         taught = (edges * p).detach() @ v
         o = p @ v.detach() + (taught - taught.detach())
     return marks.by_head("heads", o)

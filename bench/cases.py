@@ -1,4 +1,4 @@
-"""What a suite is made of: cases of variants that are timed in the same rounds, and what must be reached."""
+"""The parts of a suite: cases of variants that are timed in the same rounds, and their targets."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from typing import Any, NamedTuple
 Step = Callable[[], Any]
 
 ADDED = "added"  # the quantity of a limit in microseconds
-SECONDS = "seconds"  # and of one in seconds
-FORWARD, BACKWARD, FULL, STEP = (
-    "forward",
-    "backward",
-    "full",
-    "step",
-)  # Liger-Kernel's names of passes, and one more
+SECONDS = "seconds"  # the quantity of a limit in seconds
+FORWARD, BACKWARD, FULL, STEP = "forward", "backward", "full", "step"  # three are Liger-Kernel's names
+
+#: Every pass as a reader is told of it.
+PASSES = {
+    FORWARD: FORWARD,
+    BACKWARD: BACKWARD,
+    FULL: "full: forward and backward",
+    STEP: "step: forward, backward and the optimizer's step",
+}
 
 
 class Limit(NamedTuple):
-    """What must be reached: `variant` takes at most `most` times what `rival` takes.
+    """A target: `variant` takes at most `most` times as much as `rival`. It holds for its case alone.
 
     Attributes:
         variant, rival: names of variants.
-        most: the largest ratio allowed; of "added" the microseconds, of "seconds" the seconds.
+        most: the largest ratio allowed; for "added" the microseconds, for "seconds" the seconds.
         quantity: "speed", "memory" or "saved"; "added": the time of a call beyond the rival's; "seconds": the variant's
             time itself, whatever any rival (which is "") takes.
         mode: the pass.
-        added: of the time that is added to that of this variant; "": of all of it.
+        added: a variant whose time is taken off both before they are compared; "": none.
     """
 
     variant: str
@@ -39,12 +42,12 @@ class Limit(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a pass has to do.
+    """The work of a pass.
 
     Attributes:
-        dense_flops: of the unmasked op.
-        useful_flops: what masks leave of them.
-        moved_bytes: what must be read and written at the least, where that bounds the time; None: the FLOPs do.
+        dense_flops: the FLOPs of the unmasked op.
+        useful_flops: those that masks leave.
+        moved_bytes: the least that must be read and written, where that bounds the time; None: the FLOPs do.
     """
 
     dense_flops: float
@@ -60,7 +63,7 @@ class Variant:
         steps: pass → the step on every set of inputs, which the rounds take in turn.
         saved_bytes: what autograd keeps between forward and backward; None: not asked for.
         memory_bytes: (pass, its first step) → the peak of extra memory; None: not measured on this machine.
-        plan: what runs the call and why, if it says so.
+        plan: the kernel that runs the call and why, if the variant can say so.
         is_rival: whether it is others' code, whose failure is a finding and not a failure of the run.
         does_work: whether it does the work of its case; else it has no rates.
     """
@@ -73,7 +76,7 @@ class Variant:
     does_work: bool = True
 
 
-# By variant: {} where its numbers are right, else "wrong" or "error" with the reason; further entries are kept.
+# By variant {} where its numbers are right, else "wrong" or "error" with the reason; other entries are kept.
 Findings = dict[str, dict[str, Any]]
 
 
@@ -82,18 +85,18 @@ class Case:
     """Variants that are timed in the same rounds, after `examine` has found their numbers right.
 
     Attributes:
-        variants: by name.
+        variants: the variants by name.
         rivals: names of those whose times divide everyone's; the first is the base.
         examine: checks variants on the inputs that are timed.
-        checked: how, in words.
+        checked: how they are checked, in words.
         modes: the passes to time.
-        limits: what must be reached.
-        missing: variants that this machine lacks what they need for: why.
-        work: by pass.
-        tokens: of one pass, where tokens per second are of interest.
-        held_bytes: what is there between passes and belongs to the peak; of models.
-        calls: that a step makes, where the host's clock times many together; 0: the device's clock times a step.
-        facts: what else is worth keeping.
+        limits: the targets.
+        missing: variants that this machine lacks a package or a device for, with the reason.
+        work: the work by pass.
+        tokens: the tokens of one pass, where tokens per second are of interest.
+        held_bytes: a model's bytes that are there between passes and belong to the peak.
+        calls: how many calls a step makes, where the host's clock times many together; 0: the device's clock times it.
+        facts: other numbers that are worth keeping.
     """
 
     variants: dict[str, Variant]
@@ -116,7 +119,7 @@ class Plan:
 
     Attributes:
         suite: its suite.
-        name: what it shows; unique in a run.
+        name: its name, unique in a run.
         kernel: the op, or the model.
         axes: its values on the axes, and its sizes.
         make: makes it.
@@ -132,9 +135,9 @@ class Plan:
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a measurement found, or the error with which the machine refused it: the report is there to tell it."""
+    """The findings of a measurement, or the error with which the machine refused it, for the report to tell."""
     try:
         return measure()
-    except Exception as error:  # any: compilers and vendors' kernels refuse in many ways
+    except Exception as error:  # compilers and vendors' kernels refuse with errors of many classes
         text = str(error).strip().splitlines()
         return {"error": f"{type(error).__name__}: {text[0] if text else ''}"}

@@ -17,12 +17,12 @@ FASTER, SAME, SLOWER = "faster", "same", "SLOWER"
 
 
 class Change(NamedTuple):
-    """What became of one variant in one pass of one case.
+    """The change of one variant in one pass of one case from a run A to a run B.
 
     Attributes:
-        case, mode, variant: which.
+        case, mode, variant: the names of these.
         is_rival: whether it is others' code.
-        times: of A and of B, milliseconds.
+        times: its milliseconds in A and in B.
         relatives: its times relative to the base in A and in B; None: one has none, or it is the base.
     """
 
@@ -34,7 +34,7 @@ class Change(NamedTuple):
     relatives: tuple[Figure, Figure] | None
 
     def verdict(self, threshold: float) -> str:
-        """By the relatives, where there are any."""
+        """Faster, same or slower, by the relative times where there are any."""
         return verdict(*(self.relatives or self.times), threshold)
 
     def is_regression(self, threshold: float) -> bool:
@@ -100,7 +100,7 @@ def paired(a: dict[str, Run], b: dict[str, Run]) -> tuple[list[tuple[Run, Run]],
 
 
 def changes(a: Run, b: Run) -> list[Change]:
-    """Of everything that was timed in both, in A's order."""
+    """The changes of everything that was timed in both, in A's order."""
     return [
         Change(case, mode, variant, entry.get("is_rival", False), times, relatives(a, b, case, variant, mode))
         for case, described in a.cases.items()
@@ -112,7 +112,7 @@ def changes(a: Run, b: Run) -> list[Change]:
 
 
 def relatives(a: Run, b: Run, case: str, variant: str, mode: str) -> tuple[Figure, Figure] | None:
-    """To the base; that of the base itself is always 1, and says nothing."""
+    """The times relative to the base; None for the base itself, whose ratio is always 1."""
     base = a.cases[case]["base"]
     if variant == base or b.cases[case]["base"] != base:
         return None
@@ -125,7 +125,7 @@ def figures(a: Run, b: Run, case: str, variant: str, mode: str, metric: str) -> 
 
 
 def verdict(before: Figure, after: Figure, threshold: float) -> str:
-    """Same where the medians are close, or where the ranges from 20th to 80th percentile overlap."""
+    """Faster or slower, or the same where the medians are close or the 20th to 80th percentiles overlap."""
     ratio = after.p50 / before.p50
     overlap = before.p20 <= after.p80 and after.p20 <= before.p80
     if overlap or 1 / (1 + threshold) <= ratio <= 1 + threshold:
@@ -133,11 +133,8 @@ def verdict(before: Figure, after: Figure, threshold: float) -> str:
     return SLOWER if ratio > 1 else FASTER
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def header(a: Run, b: Run) -> list[str]:
-    """The two runs, and first of all in what they differ but for the code."""
+    """The two runs, and in what they differ besides the code."""
     text = [f"A: run {a.name} on {a.machine}", f"B: run {b.name} on {b.machine}"]
     differing = differences(a.description, b.description)
     if a.machine != b.machine:
@@ -157,7 +154,7 @@ def header(a: Run, b: Run) -> list[str]:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What is not the same in the environments, the ceilings and the rounds."""
+    """The entries of the environments, and the rounds, that are not the same."""
     before, after = ({"rounds": one["rounds"], **one["environment"]} for one in (a, b))
     names = dict.fromkeys([*before, *after])
     return [
@@ -167,7 +164,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, st
     ]
 
 
-def worded(name: str, value: Any) -> str:
+def worded(name: str, value: object) -> str:
     if value is None:
         return "none"
     if name == "clean":
@@ -208,7 +205,7 @@ def cells(change: Change, threshold: float) -> tuple[str, ...]:
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns of one width each, indented."""
+    """The rows as indented lines whose columns have one width each."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         ("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
@@ -217,7 +214,7 @@ def aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def unpaired(a: Run, b: Run) -> list[str]:
-    """What was timed in one of them alone, with the reason if the other tells it."""
+    """The cases and variants that only one run timed, with the reason if the other tells it."""
     text = [*only(a, b, "A"), *only(b, a, "B")]
     return ["", *text] if text else []
 

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +22,42 @@ from torch import Tensor, nn
 from gradroute import MLPSites
 from gradroute.models import RoutingPlan, route
 
-from . import memory
+from . import memory, progress
 from .cases import STEP, Case, Findings, Limit, Plan, Step, Variant, attempt
 from .model import held_bytes
-from .model_cases import Confined, detach_confined, transformers, with_shared_weights
+from .model_cases import Confined, detach_confined, with_shared_weights
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BASE = "unrouted"
 RIVALS = (BASE, "detach", "detach, hidden units")
-LEARNING_RATE = 1e-7  # so small that the model stays what it was checked as
-ROWS, LENGTH, FORGET_SHARE = 4, 256, 0.4  # as the demo has them
+LEARNING_RATE = 1e-7  # so small that the model that is timed is still the one that was checked
+ROWS, LENGTH, FORGET_SHARE = 4, 256, 0.4  # the demo's
 SETS = 2  # batches that the rounds take in turn
-TOLERANCE = 1e-4  # of a gradient's largest entry: sums over a thousand tokens, in another order, in fp32
+TOLERANCE = 1e-4  # share of a gradient's largest entry: fp32 sums over a thousand tokens in another order
 
 CHECKED = (
     "every variant, before it is timed, with the weights and the batches that are timed: the gradient of every "
     f"parameter by its largest error, at most {TOLERANCE:g} of the largest entry, against the detach idiom in fp64"
 )
 
-#: The step at which all parameters' gradients are there, in `grad`: a batch → its loss.
-Accumulate = Callable[[Any], Tensor]
+
+class DemoBatch(Protocol):
+    """A `Batch` of the example, which is imported by name: its fields are `[B, S]`."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    route_ids: Tensor
+
+
+class DemoShape(Protocol):
+    """A `Shape` of the example: only what is read here."""
+
+    forget_units: int
+
+
+#: Forward and backward of a batch → its loss; afterwards every parameter has its gradient in `grad`.
+Accumulate = Callable[[DemoBatch], Tensor]
 
 
 class Training(NamedTuple):
@@ -56,11 +73,11 @@ class Training(NamedTuple):
     meaning: str
     accumulate: Accumulate
     is_rival: bool
-    loss: Callable[[Any], Tensor] | None = None
+    loss: Callable[[DemoBatch], Tensor] | None = None
 
 
 def plans(device: torch.device) -> list[Plan]:
-    """The one case."""
+    """The one case of this suite."""
     limits = (Limit("routed", BASE, 1.02, mode=STEP), Limit("routed", "detach", 0.85, mode=STEP))
     axes = {"tokens": ROWS * LENGTH, "dtype": "float32", "share": FORGET_SHARE}
     make = partial(case, device, limits if device.type == "cpu" else ())
@@ -74,19 +91,20 @@ def why_missing() -> str | None:
 
 
 @cache
-def unlearning(module: str) -> Any:
-    """A module of the example."""
-    transformers()
+def unlearning(module: str) -> ModuleType:
+    """A module of the example examples/unlearning."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     return importlib.import_module(f"unlearning.{module}")
 
 
 @cache
-def batches(number: int) -> tuple[Any, ...]:
-    """Those on which the demo trains first."""
+def batches(number: int) -> tuple[DemoBatch, ...]:
+    """The batches on which the demo trains first."""
     corpus = unlearning("corpus")
+    progress.stage("reading the demo's texts")
     texts = corpus.load_corpus(0)
+    progress.stage("training their tokenizer")
     tokenizer = corpus.train_tokenizer(texts, unlearning("model").Shape().vocabulary)
     documents = [corpus.encode(tokenizer, of_route) for of_route in texts.train]
     packed = corpus.pack(corpus.mixture(documents, FORGET_SHARE, 0), number * ROWS, LENGTH)
@@ -100,7 +118,7 @@ def make_model() -> nn.Module:
 
 def case(device: torch.device, limits: tuple[Limit, ...]) -> Case:
     model = make_model().to(device)
-    the_batches = list(batches(SETS))  # from the host, as in training: that is where routes are counted
+    the_batches = list(batches(SETS))  # on the host, as in training, where routes are counted
     made = trainings(model)
     optimizer = make_optimizer(model)
     return Case(
@@ -127,7 +145,7 @@ def case(device: torch.device, limits: tuple[Limit, ...]) -> Case:
 
 
 def trainings(model: nn.Module) -> dict[str, Training]:
-    """By name, all around the same parameters."""
+    """The ways to train by name, all around the same parameters."""
     example, cost = unlearning("model"), unlearning("cost")
     shape = example.Shape()
     plan = example.routing_plan(model, shape)
@@ -149,18 +167,18 @@ def trainings(model: nn.Module) -> dict[str, Training]:
     return made | {"homogeneous steps": Training("SGTM", homogeneous, is_rival=True)}
 
 
-def backward(loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
+def backward(loss: Callable[[DemoBatch], Tensor], batch: DemoBatch) -> Tensor:
     value = loss(batch)
     value.backward()
     return value
 
 
-def unrouted_loss(model: nn.Module, batch: Any) -> Tensor:
+def unrouted_loss(model: nn.Module, batch: DemoBatch) -> Tensor:
     return unlearning("model").loss_of(model, batch, routed=False)
 
 
-def sgtm_parts(shape: Any) -> Confined:
-    """What the demo's plan confines: forget tokens train the last hidden units, embedding and norms."""
+def sgtm_parts(shape: DemoShape) -> Confined:
+    """The parts that the demo's plan confines: forget tokens train the last hidden units, embedding and norms."""
     units = shape.forget_units
     rows = dict.fromkeys(("q_proj", "k_proj", "v_proj", "lm_head"), 0)
     return Confined(
@@ -170,11 +188,11 @@ def sgtm_parts(shape: Any) -> Confined:
     )
 
 
-def detach_sgtm(model: nn.Module, shape: Any) -> Callable[[Any], Tensor]:
+def detach_sgtm(model: nn.Module, shape: DemoShape) -> Callable[[DemoBatch], Tensor]:
     return detach_confined(model, sgtm_parts(shape), unrouted_loss)
 
 
-def detach_hidden(model: nn.Module, sites: MLPSites) -> Callable[[Any], Tensor]:
+def detach_hidden(model: nn.Module, sites: MLPSites) -> Callable[[DemoBatch], Tensor]:
     """`m*h + (1-m)*h.detach()` at the hidden units; the dense masks of a batch are made when it first comes."""
     tables = [table.weights for table in (sites.forward, sites.hidden) if table is not None]
     of_batch: dict[int, list[Tensor]] = {}
@@ -189,7 +207,7 @@ def detach_hidden(model: nn.Module, sites: MLPSites) -> Callable[[Any], Tensor]:
         if name.endswith("down_proj"):
             module.register_forward_pre_hook(masked)
 
-    def loss(batch: Any) -> Tensor:
+    def loss(batch: DemoBatch) -> Tensor:
         ids = batch.route_ids
         if id(ids) not in of_batch:
             of_batch[id(ids)] = [table.to(model.dtype)[ids].to(model.device) for table in tables]
@@ -200,20 +218,20 @@ def detach_hidden(model: nn.Module, sites: MLPSites) -> Callable[[Any], Tensor]:
 
 
 class Homogeneous:
-    """As SGTM's code trains: one label a step, gradients of parameters masked as a whole; here their sum is one step.
+    """The way that SGTM's code trains: one label a step, gradients masked as a whole; here their sum is one step.
 
     Every label's part of a batch is made when it first comes: its documents end to end, in one row.
     """
 
-    def __init__(self, model: Any, shape: Any) -> None:
+    def __init__(self, model: nn.Module, shape: DemoShape) -> None:
         self.model, self.parts = model, sgtm_parts(shape)
-        self.batches: dict[int, tuple[Any, Any, int]] = {}
+        self.batches: dict[int, tuple[DemoBatch, DemoBatch, int]] = {}
         self.seen: Tensor | None = None
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in self.parts.unseen:
                 module.register_forward_pre_hook(self._hide)
 
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: DemoBatch) -> Tensor:
         if id(batch.route_ids) not in self.batches:
             parts = (part.to(self.model.device) for part in by_label(batch))
             self.batches[id(batch.route_ids)] = (*parts, predicted(batch))
@@ -232,7 +250,7 @@ class Homogeneous:
     def _hide(self, module: nn.Module, arguments: tuple[Tensor]) -> Tensor | None:
         return None if self.seen is None else arguments[0] * self.seen
 
-    def _backward(self, batch: Any, total: int) -> Tensor:
+    def _backward(self, batch: DemoBatch, total: int) -> Tensor:
         loss = self.model(
             batch.input_ids,
             labels=batch.labels,
@@ -244,7 +262,7 @@ class Homogeneous:
         return loss.detach()
 
     def _confine(self) -> None:
-        """Zeroes what forget tokens may not update."""
+        """Zeroes the gradients of parameters that forget tokens may not update."""
         for full_name, weight in self.model.named_parameters():
             name = full_name.split(".")[-2]
             if name in self.parts.rows:
@@ -253,15 +271,15 @@ class Homogeneous:
                 weight.grad[:, : weight.shape[1] - self.parts.columns[name]].zero_()
 
 
-def predicted(batch: Any) -> int:
+def predicted(batch: DemoBatch) -> int:
     return int((batch.labels[:, 1:] != unlearning("corpus").NO_LABEL).sum())
 
 
-def by_label(batch: Any) -> list[Any]:
-    """The batch's documents of each label, end to end in one row; a row's first token is predicted by none still."""
+def by_label(batch: DemoBatch) -> list[DemoBatch]:
+    """The batch's documents of each label end to end in one row; the first token of a row stays unpredicted."""
     labels, positions = batch.labels.clone(), batch.position_ids.clone()
     labels[:, 0] = unlearning("corpus").NO_LABEL
-    # A document that goes on in the next row began anew there; RoPE is relative, so it may count from 0.
+    # A document that went on in the next row began anew there; RoPE is relative, so its positions may count from 0.
     starts = (positions == 0) | (torch.arange(positions.shape[1], device=positions.device) == 0)
     index = torch.arange(positions.numel(), device=positions.device).view_as(positions)
     positions = index - (index * starts).flatten().cummax(0)[0].view_as(index)
@@ -272,7 +290,7 @@ def by_label(batch: Any) -> list[Any]:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """The demo's, with its state, at so small a rate that the model stays what it was."""
+    """The demo's optimizer with its state, at a rate so small that the model hardly changes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -281,11 +299,11 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def steps(
-    training: Training, model: nn.Module, of: list[Any], optimizer: torch.optim.Optimizer, mode: str
+    training: Training, model: nn.Module, of: list[DemoBatch], optimizer: torch.optim.Optimizer, mode: str
 ) -> list[Step]:
     """A whole step of the demo on every batch."""
 
-    def step(batch: Any) -> None:
+    def step(batch: DemoBatch) -> None:
         optimizer.zero_grad()
         training.accumulate(batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -294,20 +312,20 @@ def steps(
     return [partial(step, batch) for batch in of]
 
 
-def saved_bytes(loss: Callable[[Any], Tensor], model: nn.Module, batch: Any) -> int:
-    """What autograd keeps between forward and backward."""
+def saved_bytes(loss: Callable[[DemoBatch], Tensor], model: nn.Module, batch: DemoBatch) -> int:
+    """Bytes that autograd keeps between forward and backward."""
     return memory.saved(partial(loss, batch), model.parameters())
 
 
-def memory_bytes(device: torch.device, name: str, batch: Any, mode: str, step: Step) -> int | None:
-    """The peak of a step's memory beyond what is there between steps; on the CPU in a process of its own."""
+def memory_bytes(device: torch.device, name: str, batch: DemoBatch, mode: str, step: Step) -> int | None:
+    """The peak of a step's memory beyond what is there between steps; on the CPU it is measured in another process."""
     if device.type == "cuda":
         return memory.on_device(step)
     return memory.on_cpu(partial(warm_step_on_cpu, name, tuple(batch)))
 
 
 def warm_step_on_cpu(name: str, fields: tuple[Tensor, ...]) -> Step:
-    """A step, after one on a row of the batch: what is loaded once is not what it costs."""
+    """A step after one on a row of the batch, so that what is loaded once is not counted."""
     batch = unlearning("corpus").Batch(*fields)
     model = make_model()
     training, optimizer = trainings(model)[name], make_optimizer(model)
@@ -316,28 +334,26 @@ def warm_step_on_cpu(name: str, fields: tuple[Tensor, ...]) -> Step:
     return whole
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def examine(
-    made: Mapping[str, Training], model: nn.Module, of: list[Any], variants: Mapping[str, Any]
+    made: Mapping[str, Training], model: nn.Module, of: list[DemoBatch], variants: Mapping[str, Any]
 ) -> Findings:
     """Checks the gradients of every variant on every batch; see CHECKED."""
     found: Findings = {name: {} for name in variants}
     for batch in of:
-        exact = {
-            meaning: exact_gradients(model, meaning, batch)
-            for meaning in {one.meaning for one in made.values()}
-        }
+        exact = {}
+        for meaning in dict.fromkeys(one.meaning for one in made.values()):
+            progress.step(f"computing the gradients of {meaning} in fp64")
+            exact[meaning] = exact_gradients(model, meaning, batch)
         for name in variants:
             if not found[name]:
+                progress.step(f"checking {name}")
                 found[name] = attempt(partial(_examine, made[name], model, batch, exact[made[name].meaning]))
     model.zero_grad()
     return found
 
 
-def exact_gradients(model: nn.Module, meaning: str, batch: Any) -> dict[str, Tensor]:
-    """By the detach idiom in fp64 (but for what transformers computes in fp32: norms and the loss)."""
+def exact_gradients(model: nn.Module, meaning: str, batch: DemoBatch) -> dict[str, Tensor]:
+    """The gradients by the detach idiom in fp64, but for norms and the loss, which transformers computes in fp32."""
     wide = copy.deepcopy(model).double()
     shape = unlearning("model").Shape()
     if meaning == "SGTM":
@@ -351,13 +367,15 @@ def exact_gradients(model: nn.Module, meaning: str, batch: Any) -> dict[str, Ten
     return gradients(wide, partial(backward, loss), batch)
 
 
-def gradients(model: nn.Module, accumulate: Accumulate, batch: Any) -> dict[str, Tensor]:
+def gradients(model: nn.Module, accumulate: Accumulate, batch: DemoBatch) -> dict[str, Tensor]:
     model.zero_grad()
     accumulate(batch)
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def _examine(training: Training, model: nn.Module, batch: Any, exact: dict[str, Tensor]) -> dict[str, Any]:
+def _examine(
+    training: Training, model: nn.Module, batch: DemoBatch, exact: dict[str, Tensor]
+) -> dict[str, Any]:
     got = gradients(model, training.accumulate, batch)
     shares = {name: float((got[name] - want).abs().max() / want.abs().max()) for name, want in exact.items()}
     where = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])

@@ -89,7 +89,7 @@ def ratio(value: float | None) -> str:
 
 
 def where(runs: Sequence[Run]) -> str:
-    """The machine, PyTorch's version and the commits."""
+    """The machine, PyTorch's version and the commits of some runs."""
     environments = [run.description["environment"] for run in runs]
     commits = list(dict.fromkeys(commit(one) for one in environments))
     torch = " and ".join(dict.fromkeys(one["torch"] for one in environments))

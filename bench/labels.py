@@ -1,4 +1,4 @@
-"""The suite `labels`: what it costs to say which route each of ten million tokens takes."""
+"""The suite `labels`: the time to decide the route of each of ten million tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from torch import Tensor
 
 from gradroute import labels
 
+from . import progress
 from .cases import FORWARD, SECONDS, Case, Findings, Limit, Plan, Variant, attempt
 
 OWN = "gradroute"
 TOKENS = 10_000_000
-MOST_SECONDS = 2.0  # for TOKENS on two cores
+LEAST_TOKENS = 100
+MOST_SECONDS = 2.0  # the target for TOKENS tokens on two cores
 VOCABULARY = 50_257
 WANTED = 1_000  # token ids that are looked up
-NGRAMS = 1_000  # sequences that are looked for, of 1 to LONGEST tokens
+NGRAMS = 1_000  # sequences of 1 to LONGEST tokens that are looked for
 LONGEST = 8
-DOCUMENT = (64, 1024)  # tokens
-FORGET_SHARE = 0.1  # of the documents
-TOPIC_SHARE = 0.2  # of the tokens of forget documents: wanted ones
-SAMPLE = 20_000  # tokens at least, the last documents, that the slow way labels too
+DOCUMENT = (64, 1024)  # the fewest and the most tokens of a document
+FORGET_SHARE = 0.1  # share of documents that are to be forgotten
+TOPIC_SHARE = 0.2  # share of wanted tokens in forget documents
+SAMPLE = 20_000  # tokens at least that the slow way labels too: those of the last documents
 
 CHECKED = (
     f"on the inputs that are timed: the labels of the last documents, of {SAMPLE} tokens or a few more, exactly those "
@@ -36,15 +38,15 @@ CHECKED = (
 
 
 class Corpus(NamedTuple):
-    """Tokens of one packed row, and by what they are labelled.
+    """Tokens of one packed row, and the data that label them.
 
     Attributes:
         input_ids: `[T]` int64; small ids are the frequent ones.
         cu_seqlens: `[D + 1]` int64, on the CPU.
-        forget: `[D]` bool: whether a document is of the forget corpus.
+        forget: `[D]` bool, true for the documents of the forget corpus.
         wanted: token ids, `[WANTED]`, on the CPU.
         ngrams: token sequences, from the text.
-        sample: from which document on the slow way labels, and from which token.
+        sample: the first document that the slow way labels, and its first token.
     """
 
     input_ids: Tensor
@@ -55,19 +57,19 @@ class Corpus(NamedTuple):
     sample: tuple[int, int]
 
 
-# By output: the labels of all tokens, or of the sample.
+# The labels by output, for all tokens or for those of the sample.
 Labels = dict[str, Tensor]
 
 
 class Entry(NamedTuple):
-    """A case: the ways to label a corpus, the first of them ours, and the slow one, which labels the sample alone."""
+    """A case: the ways to label a corpus, gradroute's first, and the slow way, which labels the sample alone."""
 
     ways: dict[str, Callable[[Corpus], Labels]]
     slow: Callable[[Corpus], Labels]
 
 
 def corpus(tokens: int, device: torch.device) -> Corpus:
-    """Always the same one."""
+    """The corpus of so many tokens, always the same one."""
     generator = torch.Generator().manual_seed(0)
     input_ids = (VOCABULARY * torch.rand(tokens, generator=generator) ** 4).long()
     shortest, longest = DOCUMENT
@@ -91,10 +93,6 @@ def corpus(tokens: int, device: torch.device) -> Corpus:
         [tuple(input_ids[at : at + n].tolist()) for at, n in zip(begins, of_length, strict=True)],
         (first, int(cu_seqlens[first])),
     )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The ways.
 
 
 def lookup(of: Corpus) -> Labels:
@@ -132,7 +130,7 @@ def ngrams_slow(of: Corpus) -> Labels:
 
 
 def strength(of: Corpus) -> Labels:
-    """Both counts, the strength of each token of the vocabulary, and that of each token of the text, moved."""
+    """Counts of the forget corpus and strengths of the text's tokens, moved to the positions that predict them."""
     in_forget = labels.documents(of.forget, cu_seqlens=of.cu_seqlens)
     everything = labels.token_counts(of.input_ids, VOCABULARY)
     forget = labels.token_counts(of.input_ids[in_forget], VOCABULARY)
@@ -159,7 +157,7 @@ def strength_slow(of: Corpus) -> Labels:
 
 
 def chain(of: Corpus) -> Labels:
-    """Three rules by priority: n-grams, tokens in forget documents, forget documents; at the positions that predict."""
+    """Routes by three rules: n-grams, then tokens in forget documents, then forget documents."""
     in_forget = labels.documents(of.forget, cu_seqlens=of.cu_seqlens)
     found = labels.match_ngrams(of.input_ids, of.ngrams, cu_seqlens=of.cu_seqlens)
     wanted = labels.match_tokens(of.input_ids, of.wanted) & in_forget
@@ -190,7 +188,7 @@ def sampled_documents(of: Corpus) -> list[list[int]]:
     return [tokens[a - start : b - start] for a, b in itertools.pairwise(bounds)]
 
 
-#: By name. Their times are with all that is made from Python lists, such as the trie of the n-grams.
+#: The cases by name. Their times include whatever is made from Python lists, such as the trie of the n-grams.
 CASES = {
     f"{WANTED} token ids": Entry(
         {OWN: lookup, "torch.isin": lookup_torch, "numpy.isin": lookup_numpy}, lookup_slow
@@ -201,11 +199,15 @@ CASES = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def plans(device: torch.device, lengths: tuple[int, ...] = ()) -> list[Plan]:
-    """Every case, or every one with corpora of other lengths; the limit is of TOKENS on the CPU."""
+    """Every case, or every one with corpora of other lengths; the target is one for TOKENS on the CPU.
+
+    Raises:
+        ValueError: a corpus too short to sample from.
+    """
+    for tokens in lengths:
+        if tokens < LEAST_TOKENS:
+            raise ValueError(f"tokens: got {tokens}, expected at least {LEAST_TOKENS} for the suite labels")
     return [
         Plan(
             "labels",
@@ -240,9 +242,13 @@ def _steps(way: Callable[[Corpus], Labels], of: Corpus, mode: str) -> list[Calla
 
 
 def examine(entry: Entry, of: Corpus, variants: Mapping[str, Any]) -> Findings:
-    """Each way's labels of the sample, against the slow way's."""
+    """Compares each way's labels of the sample with the slow way's."""
     expected = entry.slow(of)
-    return {name: attempt(partial(compared, entry.ways[name], of, expected)) for name in variants}
+    found: Findings = {}
+    for name in variants:
+        progress.step(f"checking {name}")
+        found[name] = attempt(partial(compared, entry.ways[name], of, expected))
+    return found
 
 
 def compared(way: Callable[[Corpus], Labels], of: Corpus, expected: Labels) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The suite `launch`: what a routed call costs beyond its arithmetic, on tensors too small to take time."""
+"""The suite `launch`: the time of a routed call beyond its arithmetic, on tensors too small to take any."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from gradroute import backends, testing
 
 from . import ops
 from .cases import ADDED, FORWARD, FULL, Case, Limit, Plan, Step, Variant
-from .settings import ACTIVATION_SITES, UPDATE_SITES
+from .op_table import OPS
 
 BASE = "unrouted"  # the public function without routes: the ordinary op behind one test
-CALLS = 100  # in a row, timed together by the host's clock
+CALLS = 100  # calls in a row, which the host's clock times together
 TOKENS, WIDTH = 4, 8
-MOST_MICROSECONDS = 15.0  # that the forward of a routed call may take beyond the ordinary one
+MOST_MICROSECONDS = (
+    15.0  # the target: how much longer the forward of a routed call takes than the ordinary one
+)
 
 
 def plans(device: torch.device) -> list[Plan]:
-    """Every op."""
+    """A case for every op."""
     axes = {"tokens": TOKENS, "d_model": WIDTH, "d_ff": WIDTH, "dtype": "float32"}
     return [Plan("launch", f"{op}, launch", op, axes, partial(case, op, device)) for op in backends.OPS]
 
 
 def case(op: str, device: torch.device) -> Case:
-    """One small call of an op with one site, routed and ordinary; its automatic backend."""
+    """One small call of an op with one site, routed and ordinary, on the automatic backend."""
     sizes = testing.Sizes(d_model=WIDTH, d_ff=WIDTH, vocabulary=WIDTH, heads=2, kv_heads=1, head_dim=WIDTH)
-    sites = ACTIVATION_SITES.get(op) or UPDATE_SITES.get(op) or ("heads",)
+    entry = OPS.get(op)
+    sites = (entry.activation or entry.update) if entry is not None else ("heads",)
     tokens = (1, TOKENS) if op == "routed_attention" else TOKENS
     # oneDNN takes 8 µs for a GELU of any size, more than all else here, and now and then twice as long.
     keywords = {"activation": "silu"} if testing.variants(op)[0].get("activation") else {}

@@ -1,20 +1,28 @@
-"""What a figure depends on beside the code: versions, the commit, the processor and its ceilings."""
+"""The machine that figures depend on: versions, the commit, the processor, and the ceilings of its rates."""
 
 from __future__ import annotations
 
-import re
-import statistics
 import subprocess
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from gradroute import __main__ as report
 
+from . import progress
+from .cases import Step
 from .timing import clock_of
+
+
+class Ceilings(TypedDict):
+    """GB/s of a copy ("copy"), and by dtype TFLOP/s of a matrix product ("gemm")."""
+
+    copy: float
+    gemm: dict[str, float]
+
 
 ROUNDS = 7
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # read and written
@@ -22,11 +30,14 @@ SOURCES = (
     *(f":/{name}" for name in ("gradroute", "kernels", "csrc", "bench", "examples")),
     ":!/bench/results",
 )
-GEMM_WIDTH = {"cpu": 2048, "cuda": 8192}
+GEMM_SHAPES = {  # (m, n, k): products run at other rates in other shapes, and the ceiling is the highest
+    "cpu": ((2048, 2048, 2048), (8192, 1024, 1024)),
+    "cuda": ((8192, 8192, 8192), (16384, 14336, 4096)),
+}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processors, and the commit; what a run that goes on must find unchanged."""
+    """Versions, processors, and the commit: a run that goes on must find all of it unchanged."""
     found = report.versions() | report.cpu()
     found |= {name: report.version(name) for name in ("transformers", "liger_kernel")}
     if device.type == "cuda":
@@ -36,15 +47,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found | {"commit": commit, "clean": None if changes is None else changes == ""}
 
 
-def folder(device: torch.device) -> str:
-    """The name of this machine's folder of results: "cpu-2-cores", "nvidia-h200"."""
-    if device.type == "cpu":
-        return f"cpu-{torch.get_num_threads()}-cores"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-
-
 def _git(*arguments: str) -> str | None:
-    """What git says of this checkout; None outside of one."""
+    """The output of a git command on this checkout; None outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -52,14 +56,26 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def ceilings(device: torch.device, dtypes: Iterable[str]) -> dict[str, Any]:
-    """GB/s of a copy ("copy"), and by dtype TFLOP/s of a square matrix product ("gemm"), both of random data."""
-    gemm = {name: gemm_rate(device, getattr(torch, name)) for name in sorted(set(dtypes))}
-    return {"copy": copy_rate(device), "gemm": gemm}
+def ceilings(device: torch.device, dtypes: Iterable[str]) -> Ceilings:
+    """The highest rates found, of random data: a ceiling is the fastest of some rounds and not their median."""
+    progress.stage("measuring the ceilings: a copy")
+    copy = copy_rate(device)
+    gemm = {}
+    for name in sorted(set(dtypes)):
+        progress.stage(f"measuring the ceilings: products in {name}")
+        gemm[name] = gemm_rate(device, getattr(torch, name))
+    return {"copy": copy, "gemm": gemm}
+
+
+def higher(one: Ceilings, other: Ceilings) -> Ceilings:
+    """The higher of two measurements, for a shared machine is not always equally fast."""
+    names = dict.fromkeys([*one["gemm"], *other["gemm"]])
+    gemm = {name: max(of["gemm"].get(name, 0.0) for of in (one, other)) for name in names}
+    return {"copy": max(one["copy"], other["copy"]), "gemm": gemm}
 
 
 def copy_rate(device: torch.device) -> float:
-    """GB/s, read and written."""
+    """GB/s read and written by a copy."""
     size = COPY_BYTES[device.type]
     source = torch.randint(256, (size // 2,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -67,14 +83,16 @@ def copy_rate(device: torch.device) -> float:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s."""
-    width = GEMM_WIDTH[device.type]
-    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    return 2 * width**3 / _milliseconds(device, partial(torch.mm, a, b)) / 1e9
+    """TFLOP/s of a matrix product in the fastest of the shapes."""
+    rates = []
+    for m, n, k in GEMM_SHAPES[device.type]:
+        a, b = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((m, k), (k, n)))
+        rates.append(2 * m * n * k / _milliseconds(device, partial(torch.mm, a, b)) / 1e9)
+    return max(rates)
 
 
-def _milliseconds(device: torch.device, step: Any) -> float:
-    """The median after a run to warm up."""
+def _milliseconds(device: torch.device, step: Step) -> float:
+    """Milliseconds of the fastest round of a step, after one that warms up."""
     clock = clock_of(device)
     clock(step)
-    return 1e3 * statistics.median(clock(step) for _ in range(ROUNDS))
+    return 1e3 * min(clock(step) for _ in range(ROUNDS))

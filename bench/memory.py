@@ -1,4 +1,4 @@
-"""How much memory a step needs at its peak, beyond what there was before it.
+"""The memory that a step needs at its peak, beyond what there was before it.
 
 On the CPU the step runs in a process of its own, `python -m bench.memory`, which reads its own pages from Linux: the
 largest number resident since `/proc/self/clear_refs` reset it (VmHWM), less those resident before the step (VmRSS).
@@ -21,7 +21,7 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def on_device(step: Step) -> int:
-    """Bytes, by torch's allocator for CUDA."""
+    """Bytes that a step needs at its peak, by torch's allocator for CUDA."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -31,12 +31,12 @@ def on_device(step: Step) -> int:
 
 
 def on_cpu(make: Callable[[], Step]) -> int | None:
-    """Bytes, of a step that a picklable function makes in the process of its own; None where Linux is not."""
+    """Bytes that a step needs in a process of its own, where a picklable function makes it; None outside of Linux."""
     if not CLEAR_REFS.exists():
         return None
     environment = os.environ | {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        # What is freed is returned at once: else memory that `make` freed would be used again, uncounted.
+        # Freed memory is returned at once; otherwise what `make` freed would be used again, uncounted.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
     }
     done = subprocess.run(
@@ -46,12 +46,13 @@ def on_cpu(make: Callable[[], Step]) -> int | None:
         cwd=Path(__file__).parent.parent,
         env=environment,
         check=True,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then kills the other
     )
     return int(done.stdout)
 
 
 def measure(step: Step) -> int:
-    """Bytes, in this process."""
+    """Bytes that a step needs at its peak in this process."""
     before = resident("VmRSS")
     CLEAR_REFS.write_text("5", encoding="ascii")
     step()
@@ -59,7 +60,7 @@ def measure(step: Step) -> int:
 
 
 def saved(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps for the backward of a forward, those of weights aside."""
+    """Bytes of the distinct storages that autograd keeps for a backward, those of weights aside."""
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def saved(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept_alive = forward()  # or an address that was freed could stand for two tensors
+        kept_alive = forward()  # otherwise a freed address could stand for two tensors
     for weight in weights:
         sizes.pop(weight.untyped_storage().data_ptr(), None)
     del kept_alive
@@ -76,7 +77,7 @@ def saved(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
 
 
 def resident(field: str) -> int:
-    """Bytes, from a line such as `VmHWM:    13552 kB`."""
+    """Bytes of a field of /proc/self/status, from a line such as `VmHWM:    13552 kB`."""
     lines = STATUS.read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

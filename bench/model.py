@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import memory, model_check
+from . import memory, model_check, progress
 from .cases import STEP, Case, Findings, Limit, Plan, Step, Variant, attempt
 from .model_cases import (
     BY_HAND,
@@ -28,9 +28,9 @@ from .model_cases import (
 
 BASE = "unrouted"
 RIVALS = (BASE, "detach, hidden units", "detach, SGTM", "Liger")
-SEEDS = (0, 1)  # of the batches that the rounds take in turn
+SEEDS = (0, 1)  # seeds of the batches that the rounds take in turn
 
-#: On CUDA; on the CPU the demo's model has limits, see end_to_end.py.
+#: Targets on CUDA. On the CPU the demo's model has targets, see end_to_end.py.
 LIMITS = (
     Limit("routed, hidden units", BASE, 1.0, mode=STEP),
     Limit("routed, hidden units", BASE, 1.01, "memory", STEP),
@@ -88,19 +88,19 @@ def steps(
 
 
 def saved_bytes(training: Training, model: nn.Module, batch: Batch) -> int:
-    """What autograd keeps between forward and backward."""
+    """Bytes that autograd keeps between forward and backward."""
     return memory.saved(partial(training.loss, batch), model.parameters())
 
 
 def memory_bytes(device: torch.device, shape: Shape, name: str, mode: str, step: Step) -> int | None:
-    """The peak of a step's memory beyond what is there between steps; on the CPU in a process of its own."""
+    """The peak of a step's memory beyond what is there between steps; on the CPU it is measured in another process."""
     if device.type == "cuda":
         return memory.on_device(step)
     return memory.on_cpu(partial(warm_step_on_cpu, shape, name))
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """What is there between steps: parameters, and the optimizer's state."""
+    """Bytes that are there between steps: parameters, and the optimizer's state."""
     state = [value for entry in optimizer.state.values() for value in entry.values()]
     return sum(tensor.nbytes for tensor in (*model.parameters(), *state))
 
@@ -112,17 +112,19 @@ def examine(
     batches: list[Batch],
     variants: Mapping[str, Any],
 ) -> Findings:
-    """By variant the share of its budget that its error takes, the largest of all batches, or what is wrong."""
+    """Finds the share of its budget that the error of each variant takes, the largest of all batches, or its fault."""
     found: Findings = {name: {} for name in variants}
     for batch in batches:
         unrouted = model_check.numbers(model, made[BASE].loss, batch)
         for meaning in BY_HAND:
+            progress.step(f"computing {meaning} in a wider dtype")
             by_hand = made[BASE if meaning == BASE else f"detach, {meaning}"]
             want = model_check.expected(model, shape, meaning, by_hand.loss, batch, unrouted)
             for name in variants:
                 if made[name].meaning == meaning and not {"error", "wrong"} & found[name].keys():
+                    progress.step(f"checking {name}")
                     one = attempt(partial(model_check.examine, made[name], model, batch, want, unrouted.loss))
                     if one.get("budget_share", 0) >= found[name].get("budget_share", 0):
                         found[name] = one
-            del want  # gradients of the whole model, before those of the next meaning
+            del want  # frees the gradients of a whole model before the next meaning makes others
     return found

@@ -1,4 +1,4 @@
-"""What the suite `model` times: a Llama, its batch, and what one would train it with, routed and not."""
+"""The Llama that the suite `model` times, its batch, and the ways to train it, routed and not."""
 
 import copy
 import functools
@@ -6,7 +6,8 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,12 @@ from gradroute.tables import localize
 from .cases import Step
 from .rivals import LIGER_MISSING
 
-TIMES_PLAIN = (
-    2.0  # as in gradroute.testing: routed backwards round as often as plain PyTorch, at other places
-)
-TIMES_PLAIN_OF_LIGER = (
-    8.0  # its fused head and loss sum up gradients of the head, chunk by chunk, in the model's dtype
-)
+# Routed backwards round as often as plain PyTorch, at other places; gradroute.testing allows the same.
+TIMES_PLAIN = 2.0
+# Liger's fused head and loss sum up gradients of the head, chunk by chunk, in the model's dtype.
+TIMES_PLAIN_OF_LIGER = 8.0
 
-FORGET = 1  # the route whose tokens are confined; all others are of route 0
+FORGET = 1  # the route whose tokens are confined; all other tokens have route 0
 
 
 class Shape(NamedTuple):
@@ -33,10 +32,10 @@ class Shape(NamedTuple):
 
     Attributes:
         batch, length: B and S.
-        layers, d_model, d_ff, heads, kv_heads, vocabulary: the model's.
+        layers, d_model, d_ff, heads, kv_heads, vocabulary: the model's sizes.
         units: the last hidden units of every MLP, to which the confined tokens are routed; with SGTM they have as many
             query heads as share a key and value head.
-        forget_share: how much of the tokens is confined, in one document a row.
+        forget_share: the share of tokens that are confined, in one document a row.
     """
 
     batch: int
@@ -81,7 +80,7 @@ class Batch(NamedTuple):
     route_ids: Tensor
 
     def rows(self) -> Iterator["Batch"]:
-        """Every row alone."""
+        """A batch of every row alone."""
         for row in range(len(self.input_ids)):
             yield Batch(*(ids[row : row + 1] for ids in self))
 
@@ -97,12 +96,12 @@ def make_batch(shape: Shape, device: torch.device, seed: int = 0) -> Batch:
     return Batch(input_ids.to(device), route_ids)
 
 
-def transformers() -> Any:
+def transformers() -> ModuleType:
     return importlib.import_module("transformers")
 
 
 def make_model(shape: Shape, device: torch.device) -> nn.Module:
-    """From a configuration alone: no hub, random weights."""
+    """A Llama with random weights, from a configuration alone, without the hub."""
     config = transformers().LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.d_model,
@@ -128,11 +127,11 @@ def with_shared_weights(model: nn.Module) -> nn.Module:
 
 
 Loss = Callable[[Batch], Tensor]
-Objective = Callable[[Any, Batch], Tensor]
+Objective = Callable[[nn.Module, Batch], Tensor]
 
 
-def own_loss(model: Any, batch: Batch) -> Tensor:
-    """As transformers computes it."""
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss as transformers computes it."""
     return model(input_ids=batch.input_ids, labels=batch.input_ids).loss
 
 
@@ -140,7 +139,7 @@ def unrouted(model: nn.Module, shape: Shape, objective: Objective = own_loss) ->
     return lambda batch: objective(model, batch)
 
 
-def detach_hidden(model: Any, shape: Shape, objective: Objective = own_loss) -> Loss:
+def detach_hidden(model: nn.Module, shape: Shape, objective: Objective = own_loss) -> Loss:
     """`m*h + (1-m)*h.detach()` at the hidden units of every MLP, by hooks; one dense mask a batch serves all layers."""
     table = localize(2, shape.d_ff, {FORGET: slice(shape.d_ff - shape.units, shape.d_ff)}).weights
     masks: dict[str, Tensor] = {}
@@ -156,7 +155,7 @@ def detach_hidden(model: Any, shape: Shape, objective: Objective = own_loss) -> 
     def loss(batch: Batch) -> Tensor:
         masks["hidden"] = table.to(model.device, model.dtype)[batch.route_ids.to(model.device)]
         value = objective(model, batch)
-        masks.clear()  # what backward needs of them autograd keeps
+        masks.clear()  # autograd keeps those that backward needs
         return value
 
     return loss
@@ -166,9 +165,9 @@ class Confined(NamedTuple):
     """The forget part of a model, by the last part of a module's name.
 
     Attributes:
-        rows: of weights, the last ones, which alone the confined tokens update.
-        columns: of weights, likewise.
-        unseen: features at a module's input, the last ones, which only the confined tokens see.
+        rows: how many of a weight's last rows the confined tokens update; they update no others.
+        columns: how many of a weight's last columns they update; likewise.
+        unseen: how many of the last features at a module's input only the confined tokens see.
     """
 
     rows: dict[str, int]
@@ -183,12 +182,12 @@ def confined_by_sgtm(shape: Shape) -> Confined:
     return Confined(rows, columns, unseen=columns)
 
 
-def detach_sgtm(model: Any, shape: Shape, objective: Objective = own_loss) -> Loss:
+def detach_sgtm(model: nn.Module, shape: Shape, objective: Objective = own_loss) -> Loss:
     """SGTM for each token by hooks, see `detach_confined`."""
     return detach_confined(model, confined_by_sgtm(shape), objective)
 
 
-def detach_confined(model: Any, confined: Confined, objective: Objective) -> Loss:
+def detach_confined(model: nn.Module, confined: Confined, objective: Objective) -> Loss:
     """SGTM for each token by hooks: products with 0 or 1 in forward; weights that are detached but for the forget part.
 
     A parameter has one gradient for all tokens, so the detach idiom needs a second product for the confined tokens'.
@@ -234,7 +233,7 @@ def last_trained(weight: Tensor, rows: int) -> Tensor:
     return torch.cat((weight[:-rows].detach(), weight[-rows:]))
 
 
-#: What a variant may compute, and how to say so in plain PyTorch.
+#: The meanings that a variant may have, with each of them in plain PyTorch.
 BY_HAND: dict[str, Callable[..., Loss]] = {
     "unrouted": unrouted,
     "hidden units": detach_hidden,
@@ -246,10 +245,10 @@ class Training(NamedTuple):
     """One way to train the model.
 
     Attributes:
-        meaning: what it computes, a name in BY_HAND.
-        loss: of a batch, differentiable.
+        meaning: the name in BY_HAND of what it computes.
+        loss: a batch → its loss, differentiable.
         same_losses: further losses, which must be that of the unrouted model bit for bit.
-        times_plain: how many times the error of BY_HAND its gradients may have.
+        times_plain: its gradients may have so many times the error of BY_HAND.
         is_rival: whether its failure is a finding about others' code, not a failure of the run.
     """
 
@@ -271,7 +270,7 @@ class Training(NamedTuple):
 
 
 def trainings(model: nn.Module, shape: Shape) -> tuple[dict[str, Training], dict[str, str]]:
-    """By name, all around the same parameters; and those that cannot be, each with the reason."""
+    """The ways to train by name, around the same parameters; and those that are missing here, with the reason."""
     made = {
         "unrouted": Training("unrouted", unrouted(model, shape), is_rival=True),
         "routed, hidden units": routed_hidden(with_shared_weights(model), shape),
@@ -287,7 +286,7 @@ def trainings(model: nn.Module, shape: Shape) -> tuple[dict[str, Training], dict
     return made, {}
 
 
-def routed_loss(model: Any) -> Loss:
+def routed_loss(model: nn.Module) -> Loss:
     return lambda batch: (
         model(input_ids=batch.input_ids, labels=batch.input_ids, route_ids=batch.route_ids).loss
     )
@@ -299,7 +298,7 @@ def routed_hidden(model: nn.Module, shape: Shape) -> Training:
     return Training("hidden units", loss, same_losses=(loss, unrouted(model, shape)))
 
 
-def routed_sgtm(model: Any, shape: Shape) -> Training:
+def routed_sgtm(model: nn.Module, shape: Shape) -> Training:
     plan = sgtm(model.config, shape.forget_heads, shape.units, forget=FORGET)
     loss = routed_loss(route(model, plan))
     return Training("SGTM", loss, same_losses=(unrouted(model, shape),))
@@ -308,12 +307,12 @@ def routed_sgtm(model: Any, shape: Shape) -> Training:
 def liger(model: nn.Module) -> Loss:
     """Liger's kernels, its fused head and loss among them, which never make all logits; patched at the first loss.
 
-    It patches the model's instance, and the module that defines Llama: that only for the time of its forward.
+    It patches the model's instance, and the module that defines Llama only for the time of its forward.
     """
     modeling = sys.modules["transformers.models.llama.modeling_llama"]
 
     @functools.cache
-    def patches() -> dict[str, Any]:
+    def patches() -> dict[str, object]:
         before = dict(vars(modeling))
         try:
             importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(model=model)
@@ -329,8 +328,8 @@ def liger(model: nn.Module) -> Loss:
 
 
 @contextmanager
-def replaced(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """With other values of a module's attributes."""
+def replaced(module: ModuleType, values: Mapping[str, object]) -> Iterator[None]:
+    """A context in which a module's attributes have other values."""
     before = {name: getattr(module, name) for name in values}
     vars(module).update(values)
     try:
@@ -340,7 +339,7 @@ def replaced(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Fused AdamW with its state, at so small a rate that the model stays what it was."""
+    """Fused AdamW with its state, at a rate so small that the model hardly changes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -350,7 +349,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def warm_step_on_cpu(shape: Shape, name: str) -> Step:
-    """A step, after a short one: what is loaded once is not what it costs."""
+    """A step after a short one, so that what is loaded once is not counted."""
     device = torch.device("cpu")
     model = make_model(shape, device)
     training, optimizer = trainings(model, shape)[0][name], make_optimizer(model)

@@ -36,18 +36,18 @@ class Numbers(NamedTuple):
 
 
 def numbers(model: nn.Module, loss: Loss, batch: Batch) -> Numbers:
-    """What a loss of a model's parameters gives; nothing is left in their `grad`."""
+    """The value of a loss and its gradients; nothing is left in the parameters' `grad`."""
     names, weights = zip(*model.named_parameters(), strict=True)
     value = loss(batch)
     return Numbers(value.detach(), dict(zip(names, torch.autograd.grad(value, weights), strict=True)))
 
 
 class Expected(NamedTuple):
-    """What the variants of one meaning must give.
+    """The numbers that the variants of one meaning must give.
 
     Attributes:
-        exact: in the wider dtype.
-        plain: plain PyTorch with hooks, at the model's dtype.
+        exact: the numbers in the wider dtype.
+        plain: those of plain PyTorch with hooks, at the model's dtype.
         tells: whether the budget tells the meaning from the unrouted model, whose gradients exceed it.
     """
 
@@ -57,7 +57,7 @@ class Expected(NamedTuple):
 
     @property
     def plain_error(self) -> float:
-        """Of all gradients together, relative: what the budget rests on."""
+        """The relative error of all plain gradients together, on which the budget rests."""
         errors = [size(self.plain.gradients[name] - want) for name, want in self.exact.gradients.items()]
         sizes = [size(want) for want in self.exact.gradients.values()]
         return (size(torch.stack(errors)) / size(torch.stack(sizes))).item()
@@ -66,7 +66,7 @@ class Expected(NamedTuple):
 def expected(
     model: nn.Module, shape: Shape, meaning: str, by_hand: Loss, batch: Batch, unrouted: Numbers
 ) -> Expected:
-    """Computes it; `by_hand` is BY_HAND's loss of a copy of the model that shares its parameters."""
+    """Computes the numbers; `by_hand` is BY_HAND's loss of a copy of the model that shares its parameters."""
     exact = exact_numbers(model, shape, meaning, batch)
     plain = numbers(model, by_hand, batch)
     tells = meaning == "unrouted" or worst(unrouted, exact, plain, TIMES_PLAIN)[1] > 1
@@ -74,7 +74,7 @@ def expected(
 
 
 def exact_numbers(model: nn.Module, shape: Shape, meaning: str, batch: Batch) -> Numbers:
-    """What a meaning gives in the wider dtype."""
+    """The numbers of a meaning in the wider dtype."""
     wide = copy.deepcopy(model).to(WIDER[next(model.parameters()).dtype])
     for module in wide.modules():
         if type(module).__name__ == "LlamaRMSNorm":
@@ -88,13 +88,13 @@ def exact_numbers(model: nn.Module, shape: Shape, meaning: str, batch: Batch) ->
     return Numbers(total, {name: weight.grad for name, weight in wide.named_parameters()})
 
 
-def norm_in_own_dtype(norm: Any, x: Tensor) -> Tensor:
-    """Llama's, less its casts to fp32."""
+def norm_in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
+    """Llama's norm without its casts to fp32."""
     return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
-def loss_in_own_dtype(model: Any, batch: Batch) -> Tensor:
-    """That of transformers, less its casts to fp32."""
+def loss_in_own_dtype(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of transformers without its casts to fp32."""
     logits = model(input_ids=batch.input_ids).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten())
 
@@ -102,7 +102,7 @@ def loss_in_own_dtype(model: Any, batch: Batch) -> Tensor:
 def examine(
     training: Training, model: nn.Module, batch: Batch, want: Expected, unrouted_loss: Tensor
 ) -> dict[str, Any]:
-    """The largest share of its budget that a variant's error takes, and where; or what is wrong."""
+    """The largest share of its budget that a variant's error takes, and where; or the fault."""
     if not want.tells:
         return {"wrong": "plain PyTorch is so far off here that the unrouted model would pass for it"}
     for loss in training.same_losses:
@@ -118,7 +118,7 @@ def examine(
 
 
 def worst(actual: Numbers, exact: Numbers, plain: Numbers, times_plain: float) -> tuple[str, float]:
-    """Where the error is the largest share of what HOW allows, and that share."""
+    """The tensor whose error is the largest share of what HOW allows, and that share."""
     eps = torch.finfo(next(iter(plain.gradients.values())).dtype).eps
     others = zip(actual.named().items(), plain.named().values(), exact.named().values(), strict=True)
     shares = {

@@ -14,21 +14,16 @@ from torch import Tensor
 from gradroute import backends, testing
 from gradroute.testing import OPS, Result, Sample
 
-from . import memory, rivals
+from . import memory, progress, rivals
 from .cases import BACKWARD, FORWARD, FULL, Case, Findings, Limit, Plan, Step, Variant, attempt
+from .op_table import OPS as OP_TABLE
+from .op_table import ops_by_suite
 from .settings import Setting, samples
 from .work import work_of
 
-SUITES = {
-    "primitive": ("route_grad", "routed_activation", "routed_glu", "routed_embedding"),
-    "linear": ("routed_linear",),
-    "mlp": ("routed_mlp",),
-    "gated_mlp": ("routed_gated_mlp",),
-    "norm": ("routed_rms_norm", "routed_layer_norm"),
-}
-SUITE_OF = {op: suite for suite, ops in SUITES.items() for op in ops}
+SUITES = ops_by_suite()
 
-SETS = 2  # of random inputs, which the rounds take in turn
+SETS = 2  # sets of random inputs, which the rounds take in turn
 BASE = "unmasked"
 OWN = ("torch", "cpu", "triton", "cuda")
 
@@ -51,7 +46,7 @@ class Way:
     """One way to make the calls of a case.
 
     Attributes:
-        calls: what it has to compute, by set of inputs.
+        calls: the calls to compute, by set of inputs.
         forward: (**tensors) → the output, differentiable.
         is_rival: whether it is others' code.
     """
@@ -65,7 +60,7 @@ class Way:
         return [make(call) for call in self.calls]
 
     def _forward(self, call: Sample) -> Step:
-        """As in training: what backward needs is kept until it returns."""
+        """A forward that keeps what backward needs until it returns, as in training."""
         leaves = call.leaves()
         return lambda: self.forward(**leaves)
 
@@ -98,7 +93,7 @@ def _leaves(call: Sample) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
 
 @dataclass(frozen=True)
 class Homogeneous(Way):
-    """Steps of one route each."""
+    """Steps of one route each, as SGTM's code trains."""
 
     steps_by_route: rivals.HomogeneousSteps | None = None
 
@@ -120,7 +115,7 @@ class Homogeneous(Way):
 
 
 def ways(calls: Sequence[Sample], with_compiled: bool = True) -> dict[str, Way]:
-    """By name, every way that has the meaning of a case; the unmasked ones are what it is compared with."""
+    """Every way by name that has the meaning of a case, and the unmasked ones that it is compared with."""
     call = calls[0]
     ordinary = [one.with_routes(None) for one in calls]
     dtype = call.upstream.dtype
@@ -150,7 +145,7 @@ def _routed(call: Sample, backend: str, **tensors: Tensor | None) -> Tensor:
 
 
 def missing(call: Sample) -> dict[str, str]:
-    """Peers that this machine lacks what they need for."""
+    """Peers that cannot run on this machine, with the reason."""
     if not rivals.has_liger(call):
         return {}
     why = rivals.LIGER_MISSING or (None if call.upstream.is_cuda else "Liger-Kernel needs a GPU")
@@ -158,13 +153,10 @@ def missing(call: Sample) -> dict[str, str]:
 
 
 def copy_steps(moved_bytes: float, device: torch.device) -> list[Step]:
-    """A copy that reads and writes as many bytes: the ceiling of what only moves."""
+    """A copy that reads and writes as many bytes: the ceiling of ops that only move data."""
     source = torch.randint(256, (max(1, int(moved_bytes) // 2),), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return [lambda: target.copy_(source)]
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def examine(made: Mapping[str, Way], variants: Mapping[str, Variant]) -> Findings:
@@ -180,6 +172,7 @@ def examine(made: Mapping[str, Way], variants: Mapping[str, Variant]) -> Finding
             useless = why_useless(call, exact, plain)
             for name in names:
                 if not found[name]:
+                    progress.step(f"checking {name}")
                     check = partial(_examine, name, made[name], call, exact, plain)
                     found[name] = {"wrong": useless} if useless else attempt(check)
     return found
@@ -234,15 +227,12 @@ def _rms(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.double())) / math.sqrt(max(1, x.numel()))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Options:
-    """How cases are made.
+    """The options that cases are made with.
 
     Attributes:
-        device: where.
+        device: where they run.
         with_compiled: whether rivals are compiled too.
     """
 
@@ -257,7 +247,7 @@ def case(
     limits: tuple[Limit, ...] = (),
     with_memory: bool = False,
 ) -> Case:
-    """The case of a setting; `with_memory`: on the CPU, where a step's peak of memory takes a process of its own."""
+    """The case of a setting; on the CPU `with_memory` measures each peak, which takes a process of its own."""
     calls = samples(setting, options.device, SETS)
     made = ways(calls, options.with_compiled)
     work = work_of(calls[0])
@@ -270,7 +260,7 @@ def case(
             if on_cuda or (with_memory and "compiled" not in name)
             else None,
             is_rival=way.is_rival,
-            does_work=name != BASE or setting.op != "route_grad",  # unmasked, it hands its input on
+            does_work=name != BASE or setting.op != "route_grad",  # the unmasked op hands its input on
         )
         for name, way in made.items()
     }
@@ -281,7 +271,7 @@ def case(
     return Case(
         variants=variants,
         rivals=(
-            *(() if setting.op == "route_grad" else (BASE,)),  # which takes no time at all
+            *(() if setting.op == "route_grad" else (BASE,)),  # the unmasked route_grad takes no time
             "detach",
             *(copy_name(mode) for mode in modes if work[mode].moved_bytes),
         ),
@@ -309,7 +299,7 @@ def _memory_bytes(device: torch.device, setting: Setting, name: str, mode: str, 
 
 
 def warm_step_on_cpu(setting: Setting, name: str, mode: str) -> Step:
-    """A step, after a short one of its kind: what is loaded once is not what it costs."""
+    """A step after a short one of its kind, so that what is loaded once is not counted."""
     short = setting._replace(tokens=min(64, setting.tokens))
     first, whole = (
         ways(samples(one, torch.device("cpu"), 1), with_compiled=False)[name].steps(mode)[0]
@@ -320,7 +310,7 @@ def warm_step_on_cpu(setting: Setting, name: str, mode: str) -> Step:
 
 
 def automatic(op: str, device: torch.device) -> str:
-    """The backend that the automatic choice tries first, whose times the limits are about."""
+    """The backend that the automatic choice tries first; targets are about its times."""
     return backends.available_backends(op, device)[0]
 
 
@@ -335,10 +325,10 @@ def plan(
     """The case of a setting, not made yet.
 
     Raises:
-        ValueError: a value that its axis has not.
+        ValueError: a value that its axis does not have.
     """
     setting.check()
-    suite = SUITE_OF[setting.op]
+    suite = OP_TABLE[setting.op].suite
     passes = modes or ((FORWARD, BACKWARD) if suite in ("primitive", "norm") else (FORWARD, FULL))
     make = partial(case, setting, options, passes, limits, bool(limits))
     return Plan(suite, name or setting.title, setting.op, setting.axes, make, x)

@@ -13,6 +13,7 @@ from gradroute.models import Shape as Widths
 from gradroute.models import route, sgtm
 from gradroute.optim import RoutedAdamW, routed_param_groups
 
+from . import progress
 from .cases import STEP, Case, Findings, Limit, Plan, Step, Variant, attempt
 from .model import why_missing as why_missing
 from .model_cases import DTYPES, SHAPES, Shape, make_batch, make_model, own_loss
@@ -22,12 +23,14 @@ BASE, TORCHS_FUSED = "AdamW, foreach=False", "AdamW, fused=True"
 RIVALS = (BASE, "AdamW, foreach=True", TORCHS_FUSED)
 OPTIONS = {"lr": 1e-5, "weight_decay": 0.1}
 CHECKED_STEPS = 3
-# Times torch's loop, its default on the CPU. What is not fused has no limit: its point is the loop's bits.
+# The target: so many times as long as torch's loop, its default on the CPU. RoutedAdamW without fused=True has none,
+# because its purpose is to give the loop's bits.
 MOST = 1.0
 
-# Of a parameter's largest change, beyond one unit in its last place a step: foreach, fused and CUDA round elsewhere.
+# Shares of a parameter's largest change, beyond one unit in its last place a step: foreach, fused and CUDA round
+# elsewhere, and moments in bf16 have eight bits.
 TOLERANCE = 1e-5  # in fp32
-TOLERANCE_OF_BF16 = 1e-1  # whose moments are of eight bits
+TOLERANCE_OF_BF16 = 1e-1
 
 CHECKED = (
     f"every variant, before it is timed, with the gradients that are timed: {CHECKED_STEPS} steps against torch's loop "
@@ -41,9 +44,9 @@ class Weights(NamedTuple):
     """A model's parameters.
 
     Attributes:
-        values: of each.
-        gradients: likewise.
-        block_dims: likewise, of a routed model.
+        values: the value of each parameter.
+        gradients: the gradient of each.
+        block_dims: the block dimension of each, as a routed model says it.
     """
 
     values: list[Tensor]
@@ -51,14 +54,14 @@ class Weights(NamedTuple):
     block_dims: list[int]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Fresh ones, which share their gradients: an optimizer writes to none."""
+        """Fresh parameters, which share their gradients, because an optimizer writes to none."""
         made = [nn.Parameter(value.clone()) for value in self.values]
         for parameter, gradient in zip(made, self.gradients, strict=True):
             parameter.grad = gradient
         return made
 
     def untouched(self) -> list[Tensor]:
-        """Of each what lies in blocks without a gradient, bool, that broadcasts."""
+        """A mask for each parameter, true in blocks without a gradient; its shape broadcasts to the parameter's."""
         within = [
             [other for other in range(gradient.dim()) if other != dim]
             for gradient, dim in zip(self.gradients, self.block_dims, strict=True)
@@ -70,7 +73,7 @@ class Weights(NamedTuple):
 
 
 def plans(device: torch.device) -> list[Plan]:
-    """Gradients that touch everything, and those of a batch that does not touch the forget part."""
+    """A case whose gradients touch every block, and one whose batch does not touch the forget part."""
     shape = SHAPES[device.type]
     dtype = str(DTYPES[device.type]).removeprefix("torch.")
     limits = (Limit(FUSED, BASE, MOST, mode=STEP),)
@@ -110,7 +113,7 @@ def case(shape: Shape, device: torch.device, touches_all: bool, limits: tuple[Li
 
 
 def make_weights(shape: Shape, device: torch.device, touches_all: bool) -> Weights:
-    """A routed model's, with random gradients, or with those of one short row of retain tokens."""
+    """The weights of a routed model, with random gradients or those of one short row of retain tokens."""
     model = make_model(shape, device)
     widths = Widths(shape.layers, shape.d_model, shape.d_ff, shape.heads, shape.kv_heads, shape.head_dim)
     route(model, sgtm(widths, shape.forget_heads, shape.units))
@@ -133,13 +136,13 @@ def make_weights(shape: Shape, device: torch.device, touches_all: bool) -> Weigh
 
 
 def _random_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Without a zero, which a random number may be in bf16."""
+    """Random numbers without a zero, which in bf16 some would be."""
     random = torch.randn(parameter.shape, generator=generator).to(parameter)
     return torch.where(random == 0, 1.0, random)
 
 
 def routed_adamw(weights: Weights, fused: bool) -> torch.optim.Optimizer:
-    """With the blocks of a routed model, in one group for each kind."""
+    """RoutedAdamW with the blocks of a routed model, in one group for each block dimension."""
     made = weights.parameters()
     groups = [
         {
@@ -171,7 +174,11 @@ def steps(optimizer: torch.optim.Optimizer, mode: str) -> list[Step]:
 def examine(weights: Weights, variants: Mapping[str, Any]) -> Findings:
     """Compares the variants with torch's loop over tensors; see CHECKED."""
     expected = stepped(weights, OPTIMIZERS[BASE])
-    return {name: attempt(partial(_examine, weights, expected, name)) for name in variants}
+    found: Findings = {}
+    for name in variants:
+        progress.step(f"checking {name}")
+        found[name] = attempt(partial(_examine, weights, expected, name))
+    return found
 
 
 def stepped(weights: Weights, make: Callable[[Weights], torch.optim.Optimizer]) -> list[Tensor]:

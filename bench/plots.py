@@ -25,15 +25,19 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 DPI, COLORS = 100, 96
-COLUMNS = {1: 1, 2: 2, 4: 2}  # of so many panels of bars; else 3
-MOST_SWEEPS = 8  # in one picture
-PANEL = 4.6  # inches, the width of one
-POINTS = 5.2  # the width of a letter of a panel's title
+COLUMNS = {1: 1, 2: 2, 4: 2}  # number of panels of bars → columns; other numbers have 3
+MOST_SWEEPS = 8  # sweeps in one picture at most
+PANEL = 4.6  # width of a panel in inches
+POINTS = 5.2  # width of a letter in a panel's title
 LIMIT_COLOR = "#de2d26"
+NOTHING_TO_PLOT = (
+    "nothing to plot: a curve needs two cases that differ in density or tokens alone (such as --density 0.25 0.5 1), "
+    "and bars need a case with a target, which a suite has where no axes are given"
+)
 METRICS = {"speed": ("time", "ms"), "memory": ("peak memory", "MB"), "saved": ("saved for backward", "MB")}
 
 
-def main(paths: Sequence[Path], out: Path | None) -> list[Path]:
+def main(paths: Sequence[Path], out: Path | None) -> tuple[list[Path], list[str]]:
     """Plots runs, by default every one under bench/results.
 
     Args:
@@ -41,7 +45,7 @@ def main(paths: Sequence[Path], out: Path | None) -> list[Path]:
         out: a folder for the PNGs, with one in it for every machine if there are several; None: beside the runs.
 
     Returns:
-        The files that were written.
+        The files that were written; and for every run without any the reason, in words.
 
     Raises:
         ValueError: there is no matplotlib, or there are no runs.
@@ -49,12 +53,14 @@ def main(paths: Sequence[Path], out: Path | None) -> list[Path]:
     require_matplotlib()
     found = run_files(paths or [RESULTS])
     several = len({file.parent for file in found}) > 1
-    written = []
+    written, empty = [], []
     for file in found:
         folder = file.parent if out is None else out / file.parent.name if several else out
         folder.mkdir(parents=True, exist_ok=True)
-        written += save(Run.load(file), folder)
-    return written
+        files = save(Run.load(file), folder)
+        written += files
+        empty += [] if files else [f"{file}: {NOTHING_TO_PLOT}"]
+    return written, empty
 
 
 def require_matplotlib() -> None:
@@ -92,7 +98,7 @@ def save(run: Run, folder: Path) -> list[Path]:
 
 def write(picture: Picture, file: Path) -> None:
     """A PNG with a palette, a third of the size that it has without."""
-    from PIL import Image  # which matplotlib needs
+    from PIL import Image  # installed with matplotlib, which needs it
 
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", dpi=DPI)
@@ -101,14 +107,12 @@ def write(picture: Picture, file: Path) -> None:
 
 
 def files(run: str, suite: str, folder: Path) -> dict[str, Path]:
-    """By kind where its PNG is, if there is one."""
+    """The file of each kind of PNG, whether or not there is one."""
     stem = re.sub(r"[^\w.]+", "-", f"{run}-{suite}")
     return {kind: folder / f"{stem}-{kind}.png" for kind in KINDS}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-#: By family, the first word of a variant's name. Blue is ours.
+#: Colours by family, which is the first word of a variant's name; gradroute's are blue.
 OURS = {
     "cpu": "#08519c",
     "triton": "#08519c",
@@ -137,7 +141,7 @@ MARKERS = "osD^vP*Xh<>"
 
 
 class Look(NamedTuple):
-    """How a variant is drawn; as a line a rival is dashed."""
+    """The look of a variant; lines of rivals are dashed."""
 
     color: str
     marker: str
@@ -149,7 +153,7 @@ class Look(NamedTuple):
 
 
 def looks(run: Run, suite: str) -> dict[str, Look]:
-    """Of every variant of a suite; known families look alike in all of them, and their members are ever paler."""
+    """The look of every variant of a suite. Known families look alike in all suites; their members are ever paler."""
     cases = [case for case in run.cases.values() if case["suite"] == suite]
     names = list(dict.fromkeys(name for case in cases for name in case["variants"]))
     is_rival = {name: rival(run, name) for name in names}
@@ -189,14 +193,11 @@ def main_mode(run: Run, case: str) -> str:
     return next((mode for mode in modes if mode in (FULL, STEP)), modes[-1])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 class Sweep(NamedTuple):
     """Cases that differ in one axis alone.
 
     Attributes:
-        title: what they share.
+        title: the values that they share.
         x: the axis.
         cases: their names by the value on it, in its order.
         mode: the pass that is drawn.
@@ -279,7 +280,7 @@ def sweep_titles(cases: list[dict[str, Any]], x: str) -> list[str]:
 
 
 def metrics(run: Run, sweep: Sweep) -> list[str]:
-    """The time, and what was measured of the memory."""
+    """The metrics to draw: the time, and the memory where it was measured."""
     variants = sweep_variants(run, sweep)
     sized = [
         metric
@@ -294,7 +295,7 @@ def sweep_variants(run: Run, sweep: Sweep) -> list[str]:
 
 
 def curve(run: Run, sweep: Sweep, variant: str, metric: str) -> dict[float, Figure]:
-    """What was measured of a variant, by the value on the axis."""
+    """The figures of a variant by the value on the axis."""
     figures = {x: run.figure(case, variant, sweep.mode, metric) for x, case in sweep.cases.items()}
     return {x: figure for x, figure in figures.items() if figure is not None}
 
@@ -317,7 +318,7 @@ def draw_sweep(panel: Axes, run: Run, sweep: Sweep, metric: str, drawn: Mapping[
 
 
 def scale(panel: Axes, xs: list[float], ys: list[float], tall: float) -> None:
-    """Logarithmic axes where values differ by much, and ticks at what was measured."""
+    """Makes axes logarithmic where values differ by much, and puts ticks at the values measured."""
     if xs[0] > 0 and xs[-1] / xs[0] >= 4:
         panel.set_xscale("log", base=2)
     if ys and min(ys) > 0 and max(ys) / min(ys) > tall:
@@ -333,20 +334,17 @@ def scale(panel: Axes, xs: list[float], ys: list[float], tall: float) -> None:
 
 
 def one_two_five(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten in a range; powers alone where it is large."""
+    """The ticks of a range: 1, 2 and 5 times powers of ten, or powers alone where it is large."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high / low < 1e3 else (1,)
     return [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
 
 
 def short(value: float) -> str:
-    """16384 → "16k"; 0.0625 → "0.0625"."""
+    """A short form of a number: 16384 → "16k"; 0.0625 → "0.0625"."""
     if value >= 1024 and value % 1024 == 0:
         return f"{value / 1024:g}k"
     return f"{value:.3g}" if value < 1000 else f"{value:g}"
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 class Bar(NamedTuple):
@@ -354,10 +352,10 @@ class Bar(NamedTuple):
 
     Attributes:
         value: its length.
-        text: beside it.
+        text: the words beside it.
         spread: the ends of a thin line on it.
         pale: the length of a pale bar behind it.
-        limits: where ticks are.
+        limits: the places of ticks.
     """
 
     value: float
@@ -372,12 +370,12 @@ class Bar(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """A panel.
+    """A panel of bars.
 
     Attributes:
         title: the case, and its pass unless that is the whole one.
-        one: what 1 stands for, where a line is.
-        bars: by variant, the first on top.
+        one: the meaning of 1, where a line is drawn.
+        bars: the bars by variant, the first on top.
         percent: whether the axis is in percent.
     """
 
@@ -448,7 +446,7 @@ def limits(
 
 
 def ceiling_bars(run: Run, name: str) -> Bars:
-    """Of the copy's bandwidth where bytes bound the time, else of the matmul's rate in that dtype."""
+    """Shares of the copy's bandwidth where bytes bound the time, else of the matmul's rate in that dtype."""
     found, mode = run.description.get("ceilings") or {}, main_mode(run, name)
     gemm, copy = (found.get("gemm") or {}).get(run.cases[name]["axes"].get("dtype")), found.get("copy")
     bandwidth, useful, dense = (
@@ -467,7 +465,7 @@ def ceiling_bars(run: Run, name: str) -> Bars:
 
 
 def rates(run: Run, name: str, mode: str, metric: str) -> dict[str, float]:
-    """Medians by variant."""
+    """The medians of a metric by variant."""
     figures = {variant: run.figure(name, variant, mode, metric) for variant in run.cases[name]["variants"]}
     return {variant: figure.p50 for variant, figure in figures.items() if figure is not None}
 
@@ -479,7 +477,7 @@ def rate_bar(useful: float, dense: float) -> Bar:
 
 
 def bars_picture(run: Run, suite: str, text: str, found: Sequence[Bars]) -> Picture | None:
-    """All panels that have bars; None where none has."""
+    """A picture of the panels that have bars; None where none has."""
     shown = [one for one in found if one.bars]
     if not shown:
         return None
@@ -499,7 +497,7 @@ def bars_picture(run: Run, suite: str, text: str, found: Sequence[Bars]) -> Pict
 
 
 def draw_bars(panel: Axes, one: Bars, drawn: Mapping[str, Look], wide: float) -> None:
-    """A panel of so many inches."""
+    """Draws a panel, `wide` inches wide."""
     panel.axvline(1, color="black", linewidth=0.9, zorder=2.5)
     for place, (variant, bar) in enumerate(one.bars.items()):
         draw_bar(panel, place, bar, drawn[variant].color)
@@ -514,7 +512,7 @@ def draw_bars(panel: Axes, one: Bars, drawn: Mapping[str, Look], wide: float) ->
 
 
 def draw_bar(panel: Axes, place: int, bar: Bar, color: str) -> None:
-    """A bar, what lies on it, and its text at the right end of the panel."""
+    """Draws a bar, its spread and limits, and its text at the right end of the panel."""
     if bar.pale:
         panel.barh(place, bar.pale, color=pale(color, 0.65), height=0.68)
     panel.barh(place, bar.value, color=color, height=0.68)
@@ -531,11 +529,8 @@ def is_over(bar: Bar) -> bool:
     return any(bar.value > limit for limit in bar.limits)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Picture, list[list[Axes]]]:
-    """A figure of so many panels, in inches."""
+    """A figure of so many panels, whose size is in inches."""
     from matplotlib.figure import Figure as Picture
 
     picture = Picture(figsize=size, layout="constrained")
@@ -549,14 +544,14 @@ def grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Picture, l
 
 
 def finish(picture: Picture, run: Run, text: str) -> None:
-    """What is shown, and the machine."""
+    """Adds the title: the subject, and the machine."""
     width = int(picture.get_figwidth() * 12)
     lines = f"{wrapped(text, width)}\n{wrapped(run.machine, width)}"
     picture.suptitle(lines, fontsize=11, x=0.01, ha="left")
 
 
 def legend(picture: Picture) -> None:
-    """One of all panels, below them."""
+    """Adds one legend for all panels, below them."""
     handles = {
         label: handle
         for panel in picture.axes

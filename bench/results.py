@@ -1,4 +1,4 @@
-"""The files of a run: NAME.csv, every figure, in Liger-Kernel's columns; NAME.json, what the figures depend on.
+"""The files of a run: NAME.csv has every figure, in Liger-Kernel's columns, and NAME.json what figures depend on.
 
 One row of the CSV is one quantity of one variant: the median of the rounds, and their 20th and 80th percentiles. Which
 case it belongs to, and the case's axes, stand in `extra_benchmark_config_str`, as JSON. The JSON file has the
@@ -21,14 +21,14 @@ from .cases import ADDED, SECONDS
 #: The units of a figure, by what was measured.
 UNITS = {
     "speed": "ms",
-    "memory": "MB",  # at the peak, beyond what was there before the pass; of models, with what they hold between steps
-    "saved": "MB",  # kept by autograd for the backward, parameters aside
-    "useful rate": "TFLOP/s",  # of what no mask makes unnecessary
-    "dense-equivalent rate": "TFLOP/s",  # of what the unmasked op does, whatever a variant leaves out
-    "bandwidth": "GB/s",  # of the bytes that must be read and written
+    "memory": "MB",  # the peak beyond what was there before the pass; models include what they hold between steps
+    "saved": "MB",  # bytes that autograd keeps for the backward, parameters aside
+    "useful rate": "TFLOP/s",  # counts the FLOPs that no mask makes unnecessary
+    "dense-equivalent rate": "TFLOP/s",  # counts the FLOPs of the unmasked op, whatever a variant leaves out
+    "bandwidth": "GB/s",  # counts the bytes that must be read and written
     "tokens": "1/s",
 }
-RELATIVE = "speed relative to "  # and a rival: the median of the ratios of the same rounds
+RELATIVE = "speed relative to "  # a rival's name follows; the median of the ratios of the same rounds
 
 
 class Figure(NamedTuple):
@@ -40,19 +40,19 @@ class Figure(NamedTuple):
 
     @classmethod
     def single(cls, value: float) -> Figure:
-        """Of what was measured once."""
+        """A figure that was measured once."""
         return cls(value, value, value)
 
 
 class Row(NamedTuple):
-    """A line of the CSV; Liger-Kernel's names, in its order (benchmark/scripts/utils.py there).
+    """A line of the CSV, with Liger-Kernel's names in its order (benchmark/scripts/utils.py there).
 
     Attributes:
         kernel_name: the op, or the model.
         kernel_provider: the variant.
         kernel_operation_mode: "forward", "backward", "full" (both) or "step" (with the optimizer's).
         metric_name, metric_unit: one of UNITS; or RELATIVE and a rival, "x".
-        gpu_name: on a CPU the CPU's.
+        gpu_name: the name of the GPU, or of the CPU where there is none.
         x_name, x_label, x_value: the axis that a plot of such rows runs along, and the case's value on it.
         y_value_50, y_value_20, y_value_80: a Figure.
         extra_benchmark_config_str: JSON: "suite", "case", and the case's axes.
@@ -90,7 +90,7 @@ class Row(NamedTuple):
 
     @classmethod
     def of_text(cls, columns: dict[str, str]) -> Row:
-        """From a line as csv.DictReader gives it."""
+        """A row from a line as csv.DictReader gives it."""
         numbers = {
             name: float(columns[name]) for name in cls._fields if name.startswith(("x_value", "y_value"))
         }
@@ -150,10 +150,10 @@ class CaseFound(TypedDict, total=False):
 
 @dataclass
 class Run:
-    """What `python -m bench run NAME` found on a machine.
+    """The findings of `python -m bench run NAME` on a machine.
 
     Attributes:
-        name: of the suite or group of suites.
+        name: the name of the suite or group of suites.
         description: the command, "rounds", the "environment", the machine's "ceilings", the "method", and by case under
             "cases" its "suite", "axes", "base", "rivals", "limits" and "variants".
         rows: every figure, in the order of the cases.
@@ -193,7 +193,7 @@ class Run:
         return list(dict.fromkeys(mode for name, _, mode, _ in self._figures() if name == case))
 
     def headlines(self, suite: str) -> list[str]:
-        """A suite's cases in which a ratio must be reached."""
+        """A suite's cases that have a target which is a ratio."""
         return [
             name
             for name, case in self.cases.items()
@@ -202,12 +202,12 @@ class Run:
         ]
 
     def replace(self, name: str, case: CaseFound, rows: list[Row]) -> None:
-        """Enters a case, instead of what an earlier run has of it."""
+        """Enters a case in place of an earlier one of that name."""
         self.rows = [row for row in self.rows if row.case != name] + rows
         self.cases[name] = case
 
     def failures(self) -> list[str]:
-        """What is wrong or does not run, rivals aside."""
+        """The cases and variants that are wrong or do not run, rivals aside."""
         found = [f"{name}: {case['error']}" for name, case in self.cases.items() if "error" in case]
         for name, case in self.cases.items():
             found += [
@@ -218,7 +218,7 @@ class Run:
         return found
 
     def missed(self) -> list[str]:
-        """The limits that were measured and not reached, in words."""
+        """The targets that were measured and not reached, in words."""
         return [
             f"{name}: {limit_text(limit)}"
             for name, case in self.cases.items()
@@ -227,7 +227,7 @@ class Run:
         ]
 
     def save(self, folder: Path) -> None:
-        """Writes both files, each at once: an interrupted run leaves whole ones."""
+        """Writes both files, each in one step, so that an interrupt leaves whole ones."""
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f".{self.name}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -240,7 +240,7 @@ class Run:
 
     @classmethod
     def load(cls, file: Path) -> Run:
-        """From the JSON file or the CSV file of a run, the other beside it.
+        """A run from its JSON file or its CSV file, with the other beside it.
 
         Raises:
             FileNotFoundError: one of them is missing.
@@ -261,7 +261,7 @@ REACHED, MISSED, NOT_MEASURED = "reached", "MISSED", "not measured"
 
 
 def limit_text(limit: LimitFound) -> str:
-    """A limit, what was got, and the verdict: "cpu at most 0.95 x unmasked in speed, full: 0.84, reached"."""
+    """A target with the figure and the verdict: "cpu at most 0.95 x unmasked in speed, full: 0.84, reached"."""
     got = "" if limit["got"] is None else f" {limit['got']:.3f},"
     if limit["quantity"] == SECONDS:
         return f"{limit['variant']} at most {limit['most']:g} s, {limit['mode']}:{got} {limit['verdict']}"

@@ -1,4 +1,4 @@
-"""What one would use instead of a routed op: the idioms that are published, in eager PyTorch and compiled, and peers.
+"""The rivals of a routed op: the idioms that are published, in eager PyTorch and compiled, and peers.
 
 The idioms come from the formula by which `gradroute.testing` states an op in plain PyTorch, so they mask what the op
 masks. Their dense masks are made beforehand, outside of what is timed.
@@ -24,10 +24,15 @@ Forward = Callable[..., Tensor]  # (**tensors) → the op's output, differentiab
 
 
 class DenseMasks(Marks):
-    """Marks with the mask of every site made beforehand: dense, `[*tokens, features]`, of a dtype on activations.
+    """Marks whose dense masks, `[*tokens, features]`, are made beforehand.
 
-    `m*x + (1-m)*x.detach()` on activations; a parameter that some tokens may not update gets a second product, which
-    adds zero and has the gradient of those that may. With `hooks` activations have a hook that masks their gradient.
+    Activations are masked by `m*x + (1-m)*x.detach()`, or with `hooks` by a hook on their gradient; a parameter that
+    some tokens may not update gets a second product, which adds zero and has the gradient of those that may.
+
+    Args:
+        call: the call to compute.
+        dtype: that of the activations' masks.
+        hooks: whether activations have hooks.
     """
 
     def __init__(self, call: Sample, dtype: torch.dtype, hooks: bool = False) -> None:
@@ -35,27 +40,28 @@ class DenseMasks(Marks):
         self.hooks = hooks
         assert call.routes is not None
         tokens = torch.Size(call.routes.shape)
-        # Through a name of its own: `mask` gives what was made here.
-        own = (
-            call.upstream.dtype
-        )  # what masks a parameter's gradient multiplies operands of a product, of one dtype
+        # The parent's method by its full name, because this class's `mask` returns what is made here.
+        # Masks of a parameter's gradient multiply operands of a product, which must have one dtype.
+        own = call.upstream.dtype
         self.masks = {
             site: Marks.mask(self, table, own if site.startswith("update") else dtype, tokens)
             for site, table in call.tables.items()
         }
 
     def table(self, site: str, shorthand: str | None = None) -> Any:
-        """The site's mask in place of its table."""
+        """The mask of a site, in place of its table."""
         found = self.masks.get(site)
         return self.masks.get(shorthand) if found is None and shorthand else found
 
-    def mask(self, table: Any, dtype: torch.dtype, tokens: torch.Size) -> Tensor:
+    def mask(self, table: Tensor, dtype: torch.dtype, tokens: torch.Size) -> Tensor:
         return table
 
-    def detached(self, m: Any, x: Tensor) -> Tensor:
+    def detached(self, m: Tensor, x: Tensor) -> Tensor:
         if not self.hooks:
             return (m * x + (1 - m) * x.detach()).to(x.dtype)
-        y = x.expand(torch.broadcast_shapes(m.shape, x.shape))  # a tensor of its own, as long as the mask
+        y = x.expand(
+            torch.broadcast_shapes(m.shape, x.shape)
+        )  # a tensor of its own, which has the mask's length
         if y.requires_grad:
             y.register_hook(lambda g: (m * g).to(g.dtype))
         return y
@@ -73,7 +79,7 @@ def detach(call: Sample, dtype: torch.dtype) -> Forward:
 
 
 def hook(call: Sample) -> Forward:
-    """A tensor hook that multiplies the gradient with a dense mask; parameters as the idiom has them."""
+    """A tensor hook that multiplies the gradient with a dense mask; parameters are masked as in the idiom."""
     return _marked(call, DenseMasks(call, call.upstream.dtype, hooks=True))
 
 
@@ -82,11 +88,8 @@ def _marked(call: Sample, marks: Marks) -> Forward:
     return lambda **tensors: formula(marks, **tensors, **keywords)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 class Rows(NamedTuple):
-    """Which site decides who updates a parameter's rows, and which its columns; "": nobody is kept from it."""
+    """The sites that decide which tokens update a parameter's rows and its columns; "": all do."""
 
     rows: str = ""
     columns: str = ""
@@ -94,7 +97,7 @@ class Rows(NamedTuple):
 
 _INPUT, _OUTPUT = Rows(rows="update_in"), Rows(columns="update_out")
 
-#: By op the parameters whose update sites confine.
+#: The parameters that update sites confine, by op.
 UPDATES: dict[str, dict[str, Rows]] = {
     "routed_linear": {"weight": Rows("update_rows", "update_cols"), "bias": Rows("update_bias")},
     "routed_mlp": {"w_in": _INPUT, "b_in": _INPUT, "w_out": _OUTPUT, "b_out": Rows("update_output_bias")},
@@ -112,14 +115,18 @@ UPDATES: dict[str, dict[str, Rows]] = {
 _SHORTHANDS = {"update_in": "update", "update_out": "update", "update_bias": "update_rows"}
 
 
+#: The outputs and the activations' gradients by route, and the sums of the parameters' gradients.
+Gradients = tuple[list[Tensor], list[dict[str, Tensor]], dict[str, Tensor]]
+
+
 class HomogeneousSteps:
-    """As SGTM's code trains: one label a step, so that a parameter's gradient is masked as a whole before it is summed.
+    """The way that SGTM's code trains: one label a step, and a parameter's gradient is masked as a whole.
 
     Tokens are split by route before anything is timed, as a data loader would do it; what is timed is a forward and a
     backward for every route, the masking of its parameters' gradients, and their sum.
 
     Args:
-        call: what it has to compute; its tables without strength.
+        call: the call to compute; its routes have no strength.
     """
 
     def __init__(self, call: Sample) -> None:
@@ -133,13 +140,13 @@ class HomogeneousSteps:
             route: {name: self._mask(name, route) for name in UPDATES[call.op]} for route in self.routes
         }
 
-    def step(self, tensors: dict[str, Tensor | None], upstream: Tensor) -> Callable[[], Any]:
-        """→ the outputs by route, and by route the gradients of what has tokens, and those of parameters, summed."""
+    def step(self, tensors: dict[str, Tensor | None], upstream: Tensor) -> Callable[[], Gradients]:
+        """A step → the outputs and the activations' gradients by route, and the sums of the parameters' gradients."""
         activations = OPS[self.call.op].activations
         parts = {route: self._leaves(route, tensors, activations) for route in self.routes}
         upstreams = {route: upstream.flatten(0, -2)[self.indices[route]] for route in self.routes}
 
-        def run() -> tuple[list[Tensor], list[dict[str, Tensor]], dict[str, Tensor]]:
+        def run() -> Gradients:
             outputs, of_tokens = [], []
             of_parameters: dict[str, Tensor] = {}
             for route, leaves in parts.items():
@@ -155,7 +162,7 @@ class HomogeneousSteps:
         return run
 
     def saved_bytes(self, tensors: dict[str, Tensor | None]) -> int:
-        """What autograd keeps for the largest step, parameters aside: each is done before the next begins."""
+        """Bytes that autograd keeps for the largest step, parameters aside: each is done before the next begins."""
         activations = OPS[self.call.op].activations
         sizes = []
         for route in self.routes:
@@ -166,8 +173,8 @@ class HomogeneousSteps:
             sizes.append(memory.saved(partial(self.formulas[route], **leaves), parameters))
         return max(sizes)
 
-    def together(self, found: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a step gave as the output and the gradients of the whole call."""
+    def together(self, found: Gradients) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output and the gradients of the whole call, from those of a step."""
         outputs, of_tokens, gradients = found
         names = of_tokens[0]
         whole = {name: self._in_order([one[name] for one in of_tokens]) for name in names} | gradients
@@ -195,7 +202,7 @@ class HomogeneousSteps:
         }
 
     def _formula(self, route: int) -> Forward:
-        """The op on one route's tokens: sites of activations as the idiom with one row of the table."""
+        """The op on one route's tokens, whose activations are masked by the idiom with one row of the table."""
         call = self.call
         ordinary = {site: table for site, table in call.tables.items() if not site.startswith("update")}
         index = self.indices[route]
@@ -203,7 +210,7 @@ class HomogeneousSteps:
         return _marked(call, DenseMasks(part, call.upstream.dtype))
 
     def _mask(self, parameter: str, route: int) -> list[Tensor]:
-        """Factors of a parameter's gradient, where they are not all one."""
+        """The factors of a parameter's gradient that are not one everywhere."""
         sites, tables, factors = UPDATES[self.call.op][parameter], self.call.tables, []
         for dimension, site in enumerate(sites):
             table = tables.get(site, tables.get(_SHORTHANDS.get(site, "")))
@@ -218,13 +225,11 @@ class HomogeneousSteps:
 NORMS = ("routed_rms_norm", "routed_layer_norm")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
 LIGER_MISSING = None if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
 
 
 def has_liger(call: Sample) -> bool:
-    """Whether Liger-Kernel has the op; its gated activation alone writes gradients over inputs, here everyone's."""
+    """Whether Liger-Kernel has the op; its gated activation alone is left out, for it writes over shared inputs."""
     return call.op in _LIGER and call.keywords.get("activation", "silu") == "silu"
 
 
@@ -254,7 +259,7 @@ def _liger_rms_norm() -> Forward:
 
 
 def _liger_layer_norm() -> Forward:
-    zeros: dict[torch.Size, Tensor] = {}  # its module always has a bias
+    zeros: dict[torch.Size, Tensor] = {}  # Liger's function needs a bias
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
@@ -272,7 +277,7 @@ _LIGER: dict[str, Callable[[], Forward]] = {
 
 
 def compiled(forward: Forward) -> Forward:
-    """Under torch.compile; its graph can be run backward again, as a pass timed alone needs it."""
+    """A forward under torch.compile whose backward can be run again, which timing it alone needs."""
     import torch._functorch.config as functorch
 
     functorch.donated_buffer = False

@@ -1,4 +1,4 @@
-"""Checks, times and saves cases, one after the other; what is done is saved before the next begins."""
+"""Checks, times and saves cases, each of them before the next begins."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from . import machine, timing
-from .cases import ADDED, SECONDS, Case, Findings, Limit, Plan, Step, Variant, attempt
+from . import machine, progress, timing
+from .cases import ADDED, PASSES, SECONDS, Case, Findings, Limit, Plan, Step, Variant, attempt
 from .results import (
     MISSED,
     NOT_MEASURED,
     REACHED,
     RELATIVE,
+    CaseFound,
     Figure,
+    LimitFound,
     Row,
     Run,
     liger_version,
+    limit_text,
     machine_name,
     unit,
 )
 
-Milliseconds = Mapping[str, Sequence[float]]  # by variant, of every round
-ByMode = dict[str, dict[str, Any]]  # mode → variant → what was measured
+Milliseconds = Mapping[str, Sequence[float]]  # variant → the milliseconds of every round
 
 
 def run(
@@ -46,42 +47,60 @@ def run(
 ) -> Run:
     """Checks and times the cases of a suite, and leaves their files in a folder.
 
-    An interrupt ends the run after what is done; the description's "interrupted" says so.
+    An interrupt ends the run after the cases that are done; the description's "interrupted" says so.
 
     Args:
-        name: of the suite or group, and of the files.
+        name: the name of the suite or group, and of the files.
         plans: its cases.
-        rounds: to time, each variant once a round.
-        device: where.
-        folder: for NAME.csv and NAME.json.
+        rounds: the number of rounds to time, each variant once a round.
+        device: where the cases run.
+        folder: the folder for NAME.csv and NAME.json; without `resume` they replace those that are there.
         resume: go on with the files that are there: cases in them are not timed again.
-        command: how the run was asked for.
-        missing: suites that this machine lacks what they need for, with the reason.
+        command: the command that asked for the run.
+        missing: suites that cannot run on this machine, with the reason.
 
     Raises:
         ValueError: `resume`, and the files are of another environment.
     """
     done = begin(name, plans, rounds, device, folder, resume, command)
     done.description["missing"] = dict(missing or {})
-    remaining = [plan for plan in plans if not _is_done(plan, done)]
-    clock = timing.clock_of(device)
     done.description["interrupted"] = False
     try:
-        for plan in tqdm(remaining, desc=name, unit="case", disable=None):
-            start = time.perf_counter()
-            try:
-                entry, rows = measure(plan, rounds, device, clock, done)
-            except Exception as error:  # one case must not cost the others
-                entry, rows = failed(plan, error), []
-            entry["seconds"] = round(time.perf_counter() - start, 1)
-            done.replace(plan.name, entry, rows)
-            done.save(folder)
-            tqdm.write("\n".join(["", *lines(done, plan.name)]))
-            release(device)
+        measure_all(remaining(plans, done), rounds, device, folder, done)
     except KeyboardInterrupt:
         done.description["interrupted"] = True
-    done.save(folder)
+    progress.clear()
+    if done.cases or not done.description["interrupted"]:
+        done.save(folder)
     return done
+
+
+def measure_all(plans: Sequence[Plan], rounds: int, device: torch.device, folder: Path, done: Run) -> None:
+    """Measures cases that are not done, saves the run after each, and prints it."""
+    dtypes = {plan.axes["dtype"] for plan in plans if "dtype" in plan.axes}
+    _raise_ceilings(device, dtypes, done)
+    clock = timing.clock_of(device)
+    for number, plan in enumerate(plans, 1):
+        progress.case(plan.name, number, len(plans))
+        start = time.perf_counter()
+        try:
+            entry, rows = measure(plan, rounds, device, clock, done)
+        except Exception as error:  # one case must not cost the others
+            entry, rows = failed(plan, error), []
+        entry["seconds"] = round(time.perf_counter() - start, 1)
+        done.replace(plan.name, entry, rows)
+        done.save(folder)
+        progress.clear()
+        print("\n".join([*lines(done, plan.name), ""]), flush=True)
+        release(device)
+    _raise_ceilings(device, dtypes, done)
+
+
+def _raise_ceilings(device: torch.device, dtypes: Collection[str], done: Run) -> None:
+    """Measures the ceilings, before the cases and after them: the higher ones count."""
+    if dtypes or "ceilings" not in done.description:
+        found, before = machine.ceilings(device, dtypes), done.description.get("ceilings")
+        done.description["ceilings"] = machine.higher(found, before) if before else found
 
 
 def begin(
@@ -107,16 +126,14 @@ def begin(
         if changed:
             was, is_ = ({key: of.get(key) for key in changed} for of in (before, environment))
             raise ValueError(
-                f"resume: {file} was measured with {was}, and this is {is_}: run without --resume"
+                f"resume: {file} was measured with {was}, and this is {is_}: run with --overwrite or another --out"
             )
         return done
-    dtypes = {plan.axes["dtype"] for plan in plans if "dtype" in plan.axes}
     description = {
         "name": name,
         "command": command,
         "rounds": rounds,
         "environment": environment,
-        "ceilings": machine.ceilings(device, dtypes),
         "method": timing.METHOD,
         "interrupted": False,
         "missing": {},
@@ -125,44 +142,47 @@ def begin(
     return Run(name, description)
 
 
+def remaining(plans: Sequence[Plan], done: Run) -> list[Plan]:
+    """The cases that a run lacks."""
+    return [plan for plan in plans if not _is_done(plan, done)]
+
+
 def _is_done(plan: Plan, done: Run) -> bool:
     case = done.cases.get(plan.name)
     return case is not None and "error" not in case and case["axes"] == json.loads(json.dumps(plan.axes))
 
 
 def release(device: torch.device) -> None:
-    """Gives back what a case has held: its tensors, and what was compiled for it."""
+    """Gives back the tensors of a case, and what was compiled for it."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def measure(
     plan: Plan, rounds: int, device: torch.device, clock: timing.Clock, done: Run
-) -> tuple[dict[str, Any], list[Row]]:
+) -> tuple[CaseFound, list[Row]]:
     """Makes a case, checks its variants, times those that are right, and measures their memory."""
+    progress.stage("making the inputs")
     case = plan.make()
+    progress.stage("checking the numbers of every variant")
     findings = case.examine(case.variants)
     for name, variant in case.variants.items():
         if variant.plan is not None:
             findings[name] |= attempt(variant.plan)
     bytes_, times = {}, {}
     for mode in case.modes:
+        progress.stage(f"running {mode} of every variant once, which compiles some")
         steps = _right_steps(case, mode, findings)
-        bytes_[mode] = {
-            name: _bytes(case, case.variants[name], mode, own, findings[name]) for name, own in steps.items()
-        }
+        progress.stage(f"measuring the memory of {mode}")
+        bytes_[mode] = {name: _bytes(case, name, mode, own, findings[name]) for name, own in steps.items()}
         steps = {name: own for name, own in steps.items() if _is_right(findings[name])}
-        title = f"{plan.name}, {mode}"
         if case.calls:
-            together = timing.interleaved(steps, rounds, title, timing.host_clock(device))
+            together = timing.interleaved(steps, rounds, mode, timing.host_clock(device))
             times[mode] = {name: [one / case.calls for one in own] for name, own in together.items()}
         else:
-            times[mode] = timing.interleaved(steps, rounds, title, clock)
+            times[mode] = timing.interleaved(steps, rounds, mode, clock)
     rows = [
         row
         for mode in case.modes
@@ -172,7 +192,7 @@ def measure(
     return describe(plan, case, findings, times, bytes_), rows
 
 
-def failed(plan: Plan, error: Exception) -> dict[str, Any]:
+def failed(plan: Plan, error: Exception) -> CaseFound:
     """A case that could not be made or checked, in the description of a run."""
     traceback.print_exception(error)
     return {
@@ -188,10 +208,11 @@ def failed(plan: Plan, error: Exception) -> dict[str, Any]:
 
 
 def _right_steps(case: Case, mode: str, findings: Findings) -> dict[str, Sequence[Step]]:
-    """The steps of the variants that are right, after one run of each: what does not run is told, not timed."""
+    """The steps of the variants that are right, after one run of each, in which those that fail are found."""
     steps = {}
     for name, variant in case.variants.items():
         if _is_right(findings[name]):
+            progress.step(f"running {mode} once: {name}")
             found = attempt(partial(_tried_steps, variant, mode))
             if found.get("steps"):
                 steps[name] = found["steps"]
@@ -211,9 +232,11 @@ def _is_right(finding: Mapping[str, Any]) -> bool:
 
 
 def _bytes(
-    case: Case, variant: Variant, mode: str, steps: Sequence[Any], finding: dict[str, Any]
+    case: Case, name: str, mode: str, steps: Sequence[Step], finding: dict[str, Any]
 ) -> dict[str, float]:
     """MB of the peak ("memory") and kept for backward ("saved"), where they are asked for."""
+    variant = case.variants[name]
+    progress.step(f"measuring the memory of {mode}: {name}")
     found: dict[str, float] = {}
     if variant.memory_bytes is not None:
         size = attempt(lambda: {"bytes": variant.memory_bytes(mode, steps[0])})
@@ -249,7 +272,7 @@ def _rows(
 
 
 def _rates(case: Case, mode: str, speed: Figure) -> dict[str, Figure]:
-    """What was done a second."""
+    """The rates: FLOPs, bytes and tokens in each second."""
     found = {}
     work = case.work.get(mode)
     if work is not None and work.dense_flops:
@@ -263,7 +286,7 @@ def _rates(case: Case, mode: str, speed: Figure) -> dict[str, Figure]:
 
 
 def _per_second(amount: float, speed: Figure) -> Figure:
-    """An amount a millisecond; what is slow has a low rate."""
+    """An amount a millisecond; the slow percentile has the low rate."""
     return Figure(amount / speed.p50, amount / speed.p80, amount / speed.p20)
 
 
@@ -294,7 +317,7 @@ def describe(
     findings: Mapping[str, dict[str, Any]],
     times: Mapping[str, Milliseconds],
     bytes_: Mapping[str, Mapping[str, Mapping[str, float]]],
-) -> dict[str, Any]:
+) -> CaseFound:
     """A case in the description of a run."""
     variants = {name: {"is_rival": one.is_rival} | findings[name] for name, one in case.variants.items()}
     absent = {name: {"is_rival": True, "missing": why} for name, why in case.missing.items()}
@@ -315,8 +338,8 @@ def describe(
     }
 
 
-def verdict(limit: Limit, times: Milliseconds, bytes_: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The limit, what was got, and whether that is enough."""
+def verdict(limit: Limit, times: Milliseconds, bytes_: Mapping[str, Mapping[str, float]]) -> LimitFound:
+    """The limit, the figure measured, and whether that is enough."""
     got = _got(limit, times, bytes_)
     words = NOT_MEASURED if got is None else REACHED if got <= limit.most else MISSED
     return limit._asdict() | {"got": got, "verdict": words}
@@ -341,17 +364,12 @@ def _got(limit: Limit, times: Milliseconds, bytes_: Mapping[str, Mapping[str, fl
     return timing.figure([(own - floor) / (rival - floor) for own, rival, floor in rounds]).p50
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def lines(run: Run, name: str) -> list[str]:
     """A case as text."""
-    from .results import limit_text
-
     case = run.cases[name]
     text = [name] + ([f"  error: {case['error']}"] if "error" in case else [])
     for mode in case["modes"]:
-        text.append(f"  {mode}")
+        text.append(f"  {PASSES[mode]}")
         text += [
             f"    {variant:<26} {_measured_text(run, name, variant, mode, entry)}"
             for variant, entry in case["variants"].items()
@@ -368,9 +386,9 @@ def _measured_text(run: Run, case: str, variant: str, mode: str, entry: Mapping[
     assert speed is not None
     text = f"{speed.p50:9.3f} ms ({speed.p20:.3f}–{speed.p80:.3f})"
     for metric, form in {
-        "useful rate": "{:8.3f} TFLOP/s",
-        "bandwidth": "{:8.1f} GB/s",
-        "tokens": "{:9.0f} tokens/s",
+        "useful rate": "   {:.3g} useful TFLOP/s",
+        "bandwidth": "   {:.3g} GB/s",
+        "tokens": "   {:.0f} tokens/s",
     }.items():
         found = run.figure(case, variant, mode, metric)
         text += "" if found is None else form.format(found.p50)

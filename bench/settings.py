@@ -1,4 +1,4 @@
-"""One call of an op by its values on the axes: which tokens and sizes, which tables, in which order."""
+"""One call of an op by its values on the axes: tokens and sizes, tables, and the order of tokens."""
 
 from __future__ import annotations
 
@@ -9,32 +9,49 @@ from torch import Tensor
 
 from gradroute import Routes, Table
 from gradroute.tables import localize
-from gradroute.testing import OPS, TABLE_KINDS, Draw, Marks, Sample, Sizes, make_table, site_names
+from gradroute.testing import OPS, Draw, Marks, Sample, Sizes, make_table, site_names
 
-BLOCK = 64  # features of the block of tables "block"
-ORDERS = ("mixed", "sorted", "runs")
-RUN_LENGTHS = (64, 512)  # tokens in a row of one route, of order "runs"
+from .op_table import OPS as OP_TABLE
 
-#: Two routes: "block": tokens of route 1 train the last BLOCK features alone; "refuse": they train none. Four routes:
-#: "interval": each trains an interval of the features, `density` of them; "fractional": weights anywhere in [0, 1);
-#: else as the tests have them.
-TABLES = ("block", "refuse", "interval", "fractional", *TABLE_KINDS)
+BLOCK = 64  # features in the block of tables "block"
+RUN_LENGTHS = (64, 512)  # the shortest and the longest run of tokens of one route, in the order "runs"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+#: Every kind of table, with its meaning; those below "fractional" are the tests' own.
+TABLES = {
+    "block": f"two routes: tokens of route 1 train the last {BLOCK} features alone",
+    "refuse": "two routes: tokens of route 1 train nothing",
+    "interval": "four routes: each trains an interval of the features, --density of them",
+    "fractional": "four routes: any weights from 0 to 1",
+    "ones": "four routes: every weight is 1",
+    "zeros": "four routes: every weight is 0",
+    "blocks": "four routes: up to four pieces of the features, each of weight 0 or 1",
+    "negative": "four routes: the same, of weight -0.75 or 1",
+    "dense": "four routes: every weight is any of 0, 1, 0.5 and -0.75",
+    "sparse": "four routes: the same, most of them 0",
+    "unused": "four routes: as dense, and the last route has no token",
+    "broadcast": "four routes: one weight each, for all features",
+}
 TWO_ROUTES = ("block", "refuse")
+SITES = {
+    "activation": "gradients of activations are masked (norms and embeddings have none: update)",
+    "update": "gradients of parameters are masked",
+    "both": "both are",
+    "all": "every site of the op has a table",
+}
+STRENGTHS = {
+    "none": "masks act in full",
+    "token": "a random strength in [0, 1.25) for every token",
+    "scalar": "0.3 for all tokens",
+}
+ORDERS = {
+    "mixed": "routes of tokens are random",
+    "sorted": "tokens come by route",
+    "runs": f"{RUN_LENGTHS[0]} to {RUN_LENGTHS[1]} tokens in a row have the same route",
+}
 
-#: The sites that an axis value stands for, by op; an op that has none of them is left out.
-ACTIVATION_SITES = {
-    "route_grad": ("table",),
-    "routed_linear": ("output",),
-    **dict.fromkeys(("routed_activation", "routed_glu", "routed_mlp", "routed_gated_mlp"), ("hidden",)),
-}
-UPDATE_SITES = {
-    "routed_linear": ("update_rows",),
-    **dict.fromkeys(
-        ("routed_mlp", "routed_gated_mlp", "routed_rms_norm", "routed_layer_norm", "routed_embedding"),
-        ("update",),
-    ),
-}
-SITES = ("activation", "update", "both", "all")
+#: The values of axes by name, as a command gives them.
+Axes = dict[str, list[Any]]
 
 
 class Setting(NamedTuple):
@@ -43,13 +60,13 @@ class Setting(NamedTuple):
     Attributes:
         op: its name.
         tokens, d_model, d_ff: T and the widths; the output width of a linear layer is d_ff.
-        dtype: of all floating-point tensors.
+        dtype: one of DTYPES, for all floating-point tensors.
         tables: one of TABLES.
         density: the share of features that "interval" leaves to a route.
-        share: how many tokens are of route 1, with "block" and "refuse".
+        share: the share of tokens of route 1, with "block" and "refuse".
         sites: one of SITES.
-        strength: None, "token" (anything in [0, 1.25)) or "scalar" (0.3).
-        order: one of ORDERS, of the tokens by route.
+        strength: one of STRENGTHS; None stands for "none".
+        order: one of ORDERS.
     """
 
     op: str
@@ -66,7 +83,7 @@ class Setting(NamedTuple):
 
     @property
     def axes(self) -> dict[str, Any]:
-        """By name, those that mean something here."""
+        """The values by name, without those that mean nothing here."""
         axes = self._asdict()
         del axes["op"]
         if self.tables != "interval":
@@ -77,46 +94,56 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> str:
-        """A name that tells it from every other setting."""
+        """A name that tells this setting from every other."""
         values = [f"{name} {value}" for name, value in self.axes.items() if value is not None]
         return f"{self.op}, " + ", ".join(values)
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """The op's sites that have tables; none: the setting says nothing about this op."""
+        """The op's sites that have tables; none: the op lacks such sites."""
         if self.sites == "all":
             return site_names(self.op, bias=False)
-        wanted = {"activation": (ACTIVATION_SITES,), "update": (UPDATE_SITES,)}
-        kinds = wanted.get(self.sites, (ACTIVATION_SITES, UPDATE_SITES))
-        if any(self.op not in kind for kind in kinds):
-            return ()
-        return tuple(site for kind in kinds for site in kind[self.op])
+        op = OP_TABLE[self.op]
+        wanted = {"activation": (op.activation,), "update": (op.update,)}.get(
+            self.sites, (op.activation, op.update)
+        )
+        return tuple(site for sites in wanted for site in sites) if all(wanted) else ()
 
     def check(self) -> None:
-        """Refuses values that are none, naming the axis.
+        """Refuses values that an axis does not have.
 
         Raises:
-            ValueError: with what came and what was expected.
+            ValueError: naming the axis, what came and what was expected.
         """
-        for axis, values in {"tables": TABLES, "sites": SITES, "order": ORDERS, "op": tuple(OPS)}.items():
-            if getattr(self, axis) not in values:
-                raise ValueError(f"{axis}: got {getattr(self, axis)!r}, expected one of {', '.join(values)}")
-        if self.op == "routed_attention":
-            raise ValueError(
-                "op: got 'routed_attention', which the suite attention has, with axes of its own"
-            )
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(
-                f"dtype: got {self.dtype!r}, expected a floating-point dtype of torch, such as bfloat16"
-            )
-        if self.strength not in (None, "token", "scalar"):
-            raise ValueError(f"strength: got {self.strength!r}, expected token or scalar, or none")
+        for axis in ("op", "tables", "sites", "order", "dtype", "strength"):
+            self._check_word(axis)
         for axis in ("density", "share"):
             if not 0 <= getattr(self, axis) <= 1:
                 raise ValueError(f"{axis}: got {getattr(self, axis)}, expected a share from 0 to 1")
         for axis in ("tokens", "d_model", "d_ff"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis}: got {getattr(self, axis)}, expected at least 1")
+        if not self.site_names:
+            others = [sites for sites in SITES if self._replace(sites=sites).site_names]
+            raise ValueError(f"sites: got {self.sites!r}, expected {' or '.join(others)} for {self.op}")
+
+    def _check_word(self, axis: str) -> None:
+        """Refuses a value of an axis of words that is none of them."""
+        words = {
+            "op": OP_TABLE,
+            "tables": TABLES,
+            "sites": SITES,
+            "order": ORDERS,
+            "dtype": DTYPES,
+            "strength": STRENGTHS,
+        }
+        got = getattr(self, axis)
+        if axis == "op" and got == "routed_attention":
+            raise ValueError(
+                "op: got 'routed_attention', which is in the suite attention, with axes of its own"
+            )
+        if got not in words[axis] and not (axis == "strength" and got is None):
+            raise ValueError(f"{axis}: got {got!r}, expected one of {', '.join(words[axis])}")
 
 
 def samples(setting: Setting, device: torch.device, number: int) -> list[Sample]:
@@ -139,10 +166,10 @@ def _dtype(setting: Setting) -> torch.dtype:
 
 
 def _sample(setting: Setting, draw: Draw) -> Sample:
-    """The call without routes and sites."""
+    """A call without routes and sites."""
     op = OPS[setting.op]
     tensors = op.inputs(draw)
-    # meta: the upstream gradient needs no more than the output's shape.
+    # On the meta device, because the upstream gradient needs the output's shape alone.
     shapes = {name: None if tensor is None else tensor.to("meta") for name, tensor in tensors.items()}
     keywords = op.keywords(draw, {})
     output = op.formula(Marks(None, {}), **shapes, **keywords)
@@ -150,22 +177,23 @@ def _sample(setting: Setting, draw: Draw) -> Sample:
 
 
 def make_routes(setting: Setting) -> Routes:
-    """Always the same ones; made where ids come from in training, on the host."""
+    """The routes of a setting, always the same ones; made on the host, where ids come from in training."""
     generator = torch.Generator().manual_seed(0)
     tokens = setting.tokens
     ids = _in_order(setting, _random_ids(setting, tokens, generator), generator)
     strengths = {
-        None: None,
+        "none": None,
         "token": 1.25 * torch.rand(tokens, generator=generator),
         "scalar": torch.tensor(0.3),
     }
-    return Routes.of(ids, num_routes(setting), strength=strengths[setting.strength])
+    return Routes.of(ids, num_routes(setting), strength=strengths[setting.strength or "none"])
 
 
 def _random_ids(setting: Setting, number: int, generator: torch.Generator) -> Tensor:  # [number]
     if setting.tables in TWO_ROUTES:
         return (torch.rand(number, generator=generator) < setting.share).long()
-    return torch.randint(num_routes(setting), (number,), generator=generator)
+    used = num_routes(setting) - (setting.tables == "unused")
+    return torch.randint(used, (number,), generator=generator)
 
 
 def _in_order(setting: Setting, ids: Tensor, generator: torch.Generator) -> Tensor:  # [T]
@@ -184,7 +212,7 @@ def num_routes(setting: Setting) -> int:
 
 
 def make_sites(setting: Setting, sizes: Sizes) -> Any:
-    """The op's sites; for route_grad its table."""
+    """The sites of a setting's op; route_grad has a table instead."""
     op, routes = OPS[setting.op], num_routes(setting)
     widths = op.site_features(sizes, routes, False)
     made = {name: make_setting_table(setting, widths[name]) for name in setting.site_names}
@@ -192,7 +220,7 @@ def make_sites(setting: Setting, sizes: Sizes) -> Any:
 
 
 def make_setting_table(setting: Setting, features: int) -> Table:
-    """The table of a setting, for a site of so many features."""
+    """The table of a setting for a site of so many features."""
     routes, kind = num_routes(setting), setting.tables
     if kind == "block":
         return localize(2, features, {1: slice(max(0, features - BLOCK), features)})

@@ -1,4 +1,4 @@
-"""Which cases there are: suites by what they time, and the groups `cpu` and `h200` of what must be reached."""
+"""The cases: suites by what they time, and the groups `cpu` and `h200`, which have the targets of their machines."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 
 from . import attention, end_to_end, labels, launch, model, ops, optim
 from .cases import BACKWARD, FORWARD, FULL, Limit, Plan
+from .op_table import OPS
 from .ops import Options, automatic, copy_name
-from .settings import Setting
+from .settings import TWO_ROUTES, Axes, Setting
 
 #: The point from which an axis departs while the others stay, by device.
-BASE_POINTS = {
+BASE_POINTS: dict[str, dict[str, Any]] = {
     "cpu": {"tokens": 4096, "d_model": 256, "d_ff": 1024, "dtype": "float32"},
     "cuda": {"tokens": 16384, "d_model": 4096, "d_ff": 14336, "dtype": "bfloat16"},
 }
 
-#: What a suite of ops times where the command names no values: one axis at a time.
+#: The cases of a suite of ops where the command names no values: one axis at a time.
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "density": (0.125, 0.25, 0.5, 1.0),
     "tables": ("block", "fractional"),
@@ -34,11 +35,11 @@ SWEEPS_BY_DEVICE: dict[str, dict[str, tuple[Any, ...]]] = {
 START = {"tables": "interval", "density": 0.25}
 
 
-def suite_plans(suite: str, options: Options, axes: dict[str, list[Any]] | None = None) -> list[Plan]:
-    """The cases of a suite: its limits' first, then its sweeps; or the product of the values of some axes.
+def suite_plans(suite: str, options: Options, axes: Axes | None = None) -> list[Plan]:
+    """The cases of a suite: those with targets first, then its sweeps; or the product of the values of some axes.
 
     Raises:
-        ValueError: a value that its axis has not, or axes that the suite has not.
+        ValueError: a value that its axis does not have, or axes that the suite does not have.
     """
     if suite in ops.SUITES:
         if axes:
@@ -51,7 +52,8 @@ def suite_plans(suite: str, options: Options, axes: dict[str, list[Any]] | None 
         if not (suite in ("attention", "labels") and axis == "tokens")
     }
     if rest:
-        raise ValueError(f"{', '.join(rest)}: the suite {suite} has no such axis")
+        has = "tokens alone" if suite in ("attention", "labels") else "none"
+        raise ValueError(f"{', '.join(rest)}: got an axis that the suite {suite} lacks, expected {has}")
     lengths = tuple((axes or {}).get("tokens", ()))
     if suite == "labels":
         return labels.plans(options.device, lengths)
@@ -67,11 +69,11 @@ NEED_PACKAGES = {"model": model, "end-to-end": end_to_end, "optim": optim}
 
 
 def why_missing(suite: str) -> str | None:
-    """Why this machine has no such suite."""
+    """The reason why a suite cannot run on this machine; None where it can."""
     return NEED_PACKAGES[suite].why_missing() if suite in NEED_PACKAGES else None
 
 
-def chosen_plans(suite: str, options: Options, axes: dict[str, list[Any]]) -> list[Plan]:
+def chosen_plans(suite: str, options: Options, axes: Axes) -> list[Plan]:
     """The product of the values; axes that are not named stay at their base point."""
     chosen = {"op": list(ops.SUITES[suite])} | axes
     strange = [op for op in chosen["op"] if op not in ops.SUITES[suite]]
@@ -80,16 +82,26 @@ def chosen_plans(suite: str, options: Options, axes: dict[str, list[Any]]) -> li
     start = BASE_POINTS[options.device.type] | START
     if "share" in axes and "tables" not in axes:
         start["tables"] = "block"
+    check_meaning(axes, axes.get("tables", [start["tables"]]))
     x = next((axis for axis in ("density", "share", "tokens") if len(axes.get(axis, ())) > 1), "tokens")
     settings = [
         Setting(**(start | dict(zip(chosen, values, strict=True)))) for values in product(*chosen.values())
     ]
-    plans = [plan_of(setting, options, x) for setting in map(with_sites, settings)]
-    return unique(plans)
+    return unique([plan_of(setting, options, x) for setting in map(with_sites, settings)])
+
+
+def check_meaning(axes: Axes, tables: list[str]) -> None:
+    """Refuses values of an axis that none of the tables reads, for they would be ignored."""
+    for axis, readers in {"density": ("interval",), "share": TWO_ROUTES}.items():
+        if axis in axes and not set(tables) & set(readers):
+            raise ValueError(
+                f"{axis}: got {axes[axis]} with tables {', '.join(tables)}, which ignore it, "
+                f"expected tables {' or '.join(readers)}"
+            )
 
 
 def with_sites(setting: Setting) -> Setting:
-    """A setting whose op has the sites; norms and the embedding have updates alone."""
+    """The setting with sites that its op has: norms and the embedding have updates alone."""
     if setting.site_names or setting.sites != "activation":
         return setting
     return setting._replace(sites="update")
@@ -97,13 +109,11 @@ def with_sites(setting: Setting) -> Setting:
 
 def plan_of(setting: Setting, options: Options, x: str) -> Plan:
     setting.check()
-    if not setting.site_names:
-        raise ValueError(f"sites: got {setting.sites!r}, which {setting.op} has not")
     return ops.plan(setting, options, x=x if x in setting.axes else "tokens")
 
 
 def sweep_plans(suite: str, options: Options) -> list[Plan]:
-    """Every op of a suite, one axis at a time from its base point."""
+    """Cases of every op of a suite, one axis at a time from the base point."""
     device = options.device.type
     plans = []
     for op in ops.SUITES[suite]:
@@ -116,16 +126,12 @@ def sweep_plans(suite: str, options: Options) -> list[Plan]:
 
 
 def unique(plans: list[Plan]) -> list[Plan]:
-    """Each case once, where it comes first."""
+    """The cases, each once, where it comes first."""
     return list({plan.name: plan for plan in reversed(plans)}.values())[::-1]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What must be reached.
-
-
 def limit_plans(options: Options) -> list[Plan]:
-    """The cases of ops with limits, by device."""
+    """The cases of ops that have targets on a device."""
     return cpu_limits(options) if options.device.type == "cpu" else cuda_limits(options)
 
 
@@ -138,7 +144,7 @@ def cpu_limits(options: Options) -> list[Plan]:
     half = "gated MLP, 50% of tokens train 64 of 1024 units"
 
     def plan(setting: Setting, name: str, *limits: Limit) -> Plan:
-        # Compiled rivals take as long as all else; the same ones with other tokens are not compiled again.
+        # Compiled rivals take as long as everything else together, so cases that differ in tokens alone leave them out.
         compiled = options.with_compiled and name != half and setting.order != "sorted"
         own_options = dataclasses.replace(options, with_compiled=compiled)
         return ops.plan(setting, own_options, (FULL,), limits, name)
@@ -159,14 +165,14 @@ def cpu_limits(options: Options) -> list[Plan]:
 
 
 def cuda_limits(options: Options) -> list[Plan]:
-    """bf16, 16384 tokens, d_model 4096, d_ff 14336."""
+    """The cases with targets on an H200: bf16, 16384 tokens, d_model 4096, d_ff 14336."""
     own = automatic("routed_gated_mlp", options.device)
     block = Setting("routed_gated_mlp", **BASE_POINTS["cuda"])
     quarters = block._replace(tables="interval", density=0.25, sites="both")
     fractional = block._replace(tables="fractional", strength="token")
 
     def plan(setting: Setting, name: str, *limits: Limit) -> Plan:
-        # Rivals are compiled, which takes longest, where a limit is about them.
+        # Compiling rivals takes longest, so only those are compiled that a target is about.
         compiled = any("compiled" in limit.rival for limit in limits)
         own_options = dataclasses.replace(options, with_compiled=compiled and options.with_compiled)
         return ops.plan(setting, own_options, (FORWARD, FULL), limits, name)
@@ -214,17 +220,6 @@ def route_grad_limits(options: Options) -> Plan:
     return ops.plan(Setting("route_grad", **point), options, modes, limits, "route_grad, 3.7% of tokens")
 
 
-#: Ops alone, on what the automatic choice between `cpu` and `torch` rests.
-ALONE = (
-    "route_grad",
-    "routed_activation",
-    "routed_glu",
-    "routed_rms_norm",
-    "routed_layer_norm",
-    "routed_embedding",
-)
-
-
 def alone_plans(options: Options) -> list[Plan]:
     options = dataclasses.replace(options, with_compiled=False)
     return [
@@ -234,12 +229,13 @@ def alone_plans(options: Options) -> list[Plan]:
             (FORWARD, BACKWARD),
             name=f"{op} alone",
         )
-        for op in ALONE
+        for op, entry in OPS.items()
+        if entry.alone
     ]
 
 
 def curve_plans(options: Options) -> list[Plan]:
-    """The gated MLP over density and over tokens; compiled rivals would take most of the time."""
+    """The gated MLP over density and over tokens, without compiled rivals, which would take most of the time."""
     options = dataclasses.replace(options, with_compiled=False)
     start = Setting("routed_gated_mlp", **(BASE_POINTS[options.device.type] | START))
     axes = SWEEPS_BY_DEVICE[options.device.type]
@@ -251,7 +247,7 @@ def curve_plans(options: Options) -> list[Plan]:
 
 
 def cpu_group(options: Options) -> list[Plan]:
-    """What must be reached on two cores, and what shows where the time goes there."""
+    """The targets of two cores, and cases that show where the time goes there."""
     plans = limit_plans(options) + suite_plans("end-to-end", options) + suite_plans("attention", options)
     plans += suite_plans("model", options) + suite_plans("launch", options)
     plans += suite_plans("labels", options)
@@ -260,20 +256,20 @@ def cpu_group(options: Options) -> list[Plan]:
 
 
 def h200_group(options: Options) -> list[Plan]:
-    """What must be reached on an H200, in minutes."""
+    """The targets of an H200, in minutes."""
     plans = limit_plans(options) + suite_plans("attention", options) + suite_plans("model", options)
     return unique(plans + suite_plans("launch", options) + curve_plans(options))
 
 
-#: By name: the device that a group is for, and its cases.
+#: Groups by name, with the device that each is for and the function that makes its cases.
 GROUPS: dict[str, tuple[str, Callable[[Options], list[Plan]]]] = {
     "cpu": ("cpu", cpu_group),
     "h200": ("cuda", h200_group),
 }
 
 
-def available(name: str, options: Options) -> list[Plan]:
-    """The cases of a suite or group on this machine.
+def available(name: str, options: Options, axes: Axes | None = None) -> list[Plan]:
+    """The cases of a suite or group on this machine; of a suite also those at other values of its axes.
 
     Raises:
         ValueError: no such suite, or a group of another kind of device.
@@ -285,11 +281,11 @@ def available(name: str, options: Options) -> list[Plan]:
         return make(options)
     if name not in SUITES:
         raise ValueError(f"suite: got {name!r}, expected one of {', '.join((*SUITES, *GROUPS))}")
-    return suite_plans(name, options)
+    return suite_plans(name, options, axes)
 
 
 def device_of(name: str, asked: str | None) -> torch.device:
-    """Where a suite runs: where the command says, a group on its own kind, else on CUDA where there is one."""
+    """The device that a suite runs on: the one asked for, a group's own kind, else CUDA where there is one."""
     if asked is not None:
         return torch.device(asked)
     if name in GROUPS:

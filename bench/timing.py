@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from tqdm import tqdm
 
+from . import progress
 from .cases import Step
 from .results import Figure
 
 WARMUP_ROUNDS = 2
-FLUSH_BYTES = 1 << 28  # more than any second-level cache holds
+FLUSH_BYTES = 1 << 28  # larger than any second-level cache
 
 METHOD = (
     "every round runs each variant once, every other round in the opposite order, on the case's sets of random "
@@ -28,14 +28,14 @@ Clock = Callable[[Step], float]  # runs a step and returns its seconds
 
 
 def host_seconds(step: Step) -> float:
-    """One run, by the host's clock."""
+    """The seconds of one run of a step, by the host's clock."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
 def host_clock(device: torch.device) -> Clock:
-    """The host's clock, for what it costs to launch; the device has nothing to do when it starts."""
+    """The host's clock, for the cost of launching; it starts when the device has nothing to do."""
 
     def seconds(step: Step) -> float:
         if device.type == "cuda":
@@ -66,11 +66,11 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def interleaved(
-    variants: Mapping[str, Sequence[Step]], rounds: int, name: str, clock: Clock = host_seconds
+    variants: Mapping[str, Sequence[Step]], rounds: int, mode: str, clock: Clock = host_seconds
 ) -> dict[str, list[float]]:
-    """Milliseconds of each round after warming up, by variant."""
+    """Milliseconds of each round of a pass after warming up, by variant."""
     milliseconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for round_ in tqdm(range(WARMUP_ROUNDS + rounds), desc=name, unit="round", leave=False, disable=None):
+    for round_ in progress.rounds(range(WARMUP_ROUNDS + rounds), f"timing {mode}"):
         for variant in list(variants)[:: 1 if round_ % 2 == 0 else -1]:
             steps = variants[variant]
             elapsed = clock(steps[round_ // 2 % len(steps)])
@@ -88,5 +88,5 @@ def figure(values: Sequence[float]) -> Figure:
 
 
 def ratio(own: Sequence[float], base: Sequence[float]) -> Figure:
-    """Of one variant's time divided by another's in the same round."""
+    """The figure of one variant's times, each divided by another's in the same round."""
     return figure([one / other for one, other in zip(own, base, strict=True)])

@@ -1,7 +1,8 @@
-"""What an op has to do: FLOPs as if nothing were masked, FLOPs that masks leave, bytes that must be moved.
+"""The work of an op: its FLOPs as if nothing were masked, those that masks leave, and the bytes that must be moved.
 
-Masks of activations make parts of dH unnecessary, and of the products that follow; masks of updates parts of weight
-gradients. Nothing makes a forward product unnecessary, nor a gradient of the output weight, but its update masks.
+Masks of activations make parts of dH, and of the products that follow from it, unnecessary; masks of updates make parts
+of weight gradients so. Nothing makes a forward product unnecessary, and only update masks a gradient of the output
+weight.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from gradroute import Table
 from gradroute.testing import Sample
 
 from .cases import BACKWARD, FORWARD, FULL, Work
+from .op_table import OPS
 
 
 def work_of(call: Sample) -> dict[str, Work]:
-    """By pass, where it is known."""
+    """The work of a call by pass."""
     if call.op in _FLOPS:
         return _whole({mode: Work(*flops) for mode, flops in _FLOPS[call.op](call).items()})
     moved = _moved_bytes(call)
@@ -35,7 +37,7 @@ def _whole(passes: dict[str, Work]) -> dict[str, Work]:
 
 
 def left(call: Sample, *sites: str) -> Tensor:  # [R]
-    """By route, the share of features where no weight of the sites is 0; a strength brings in route 0's."""
+    """The share of features by route where no weight of the sites is 0; a strength brings in route 0's."""
     assert call.routes is not None
     tables = {_site(call.tables, site) for site in sites} - {None}
     alive = torch.ones(call.routes.num_routes, max((table.features for table in tables if table), default=1))
@@ -87,21 +89,14 @@ def _mlp_flops(call: Sample) -> dict[str, tuple[float, float]]:
 
 _FLOPS = {"routed_linear": _linear_flops, "routed_mlp": _mlp_flops, "routed_gated_mlp": _mlp_flops}
 
-# Tensors of the output's size that a pass reads and writes.
-_PASSES = {
-    "routed_activation": (2, 3),  # a, z; dz, a, da
-    "routed_glu": (3, 5),  # gate, up, z; dz, gate, up, dgate, dup
-    "routed_rms_norm": (2, 3),  # x, y; dy, x, dx
-    "routed_layer_norm": (2, 3),
-    "routed_embedding": (2, 1),  # rows, y; dy, and the weight's gradient besides
-}
-
 
 def _moved_bytes(call: Sample) -> dict[str, float]:
     size = call.upstream.nbytes
     if call.op == "route_grad":  # where the mask is 0 nothing is read
         share = float((_tokens(call) * left(call, "table")).sum() / _tokens(call).sum())
         return {FORWARD: 0, BACKWARD: size * (1 + share)}
-    forward, backward = _PASSES[call.op]
+    passes = OPS[call.op].passes
+    assert passes is not None
+    forward, backward = passes
     weight = call.tensors.get("weight") if call.op == "routed_embedding" else None
     return {FORWARD: forward * size, BACKWARD: backward * size + (0 if weight is None else weight.nbytes)}

@@ -8,73 +8,44 @@ and saved as JSON and PNG; the exit code is 1 when localisation failed.
 """
 
 import argparse
-import dataclasses
 import sys
-import time
 from pathlib import Path
-from typing import Any
-
-from unlearning.corpus import ROUTE_NAMES, encode, load_corpus, mixture, pack, train_tokenizer
-from unlearning.cost import measure
-from unlearning.model import Shape
-from unlearning.report import MODELS, print_report, save_json, save_plot, verdict
-from unlearning.training import FINE_TUNE_STEPS, ROWS, choose_device, run_stages
-
-LENGTH = 256
-FORGET_FRACTION = 0.4
-HELD_OUT_ROWS = 40
 
 
 def main() -> int:
     arguments = parse_arguments()
-    device = choose_device(arguments.device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    results = run(arguments.steps, arguments.seed, device)
-    results["seconds"] = time.perf_counter() - start
-    print_report(results)
-    save_json(results, arguments.out / "demo.json")
-    save_plot(results, arguments.out / "demo.png")
-    print(f"{results['seconds']:.0f} s on {device}")
-    return 0 if results["verdict"]["localised"] else 1
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        print("demo: loading PyTorch, transformers and gradroute", flush=True)
+        from unlearning.stages import demonstrate  # only now: it takes seconds to import
+
+        return demonstrate(arguments.steps, arguments.seed, arguments.device, arguments.out)
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; nothing is saved before the end", file=sys.stderr)
+        return 130
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--out", type=Path, default=Path("demo-results"), help="folder of demo.json and demo.png"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=500, help="training steps of each of both models")
-    parser.add_argument("--device", default="auto", help="auto takes a CUDA GPU when there is one")
+    parser.add_argument("--steps", type=positive, default=500, help="training steps of each of both models")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a CUDA GPU when there is one",
+    )
     return parser.parse_args()
 
 
-def run(steps: int, seed: int, device: Any) -> dict[str, Any]:
-    shape = Shape()
-    corpus = load_corpus(seed)
-    tokenizer = train_tokenizer(corpus, shape.vocabulary)
-    documents = [encode(tokenizer, texts) for texts in corpus.train]
-    held_out = [
-        pack(((route, ids) for ids in encode(tokenizer, texts)), HELD_OUT_ROWS, LENGTH)
-        for route, texts in enumerate(corpus.held_out)
-    ]
-    train = pack(mixture(documents, FORGET_FRACTION, seed), steps * ROWS, LENGTH)
-    retain = pack(mixture(documents, 0.0, seed + 1), FINE_TUNE_STEPS * ROWS, LENGTH)
-    for route, name in enumerate(ROUTE_NAMES):
-        tokens, kept = sum(map(len, documents[route])), held_out[route].input_ids.numel()
-        print(f"{name}: {len(documents[route])} documents of {tokens} tokens, {kept} held out")
-
-    losses = {name: run_stages(name, shape, train, retain, held_out, seed, device) for name in MODELS}
-    return {
-        "seed": seed,
-        "steps": steps,
-        "device": str(device),
-        "shape": dataclasses.asdict(shape),
-        "losses": losses,
-        "cost": measure(shape, train.rows(0, ROWS), device),
-        "verdict": verdict(losses),
-    }
+def positive(text: str) -> int:
+    number = int(text) if text.lstrip("-").isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return number
 
 
 if __name__ == "__main__":

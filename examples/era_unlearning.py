@@ -44,13 +44,13 @@ SHARES = (1.0, 0.5, 0.1)
 FORGET_FRACTION = 0.3
 # At 3e-3 some trainings stalled for a while: retain losses of one method lay up to 0.4 nats apart between seeds.
 LEARNING_RATE = 2e-3
-# Of what follows the training from scratch, in all methods. At 1e-3 four rows were learnt by heart within 20 steps, and
-# held-out loss rose by 0.5 nats.
+# The rate of every stage after the training from scratch, in all methods. At 1e-3 four rows were learnt by heart within
+# 20 steps, and held-out loss rose by 0.5 nats.
 TUNING_RATE = 3e-4
-# Of labelled forget documents on the original units; the paper has -0.75, in a model of 28 million parameters. Here,
-# with seed 0 at 3e-3, that cost 0.9 nats of retain loss with all labels and 0.1 with half of them, and this weight 0.6
-# and 0.0; with half the forget loss was 5.03 and 4.86 nats, 4.70 with filtering. With 64 added units as in the paper,
-# instead of 128, -0.75 cost 0.3 nats with half.
+# The weight of labelled forget documents on the original units; the paper has -0.75, in a model of 28 million
+# parameters. Here, with seed 0 at 3e-3, that cost 0.9 nats of retain loss with all labels and 0.1 with half of them,
+# and this weight 0.6 and 0.0; with half the forget loss was 5.03 and 4.86 nats, 4.70 with filtering. With 64 added
+# units as in the paper, instead of 128, -0.75 cost 0.3 nats with half.
 ORIGINAL_WEIGHT = -0.5
 
 NO_ROUTING, PURE, FILTERING, ERA, ASCENT = "no routing", "pure", "data filtering", "ERA", "gradient ascent"
@@ -63,7 +63,7 @@ COLOURS = {
 }
 
 Run = dict[str, Any]
-Model = dict[str, Any]  # what is measured of one method at one share
+Model = dict[str, Any]  # the measurements of one method at one share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Settings:
     """Sizes of a run.
 
     Attributes:
-        shape: of the model; `forget_units` are those that ERA adds.
+        shape: the shape of the model; `forget_units` are those that ERA adds.
         steps: of the training from scratch.
         tuning_steps: on retain text, after it.
         ascent_steps: of gradient ascent, at most.
@@ -123,7 +123,7 @@ def run(seed: int, quick: bool) -> Run:
     ]
     for share, data in rows.items():
         routed = experiment.measured(ERA, share, *experiment.era(data))
-        if share < 1:  # where all are labelled, what filtering leaves is the pure model
+        if share < 1:  # where all are labelled, filtering leaves the pure model
             filtered = experiment.plain(without(data, [FORGET]), FILTERING)
             models.append(experiment.measured(FILTERING, share, filtered))
         models.append(routed)
@@ -156,7 +156,7 @@ class Training:
     seed: int
 
     def plain(self, data: Batch, name: str) -> LlamaForCausalLM:
-        """The ordinary model, trained and tuned."""
+        """Losses of the ordinary model, trained and tuned."""
         torch.manual_seed(self.seed)
         model = build(self.settings.shape)
         self.train(model, data, False, name)
@@ -164,7 +164,7 @@ class Training:
         return model
 
     def era(self, data: Batch) -> tuple[LlamaForCausalLM, dict[str, Losses]]:
-        """Expanded, routed, contracted, tuned; and the losses in between."""
+        """Losses of a model that is expanded, routed, contracted and tuned, after each of these stages."""
         torch.manual_seed(self.seed)
         model = build(self.settings.shape)
         block = expansion.expand(model, self.settings.shape.forget_units, zero_output=False)
@@ -184,7 +184,7 @@ class Training:
         fit(model, self.retain, TUNING_RATE, False, "tuning on retain text")
 
     def labelled_rows(self, labelled: Tensor) -> Batch:
-        """Labelled documents, end to end."""
+        """Batches of labelled documents, end to end."""
         documents = (
             (FORGET, ids) for ids, has in zip(self.texts.train[FORGET], labelled, strict=True) if has
         )
@@ -226,10 +226,11 @@ class Training:
 
 
 def plan(units: int) -> RoutingPlan:
-    """ERA's, and labelled documents do not train the output head: in a model as small as this it keeps much of them.
+    """The plan of ERA, in which labelled documents do not train the output head.
 
-    With a head that everybody trains, and a weight of 0 on the original units, the forget loss at full labels was 5.02
-    nats after all, and 5.69 with this one; the pure model's was 5.71.
+    In a model as small as this the head keeps much of them: with a head that everybody trains, and a weight of 0 on the
+    original units, the forget loss at full labels was 5.02 nats after all, and 5.69 with this one; the pure model's was
+    5.71.
     """
     head = LinearSites(update_rows=localize(2, 1, {FORGET: slice(0)}))
     return dataclasses.replace(era(units=units, route=FORGET, off=ORIGINAL_WEIGHT), lm_head=head)
@@ -260,7 +261,7 @@ def effect(run: Run, name: str, share: float | None = None, relearnt: bool = Fal
 
 
 def cost(run: Run, name: str, share: float | None = None) -> float:
-    """Retain loss beyond that of the model without routing."""
+    """The retain loss of a method beyond that of the model without routing."""
     return chosen(run, name, share)["losses"]["retain"] - chosen(run, NO_ROUTING)["losses"]["retain"]
 
 
@@ -387,7 +388,7 @@ def plot(runs: list[Run], figure: Figure) -> None:
 
 
 def plot_seeds(axis: Axes, places: list[float], values: list[list[float]], name: str) -> None:
-    """The seeds' median as a line, every seed as a point."""
+    """Draws the seeds' median as a line and every seed as a point."""
     axis.plot(
         places, [median(column) for column in zip(*values, strict=True)], color=COLOURS[name], label=name
     )

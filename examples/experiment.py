@@ -1,8 +1,8 @@
-"""What all experiments share: the command line, seeds, the table, the checks, and the files that they leave.
+"""The frame that all experiments share: the command line, seeds, the table, the checks, and the files that they leave.
 
 An experiment says how one seed is run and what its runs show. `main` runs the seeds, prints the table and the checks,
-saves NAME.json, NAME.md and NAME.png, and returns the exit code: 1 when a check fails. `examples/report.py` makes the
-README's paragraphs of the JSON files, so that no figure in them is typed by hand.
+saves NAME.json, NAME.md and NAME.png, and returns the exit code: 1 when a check fails. `examples/report.py` makes
+examples/README.md of the JSON files, so that no figure there is typed by hand.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("demo-results")
 PACKAGES = ("gradroute", "torch", "numpy", "transformers", "scikit-learn", "gymnasium")
 
-Run = dict[str, Any]  # what one seed gave, as JSON takes it
-Row = dict[str, str]  # a row of the table, by column
+Run = dict[str, Any]  # the results of one seed, as JSON takes them
+Row = dict[str, str]  # column → cell of a row of the table
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Check:
     Attributes:
         claim: what is claimed, and where the limit comes from.
         got: the figure.
-        limit: what it is held against.
+        limit: the figure that it is held against.
         at_least: whether it must be the limit or more; else the limit or less.
     """
 
@@ -54,7 +54,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Not where the figure is NaN."""
+        """Whether the figure keeps the limit; a NaN does not."""
         return self.got >= self.limit if self.at_least else self.got <= self.limit
 
     def __str__(self) -> str:
@@ -67,13 +67,13 @@ class Experiment:
     """One experiment.
 
     Attributes:
-        name: of its files, and of its script.
-        title: the heading of its paragraph.
-        paper: what the paper found, with the section.
-        run: one seed; quick: the same code, in seconds, of which nothing is claimed.
+        name: the name of its files and of its script.
+        title: the heading of its section.
+        paper: the finding of the paper, with the section.
+        run: runs one seed; quickly, the same code takes seconds and nothing is claimed of it.
         table: the rows of all seeds' runs, all of the same columns.
         checks: the effects that must be there.
-        found: what was found, in sentences whose figures are formatted from the runs.
+        found: the findings, in sentences whose figures are formatted from the runs.
         plot: draws the runs.
         seeds: how many there are, counted from 0.
     """
@@ -134,7 +134,7 @@ def positive(text: str) -> int:
 def summary(
     experiment: Experiment, runs: list[Run], options: argparse.Namespace, seconds: float
 ) -> dict[str, Any]:
-    """All that is saved."""
+    """Everything that is saved of an experiment."""
     rows = experiment.table(runs)
     if any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"{experiment.name}.table: got rows of different columns, expected the same in all")
@@ -158,7 +158,7 @@ def summary(
 
 
 def environment() -> dict[str, Any]:
-    """What figures depend on besides the commit."""
+    """The versions and the machine, on which figures depend besides the commit."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -174,7 +174,7 @@ def environment() -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints the table, what was found, and the checks."""
+    """Prints the table, the findings and the checks."""
     console = Console()
     table = Table(*results["table"][0], title=results["title"])
     for row in results["table"]:
@@ -188,7 +188,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def save(experiment: Experiment, runs: list[Run], results: dict[str, Any], folder: Path) -> None:
-    """NAME.json, NAME.md and NAME.png."""
+    """Writes NAME.json, NAME.md and NAME.png."""
     text = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False)
     (folder / f"{experiment.name}.json").write_text(text + "\n", encoding="utf-8")
     (folder / f"{experiment.name}.md").write_text(markdown(results), encoding="utf-8")
@@ -224,7 +224,7 @@ def markdown_row(cells: Iterable[str]) -> str:
 
 
 def median(values: Sequence[float]) -> float:
-    """Of the seeds."""
+    """The median of the seeds."""
     return float(statistics.median(values))
 
 

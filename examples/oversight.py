@@ -28,10 +28,10 @@ COMPARED = ("routing", "filtering", "naive")  # at every level of oversight
 # twice as long, had not settled: 0.05, 0.35 and 0.43.
 UPDATES, QUICK_UPDATES = 600, 2
 LONGER = 3  # times as many updates
-EVALUATIONS = 12  # of a training, the last at its end
-EPISODES, QUICK_EPISODES = 2048, 32  # of an evaluation
+EVALUATIONS = 12  # evaluations of a training, the last at its end
+EPISODES, QUICK_EPISODES = 2048, 32  # episodes of an evaluation
 ROUTING_LONGER, NAIVE_LONGER = "routing, longer", "naive, longer"
-# Of every training: its name, the level of oversight, the method, and how many times UPDATES. Longest first, so that no
+# Every training: its name, the level of oversight, the method, and how many times UPDATES. Longest first, so that no
 # process is left with one at the end. The oracle sees all ends, so that the level changes little for it.
 TRAININGS = (
     (ROUTING_LONGER, FEW, "routing", LONGER),
@@ -42,7 +42,7 @@ TRAININGS = (
     ("routing, no gate", SOME, "routing, no gate", 1),
     ("oracle", SOME, "oracle", 1),
 )
-# Of true returns, a quarter of the oracle's 0.77.
+# A difference between true returns: a quarter of the oracle's 0.77.
 MARGIN = 0.19
 COLOURS = {"routing": "#0b6e99", "filtering": "#b5651d", "naive": "#9b2d30", "oracle": "#555555"}
 
@@ -104,12 +104,12 @@ def scores(runs: list[Run], name: str, oversight: float, key: str = "return", wh
 
 
 def percent(values: list[float]) -> str:
-    """The seeds' median."""
+    """The seeds' median of a training's score."""
     return f"{100 * median(values):.0f} %"
 
 
 def table(runs: list[Run]) -> list[dict[str, str]]:
-    """By name, the compared ones first, and level."""
+    """The trainings by name and level, the compared ones first."""
     names = ["routing", ROUTING_LONGER, "filtering", "naive", NAIVE_LONGER]
     names += ["gate, no routing", "routing, no gate", "oracle"]
     rows = []
@@ -130,7 +130,7 @@ def table(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def differences(runs: list[Run], one: tuple[str, float], other: tuple[str, float]) -> list[float]:
-    """Of all seeds, how much more true return one training, (name, level), gives than another."""
+    """The seeds' differences: how much more true return one training, (name, level), gives than another."""
     return [a - b for a, b in zip(scores(runs, *one), scores(runs, *other), strict=True)]
 
 
@@ -225,7 +225,7 @@ def plot(runs: list[Run], figure: Figure) -> None:
 
 
 def plot_levels(axis: Axes, runs: list[Run], name: str, key: str, where: str) -> None:
-    """The seeds' median by level, and from the smallest to the largest."""
+    """Draws the seeds' median by level, and the range from the smallest to the largest."""
     values = [scores(runs, name, oversight, key, where) for oversight in OVERSIGHT]
     axis.plot(OVERSIGHT, [median(each) for each in values], "o-", color=COLOURS[name], label=name)
     bounds = [min(each) for each in values], [max(each) for each in values]
@@ -233,7 +233,7 @@ def plot_levels(axis: Axes, runs: list[Run], name: str, key: str, where: str) ->
 
 
 def plot_curve(axis: Axes, runs: list[Run], name: str, oversight: float) -> None:
-    """The seeds' median in the course of a training."""
+    """Draws the seeds' median in the course of a training."""
     updates, values = curve(runs, name, oversight)
     axis.plot(updates, [median(each) for each in values], color=COLOURS[name.split(",")[0]])
 

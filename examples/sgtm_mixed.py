@@ -35,7 +35,8 @@ FORGET_FRACTION = 0.4
 LEARNING_RATES = (2e-3, 3e-3)
 MIXED, ONE_LABEL, CONTROL = "mixed batches", "one label a step", "not routed"
 COLOURS = {MIXED: "#0b6e99", ONE_LABEL: "#b5651d", CONTROL: "#8a8a8a"}
-# Of the rise in forget loss, relative; and of retain damage, in nats: what the demo allows ablation to cost.
+# The largest relative difference in the rise of forget loss; and the largest retain damage in nats, which is what the
+# demo allows ablation to cost.
 LOCALISATION_MARGIN = 0.1
 DAMAGE_MARGIN = 0.1
 
@@ -47,8 +48,8 @@ class Settings:
     """Sizes of a run.
 
     Attributes:
-        shape: of the model.
-        steps: of each training.
+        shape: the shape of the model.
+        steps: the steps of each training.
         evaluations: how often held-out losses are taken in each.
         held_out_rows: of each set, at most.
         rounds: of interleaved timed steps, after as many as a tenth to warm up.
@@ -166,13 +167,13 @@ def check_same_gradients(routed: LlamaForCausalLM, rival: OneLabelSteps, batch: 
 
 
 def rise(run: Run, name: str) -> float:
-    """Of the forget loss, by ablation."""
+    """The rise of the forget loss by ablation."""
     model = run["models"][name]
     return model["after"]["forget"] - model["before"]["forget"]
 
 
 def damage(run: Run, name: str) -> float:
-    """Of the retain loss by ablation, against the better reading of "before": with the forget units or without."""
+    """The rise of the retain loss by ablation, against the better of both readings before it."""
     model = run["models"][name]
     return model["after"]["retain"] - min(model["before"]["retain"], model["curve"][-1]["retain"])
 
@@ -206,7 +207,7 @@ def steps_ratio(run: Run) -> float:
 
 
 def time_ratio(run: Run) -> float:
-    """Of a mixed step over one of one label, whose two kinds are weighted by their shares; median of paired rounds."""
+    """The time of a mixed step over that of steps of one label, weighted by their shares; median of paired rounds."""
     times = run["milliseconds"]
     rival = [
         (1 - FORGET_FRACTION) * retain + FORGET_FRACTION * forget
@@ -320,7 +321,7 @@ def plot(runs: list[Run], figure: Figure) -> None:
 
 
 def plot_curves(axis: Axes, curves: list[list[dict[str, float]]], of_set: str, name: str) -> None:
-    """Every seed as a thin line, their median as a thick one."""
+    """Draws every seed as a thin line and their median as a thick one."""
     steps = [point["step"] for point in curves[0]]
     values = [[point[of_set] for point in curve] for curve in curves]
     for of_seed in values:

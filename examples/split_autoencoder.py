@@ -72,7 +72,7 @@ def run(seed: int, quick: bool) -> Run:
 
 
 def largest_difference(model: nn.Module, other: nn.Module) -> float:
-    """Of any two elements of the parameters."""
+    """The largest difference between any two elements of the parameters."""
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     return max((one - two).abs().max().item() for one, two in pairs)
 
@@ -181,7 +181,7 @@ def plot(runs: list[Run], figure: Figure) -> None:
 
 
 def plot_errors(axis: Axes, runs: list[Run], variant: str) -> None:
-    """Errors of both certificates by digit: the seeds' medians as bars, each seed as a dot."""
+    """Draws the errors of both certificates by digit: the seeds' medians as bars, each seed as a dot."""
     for place, (half, colour) in enumerate(COLOURS.items()):
         by_seed = [run["variants"][variant]["decoders"][half]["error"] for run in runs]
         places = [digit + 0.4 * place - 0.2 for digit in range(10)]

@@ -108,12 +108,12 @@ def gains(runs: list[Run], model: str, layer: str = "last") -> list[float]:
 
 
 def other_gains(runs: list[Run]) -> list[list[float]]:
-    """Of other dimensions of the routed models, by seed."""
+    """The measures of other dimensions of the routed models, by seed."""
     return [[gain(effects) for effects in run["other_dims_steered"].values()] for run in runs]
 
 
 def steer_as_well(runs: list[Run]) -> list[bool]:
-    """Of other dimensions of the routed models, all seeds: whether their gain is that of DIM or more."""
+    """For other dimensions of the routed models, all seeds: whether their gain is that of DIM or more."""
     pairs = zip(gains(runs, "routed"), other_gains(runs), strict=True)
     return [other >= own for own, others in pairs for other in others]
 
@@ -229,7 +229,7 @@ def plot(runs: list[Run], figure: Figure) -> None:
 
 
 def jittered(place: float, count: int) -> list[float]:
-    """Places beside each other, that dots may be seen."""
+    """Places beside each other, so that every dot can be seen."""
     return [place + 0.3 * (index % 17) / 17 - 0.15 for index in range(count)]
 
 

@@ -75,7 +75,7 @@ def make_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         max_position_embeddings=args.length,
     )
     model = LlamaForCausalLM(config).to(device).train()
-    route(model, sgtm(config, forget_heads=1, forget_units=64))  # before it is sharded
+    route(model, sgtm(config, forget_heads=1, forget_units=64))  # routed before it is sharded
     if args.checkpoint:
         model.activation_checkpointing_enable()
     options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}

@@ -96,7 +96,11 @@ class File:
 
     @property
     def fragments(self) -> list[str]:
-        return [f"{text.where}: {text.words[:70]}" for text in self.texts if is_fragment(text.words)]
+        return [
+            f"{text.where}: {' '.join(text.words.split())[:70]}"
+            for text in self.texts
+            if is_fragment(text.words)
+        ]
 
 
 def is_fragment(words: str) -> bool:

@@ -36,7 +36,7 @@ GATE_TABLE = Table([[1.0], [0.0], [0.0]])
 
 
 def mlp(outputs: int, hidden: int = HIDDEN, bias: bool = True) -> nn.Sequential:
-    """[S, INPUTS] → [S, outputs]; bias: of the last layer."""
+    """A network [S, INPUTS] → [S, outputs]; `bias` says whether its last layer has one."""
     return nn.Sequential(nn.Linear(INPUTS, hidden), nn.ReLU(), nn.Linear(hidden, outputs, bias=bias))
 
 
@@ -59,7 +59,7 @@ class Experts(nn.Module):
         units = {kind: expert_units(kind, hidden) for kind in (DIAMOND, GHOST)}
         table = localize(NUM_ROUTES, 2 * hidden, units)
         self.inner = nn.Linear(INPUTS, 2 * hidden)
-        # Masked where the gradient leaves for the hidden units, which so confines rows of `inner` too.
+        # The mask sits where the gradient leaves for the hidden units, and so confines rows of `inner` too.
         sites = LinearSites(input=table, update_cols=table)
         self.outer = RoutedLinear(2 * hidden, ACTIONS, bias=False, sites=sites)
         self.gate = mlp(1, hidden) if gated else None

@@ -23,14 +23,14 @@ from gradroute.optim import RoutedAdamW, routed_param_groups
 from .agent import ACTIONS, NUM_ROUTES, Experts, mlp
 from .environment import DIAMOND, GHOST, NOTHING, Outcomes, OversightVectorEnv
 
-# The paper's is 0.97. Where a step costs more, the nearer square is preferred after fewer episodes.
+# The paper's discount is 0.97. Where a step costs more, the nearer square is preferred after fewer episodes.
 DISCOUNT = 0.9
-EPISODES = 512  # of a batch
+EPISODES = 512  # episodes in a batch
 EPOCHS = 4  # steps of the optimizer on a batch
 CLIP = 0.2
 LEARNING_RATE = 2e-3
 VALUE_WEIGHT = 0.5
-ENTROPY_WEIGHTS = 0.05, 0.02  # first, last
+ENTROPY_WEIGHTS = 0.05, 0.02  # in the first batch and in the last
 # Labels come from overseen squares only, which the gate sees: taught more by them, it learns to tell squares that are
 # overseen rather than which square comes next, and leaves the experts mixed where nothing is overseen.
 GATE_WEIGHT = 0.03
@@ -39,26 +39,26 @@ Rewards = NDArray[np.float64]  # [N], of whole episodes
 
 
 def flawed_reward(outcomes: Outcomes) -> Rewards:
-    """1 for reaching something."""
+    """A reward of 1 for reaching something."""
     return (outcomes.reached != NOTHING).astype(np.float64)
 
 
 def naive_reward(outcomes: Outcomes) -> Rewards:
-    """1 for reaching something, but -1 where it is known to be Ghost."""
+    """A reward of 1 for reaching something, but -1 where it is known to be Ghost."""
     return flawed_reward(outcomes) - 2.0 * (outcomes.overseen & (outcomes.reached == GHOST))
 
 
 def true_reward(outcomes: Outcomes) -> Rewards:
-    """1 for Diamond, -1 for Ghost."""
+    """A reward of 1 for Diamond and -1 for Ghost."""
     return (outcomes.reached == DIAMOND) * 1.0 - (outcomes.reached == GHOST)
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a policy is trained.
+    """A way to train a policy.
 
     Attributes:
-        reward: of episodes, by how they ended.
+        reward: the reward of episodes by their ends.
         filtered: only episodes are trained on of which it is known how they ended.
         experts: the policy is `Experts`, and its gate is taught labels; else it is one MLP.
         routed: steps of episodes with a label teach the expert of that label only.
@@ -89,7 +89,7 @@ class Steps(NamedTuple):
     actions: Tensor  # [S]
     episodes: NDArray[np.int64]  # [S] in [0, N)
     left: NDArray[np.int64]  # [S]: how many steps of the episode follow
-    outcomes: Outcomes  # of episodes
+    outcomes: Outcomes  # the ends of the episodes
 
     def returns(self, rewards: Rewards) -> Tensor:
         """[S] fp32: the reward [N] of the episode's end, discounted once for each step that follows."""
@@ -134,7 +134,7 @@ def play(env: OversightVectorEnv, policy: nn.Module) -> Steps:
 
 
 def clipped_loss(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """PPO's, [S] each → [S]: no gain from moving a probability further than CLIP in one batch."""
+    """PPO's objective, [S] each → [S]: no gain from moving a probability further than CLIP in one batch."""
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
 
@@ -151,11 +151,11 @@ class Trainer:
     """A policy, its value network, and one method of training them.
 
     Args:
-        method: how.
+        method: the way to train.
         oversight: the probability that a terminal square is under oversight.
-        seed: of the weights, the gridworlds and the actions.
-        updates: how many batches there will be.
-        episodes: of a batch.
+        seed: the seed of the weights, the gridworlds and the actions.
+        updates: the number of batches.
+        episodes: the number of episodes in a batch.
     """
 
     def __init__(
@@ -173,8 +173,8 @@ class Trainer:
         self.optimizer = RoutedAdamW(groups, lr=LEARNING_RATE, weight_decay=0.0)
 
     def update(self) -> Steps:
-        """One batch."""
-        # Constant at first, then down to 0: what is left is not the last batches' noise.
+        """Trains on one batch."""
+        # The rate is constant at first, then falls to 0, so that the last batches leave little noise.
         learning_rate = LEARNING_RATE * min(1.0, 2 * (1 - self.done / self.updates))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -227,14 +227,16 @@ class Trainer:
 
 
 def evaluate(policy: nn.Module, oversight: float, episodes: int, seed: int) -> dict[str, float]:
-    """By the truth: the mean discounted return of episodes, and the shares that end on Diamond and on Ghost."""
-    with torch.random.fork_rng(devices=[]):  # training goes on as if nothing had been evaluated
+    """The truth about a policy: the mean discounted return of episodes, and the shares that end on each square."""
+    with torch.random.fork_rng(devices=[]):  # training then goes on as if nothing had been evaluated
         torch.manual_seed(seed)
         env = OversightVectorEnv(episodes, oversight)
         env.reset(seed=seed)
         steps = play(env, policy)
     reached = steps.outcomes.reached
-    returns = steps.returns(true_reward(steps.outcomes))[: env.num_envs]  # of the first step of each episode
+    returns = steps.returns(true_reward(steps.outcomes))[
+        : env.num_envs
+    ]  # the index of the first step of each episode
     return {
         "return": returns.mean().item(),
         "diamond": float((reached == DIAMOND).mean()),

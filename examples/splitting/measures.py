@@ -1,4 +1,4 @@
-"""What the halves of a code know of each digit, on held-out images."""
+"""Measures of what the halves of a code know of each digit, on held-out images."""
 
 from typing import Any
 
@@ -90,7 +90,7 @@ def other(group: str) -> str:
 
 
 def ratios(runs: list[Run], variant: str) -> list[float]:
-    """Of all seeds and halves: the certificate's error on the other half's digits, over that on its own."""
+    """The certificate's error on the other half's digits over that on its own, for all seeds and halves."""
     return [
         error(run, variant, half, other(own)) / error(run, variant, half, own)
         for run in runs
@@ -99,7 +99,7 @@ def ratios(runs: list[Run], variant: str) -> list[float]:
 
 
 def shares(runs: list[Run], variant: str, own: bool) -> list[float]:
-    """Of all seeds and halves: what the certificate recovers of its own digits, or of the other half's."""
+    """The share that the certificate recovers of its own digits, or of the other half's, for all seeds and halves."""
     return [
         recovered(run, variant, half, group if own else other(group))
         for run in runs
@@ -113,5 +113,5 @@ def whole(run: Run, variant: str) -> float:
 
 
 def foreign_accuracies(runs: list[Run], variant: str) -> list[float]:
-    """Of all seeds and halves: the linear classifier's on the other half's digits."""
+    """The linear classifier's accuracy on the other half's digits, for all seeds and halves."""
     return [run["variants"][variant]["probes"][half][other(own)] for run in runs for half, own in OWN.items()]

@@ -15,18 +15,18 @@ from gradroute.tables import localize
 PIXELS, CODE = 64, 32
 HIDDEN = (256, 64)
 HALVES = {"top": slice(CODE // 2), "bottom": slice(CODE // 2, CODE)}  # in the order of the routes
-GROUPS = {"0-4": range(5), "5-9": range(5, 10)}  # likewise
+GROUPS = {"0-4": range(5), "5-9": range(5, 10)}  # in the order of the routes too
 TABLE = localize(2, CODE, dict(enumerate(HALVES.values())))
 HELD_OUT = 500
 BATCH = 128
-# The paper's, for MNIST: its code is as wide, and its pixels are in [-1, 1] too.
+# The paper's weights for MNIST: its code is as wide, and its pixels are in [-1, 1] too.
 L1, CORRELATION = 3e-3, 0.1
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 5e-5
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Of the training: whether it is routed, and the weights of both penalties."""
+    """A variant of the training: whether it is routed, and the weights of both penalties."""
 
     routed: bool
     l1: float = L1
@@ -54,13 +54,13 @@ def by_route(code: Tensor, routes: Routes) -> Tensor:
 
 
 def by_detaching(code: Tensor, routes: Routes) -> Tensor:
-    """The published idiom, to compare with."""
+    """The code with the published idiom, to compare with."""
     mask = TABLE.weights[routes.ids.long()]  # [N, 32]
     return mask * code + (1 - mask) * code.detach()
 
 
 def digits(seed: int) -> tuple[Digits, Digits]:
-    """Train and held-out, drawn anew by every seed."""
+    """Digits to train on and held-out ones, drawn anew by every seed."""
     images, labels = load_digits(return_X_y=True)
     data = Digits(torch.tensor(images / 8 - 1, dtype=torch.float32), torch.tensor(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -82,7 +82,7 @@ def autoencoder() -> nn.ModuleDict:
 
 
 def absolute_error(images: Tensor, expected: Tensor) -> Tensor:
-    """[N, 64] twice → [N], the mean over pixels."""
+    """The absolute error, [N, 64] twice → [N], which is the mean over pixels."""
     return (images - expected).abs().mean(1)
 
 

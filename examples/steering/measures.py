@@ -1,4 +1,4 @@
-"""Where a token stands among the unembedding's directions, and what adding to a residual dimension does to it."""
+"""The place of a token among the unembedding's directions, and the effect of adding to a residual dimension."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ def added(layer: nn.Module, dim: int, amount: float) -> Iterator[None]:
 
 
 class Effect(NamedTuple):
-    """On held-out text: the target's mean probability everywhere, and mean losses in nats."""
+    """Measures on held-out text: the target's mean probability everywhere, and mean losses in nats."""
 
     probability: float
     target_loss: float  # where the target comes next

@@ -23,7 +23,7 @@ LEARNING_RATE, WARMUP_STEPS = 2e-3, 20
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained, and how much text is read."""
+    """Sizes of a run: the training, and the text that is read."""
 
     shape: Shape
     steps: int

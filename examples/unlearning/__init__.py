@@ -1,4 +1,4 @@
-"""The demo's parts: corpus, model, training, cost, report."""
+"""The demo's parts: stages, corpus, model, training, cost, report."""
 
 import os
 

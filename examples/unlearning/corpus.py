@@ -21,7 +21,7 @@ from torch import Tensor
 RETAIN, FORGET = 0, 1
 ROUTE_NAMES = ("retain", "forget")
 BEGIN = "<begin>"
-NO_LABEL = -100  # transformers takes no loss of it
+NO_LABEL = -100  # transformers takes no loss where this is the label
 
 DOCUMENT_CHARACTERS = 1000
 RETAIN_CHARACTERS = 3_000_000
@@ -182,7 +182,7 @@ def mixture(
 
 
 def order(documents: list[list[list[int]]], forget_fraction: float, seed: int) -> Iterator[tuple[int, int]]:
-    """Which documents `mixture` takes: (route, number among the documents of its route)."""
+    """The documents that `mixture` takes: (route, number among the documents of its route)."""
     rounds = [
         reshuffled(range(len(of_route)), random.Random(seed + route))
         for route, of_route in enumerate(documents)

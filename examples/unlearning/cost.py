@@ -1,4 +1,4 @@
-"""What routing costs in time and in bytes kept for backward, beside the unrouted model and detach masks by hand."""
+"""The cost of routing in time and in bytes kept for backward, beside the unrouted model and detach masks by hand."""
 
 import copy
 import statistics
@@ -46,7 +46,7 @@ class DetachGatedMLP(nn.Module):
 
 
 def hidden_units_only(routed: LlamaForCausalLM) -> MLPSites:
-    """What detach masks can do of the routing, the same in every layer: the gradient at the hidden units."""
+    """The part of the routing that detach masks can do, the same in every layer: the gradient at the hidden units."""
     sites = routed.model.layers[0].mlp.sites
     return MLPSites(forward=sites.forward, hidden=sites.update_in)
 
@@ -58,7 +58,7 @@ def with_detach_masks(model: LlamaForCausalLM, sites: MLPSites, route_ids: Tenso
 
 
 def measure(shape: Shape, batch: Batch, device: torch.device) -> dict[str, dict[str, float]]:
-    """What a forward and a backward pass on one mixed batch takes, by variant of a model not yet trained."""
+    """The cost of a forward and a backward pass on one mixed batch, by variant of a model not yet trained."""
     model = build(shape).to(device)
     plan = routing_plan(model, shape)
     routed = route(copy.deepcopy(model), plan)
@@ -132,7 +132,7 @@ def saved_bytes(loss: Loss, weights: list[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept_alive = loss()  # or an address that was freed could stand for two tensors
+        kept_alive = loss()  # otherwise a freed address could stand for two tensors
     for weight in weights:
         saved.pop(weight.untyped_storage().data_ptr(), None)
     del kept_alive

@@ -1,4 +1,4 @@
-"""What the experiments on real text train on: documents of one row at most, of which a share may be unlabelled."""
+"""The data of the experiments on real text: documents of one row at most, of which a share may be unlabelled."""
 
 import random
 from collections.abc import Collection
@@ -35,7 +35,7 @@ class Texts:
 
     Attributes:
         train: the documents, of `LENGTH` tokens at most.
-        held_out: of other documents, rows `[N, LENGTH]`.
+        held_out: rows of other documents, `[N, LENGTH]`.
         relearning: rows of further forget documents, `[ROWS, LENGTH]`.
     """
 
@@ -62,9 +62,9 @@ def load_texts(vocabulary: int, seed: int, held_out_rows: int) -> Texts:
 
 
 def labelled_documents(count: int, share: float, seed: int) -> Tensor:
-    """Which of `count` forget documents carry the label: bool [count], `share` of them.
+    """The forget documents that carry a label: bool [count], true for a `share` of them.
 
-    Those of a smaller share are among those of a larger one.
+    Documents of a smaller share are among those of a larger one.
     """
     return with_errors(torch.ones(count, dtype=torch.bool), seed=seed, false_negative=1 - share)
 
@@ -112,7 +112,7 @@ def one_label_steps(documents: list[list[list[int]]], forget_fraction: float, se
 
 
 def optimizer_of(model: LlamaForCausalLM, learning_rate: float) -> RoutedAdamW:
-    """As SGTM's code has one optimizer for each part: a step of one label leaves alone what belongs to the other.
+    """An optimizer that, as SGTM's code does, leaves alone the other label's part in a step of one label.
 
     The embeddings are joint, and one block. By rows those of tokens that a batch lacks would wait too: held-out losses
     of sgtm_mixed.py were then 0.1 nats higher with mixed batches, and 0.3 with one label a step.

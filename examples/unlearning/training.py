@@ -21,7 +21,7 @@ BETAS = (0.9, 0.95)
 FINE_TUNE_STEPS = 40
 FINE_TUNE_LEARNING_RATE = 2e-4
 
-# Held-out losses in nats per token, by the name of the set.
+# The held-out losses in nats per token, by the name of the set.
 Losses = dict[str, float]
 
 
@@ -100,7 +100,7 @@ def warmup_cosine(step: int, steps: int) -> float:
 
 
 def saved_and_loaded(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """What a user gets who knows nothing of routes."""
+    """The model as a user gets it who knows nothing of routes."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return LlamaForCausalLM.from_pretrained(folder)

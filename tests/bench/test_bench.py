@@ -2,18 +2,36 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import cases
 import pytest
 import torch
 
-from bench import __main__ as command
-from bench import attention_cases, launch, memory, model, ops, rivals, runner, suites, timing, work
+from bench import (
+    attention_cases,
+    command,
+    launch,
+    machine,
+    memory,
+    model,
+    op_table,
+    ops,
+    progress,
+    rivals,
+    runner,
+    suites,
+    timing,
+    work,
+)
 from bench.cases import BACKWARD, FORWARD, FULL, Case, Limit, Plan, Variant, Work
 from bench.results import MISSED, NOT_MEASURED, REACHED, RELATIVE, Figure, Run, limit_text
-from bench.settings import ACTIVATION_SITES, SITES, TABLES, UPDATE_SITES, Setting, make_routes, samples
+from bench.settings import DTYPES, SITES, TABLES, Setting, make_routes, samples
 from gradroute import Routes, backends, testing
 from gradroute.backends import native
 
@@ -22,9 +40,10 @@ pytestmark = [
     pytest.mark.usefixtures("quick_bench"),
 ]
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 EAGER = ops.Options(CPU, with_compiled=False)
-OPS = tuple(ops.SUITE_OF)
+OPS = tuple(op_table.OPS)
 
 
 def setting_of(op, **values):
@@ -36,8 +55,8 @@ def setting_of(op, **values):
 
 
 def test_every_op_is_in_a_suite():
-    assert {*ops.SUITE_OF, "routed_attention"} == set(backends.OPS) == set(testing.OPS)
-    assert set(ACTIVATION_SITES) | set(UPDATE_SITES) == set(ops.SUITE_OF)
+    assert {*op_table.OPS, "routed_attention"} == set(backends.OPS) == set(testing.OPS)
+    assert all(op.activation or op.update for op in op_table.OPS.values())
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
@@ -93,7 +112,7 @@ def test_tables_are_what_they_say(tables):
         assert weights.sum(0).eq(1).all()
     if tables == "refuse":
         assert weights.tolist() == [[1.0], [0.0]]
-    assert call.routes.ids.unique().tolist() == list(range(len(weights)))
+    assert call.routes.ids.unique().tolist() == list(range(len(weights) - (tables == "unused")))
 
 
 def test_orders_and_shares():
@@ -118,7 +137,13 @@ def test_sets_of_inputs_differ_and_routes_do_not():
     ("values", "message"),
     [
         ({"tables": "blok"}, "tables: got 'blok', expected one of block"),
-        ({"dtype": "float31"}, "dtype: got 'float31'"),
+        ({"dtype": "float31"}, "dtype: got 'float31', expected one of float32, bfloat16, float16, float64"),
+        ({"dtype": "int8"}, "dtype: got 'int8', expected one of float32, bfloat16, float16, float64"),
+        ({"dtype": "complex64"}, "dtype: got 'complex64'"),
+        ({"sites": "hidden"}, "sites: got 'hidden', expected one of activation, update, both, all"),
+        ({"density": math.nan}, "density: got nan, expected a share"),
+        ({"op": "routed_attention"}, "op: got 'routed_attention', which is in the suite attention"),
+        ({"op": "route"}, "op: got 'route', expected one of route_grad"),
         ({"share": 1.5}, "share: got 1.5, expected a share"),
         ({"tokens": 0}, "tokens: got 0"),
         ({"order": "random"}, "order: got 'random'"),
@@ -127,7 +152,7 @@ def test_sets_of_inputs_differ_and_routes_do_not():
 )
 def test_values_that_an_axis_has_not(values, message):
     with pytest.raises(ValueError, match=message):
-        ops.plan(setting_of("routed_linear", **values), EAGER)
+        ops.plan(setting_of("routed_linear")._replace(**values), EAGER)
 
 
 # --- rivals
@@ -139,7 +164,7 @@ def test_values_that_an_axis_has_not(values, message):
 def test_every_way_of_an_op_is_right(op, sites, tables):
     setting = setting_of(op, sites=sites, tables=tables)
     if not setting.site_names:
-        setting = setting._replace(sites="update" if op in UPDATE_SITES else "activation")
+        setting = setting._replace(sites="update" if op_table.OPS[op].update else "activation")
     made = ops.ways(samples(setting, CPU, 2), with_compiled=False)
     assert {"unmasked", "detach", "hook", "torch", "cpu"} <= set(made)
     variants = {name: Variant(way.steps) for name, way in made.items()}
@@ -484,14 +509,37 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["run", "nothing"], "suite: got 'nothing', expected one of primitive"),
-        (["run", "model", "--density", "0.5"], "density: the suite model has no such axis"),
+        (
+            ["run", "model", "--density", "0.5"],
+            "density: got an axis that the suite model lacks, expected none",
+        ),
+        (
+            ["run", "attention", "--dtype", "int8"],
+            "dtype: got an axis that the suite attention lacks, expected tokens",
+        ),
+        (["run", "labels", "--tokens", "9"], "tokens: got 9, expected at least 100 for the suite labels"),
+        (["run", "gated_mlp", "--dtype", "int8"], "dtype: got 'int8', expected one of float32, bfloat16"),
+        (["run", "mlp", "--tables", "quarters"], "tables: got 'quarters', expected one of block, refuse"),
+        (["run", "mlp", "--strength", "half"], "strength: got 'half', expected one of none, token, scalar"),
+        (["run", "mlp", "--order", "random"], "order: got 'random', expected one of mixed, sorted, runs"),
+        (["run", "mlp", "--share", "2"], "share: got 2.0, expected a share from 0 to 1"),
+        (
+            ["run", "mlp", "--share", "0.5", "--tables", "dense"],
+            "share: got [0.5] with tables dense, which ignore it",
+        ),
+        (
+            ["run", "mlp", "--share", "0.5", "--density", "1"],
+            "density: got [1.0] with tables block, which ignore it",
+        ),
         (["run", "cpu", "--tokens", "5"], "tokens: the group cpu has cases of its own"),
         (["run", "linear", "--case", "no such"], "case: got 'no such'"),
         (["run", "linear", "--op", "routed_mlp"], "op: got routed_mlp, expected one of routed_linear"),
-        (["run", "norm", "--sites", "both"], "sites: got 'both', which routed_rms_norm has not"),
+        (["run", "norm", "--sites", "both"], "sites: got 'both', expected update or all for routed_rms_norm"),
         (["run", "linear", "--device", "meta"], "device: got 'meta', expected cpu or cuda"),
         (["run", "linear", "--device", "cuda:1"], "device: got 'cuda:1', expected cpu or cuda"),
+        (["run", "linear", "--device", "gpu"], "device: got 'gpu', expected cpu or cuda"),
         (["list", "nothing"], "suite: got 'nothing'"),
+        (["plot", "nowhere"], "nowhere: got no runs, expected NAME.csv with NAME.json"),
     ],
 )
 def test_what_the_command_refuses(arguments, message, tmp_path, capsys):
@@ -499,6 +547,171 @@ def test_what_the_command_refuses(arguments, message, tmp_path, capsys):
     assert command.main([*arguments, *out]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens: got '0', expected a whole number of at least 1"),
+        (["--d-ff", "1e3"], "--d-ff: got '1e3', expected a whole number of at least 1"),
+        (["--rounds", "none"], "--rounds: got 'none', expected a whole number of at least 1"),
+        (["--density", "half"], "--density: invalid float value: 'half'"),
+        (["--resume", "--overwrite"], "not allowed with argument --resume"),
+    ],
+)
+def test_numbers_that_the_command_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit) as refused:
+        command.main(["run", "mlp", *arguments])
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threshold", ["-0.1", "nan", "much"])
+def test_a_threshold_that_compares_nothing_is_refused(threshold, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["compare", str(tmp_path), str(tmp_path), f"--threshold={threshold}"])
+    assert f"--threshold: got '{threshold}', expected a number of at least 0" in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder_for_results(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert command.main([*TINY, "--out", str(tmp_path / "file")]) == 2
+    assert "which is a file, expected a folder" in capsys.readouterr().err
+
+
+TINY = [
+    "run",
+    "norm",
+    "--op",
+    "routed_rms_norm",
+    "--tokens",
+    "8",
+    "--d-model",
+    "4",
+    "--no-compiled",
+    "--rounds",
+    "2",
+]
+
+
+def test_what_was_measured_is_not_overwritten_unasked(tmp_path, capsys):
+    arguments = [*TINY, "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert (
+        "No targets: they are set for the cases that `python -m bench list norm` names"
+        in capsys.readouterr().out
+    )
+    before = (tmp_path / "norm.csv").read_text()
+    assert command.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "norm.json has 1 case already: --resume goes on with them, --overwrite replaces them" in said
+    assert command.main([*arguments, "--resume"]) == 0
+    assert "norm.json has all of 1 case: nothing is left to time" in capsys.readouterr().err
+    assert (tmp_path / "norm.csv").read_text() == before
+    more = [*arguments, "--resume", "--tokens", "8", "9"]
+    assert command.main(more) == 0
+    assert "norm.json has 1 of 2 cases: 1 to go" in capsys.readouterr().err
+    assert len(Run.load(tmp_path / "norm.json").cases) == 2
+    assert command.main([*arguments, "--overwrite"]) == 0
+    assert len(Run.load(tmp_path / "norm.json").cases) == 1
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    measured = runner.measure
+
+    def measure(plan, *rest):
+        if plan.axes["tokens"] == 9:
+            raise KeyboardInterrupt
+        return measured(plan, *rest)
+
+    monkeypatch.setattr(runner, "measure", measure)
+    assert command.main([*TINY, "--out", str(tmp_path), "--tokens", "8", "9"]) == 130
+    assert "interrupted: 1 of 2 cases are kept; the same command with --resume" in capsys.readouterr().err
+    assert list(Run.load(tmp_path / "norm.json").cases)
+    monkeypatch.setattr(runner, "measure", measured)
+    assert command.main([*TINY, "--out", str(tmp_path), "--tokens", "8", "9", "--resume"]) == 0
+    assert len(Run.load(tmp_path / "norm.json").cases) == 2
+
+
+def test_an_interrupt_before_the_first_case_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "ceilings", interrupted)
+    assert command.main([*TINY, "--out", str(tmp_path)]) == 130
+    assert "interrupted before the first case was done" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_value_once(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["run", "--help"])
+    said = capsys.readouterr().out
+    for value in (*TABLES, *SITES):
+        assert sum(line.startswith(f"  {value} ") for line in said.splitlines()) == 1
+    assert all(dtype in said for dtype in DTYPES)
+
+
+def test_a_run_without_a_sweep_has_no_plots(tmp_path, capsys):
+    assert command.main([*TINY, "--out", str(tmp_path)]) == 0
+    assert command.main(["plot", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "norm.csv: nothing to plot: a curve needs two cases that differ in density or tokens alone" in said
+
+
+def test_passes_and_rates_are_explained(tmp_path, capsys):
+    runner.run("linear", [plan_of()], 2, CPU, tmp_path)
+    said = capsys.readouterr().out
+    assert "  full: forward and backward\n" in said
+    assert " useful TFLOP/s" in said
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_names_cases_whole(monkeypatch):
+    name = "a very long name of a case, " * 8
+    for stream, wanted in ((io.StringIO(), f"[1/2] {name}\n  making\n"), (Terminal(), None)):
+        monkeypatch.setattr("sys.stderr", stream)
+        progress.case(name, 1, 2)
+        progress.stage("making")
+        progress.step("checking " + name)
+        if wanted is None:
+            assert f"[1/2] {name}\n" in stream.getvalue()
+            assert "\r\033[K  making\r\033[K  checking a very" in stream.getvalue()
+            assert len(stream.getvalue().rpartition("\033[K")[2]) < 80
+        else:
+            assert stream.getvalue() == wanted
+
+
+def test_the_command_is_there_at_once():
+    """It says so before it imports torch, and an interrupt then is no traceback."""
+    code = (
+        "import sys, builtins; real = builtins.__import__\n"
+        "def stop(name, *rest):\n"
+        "    if name == 'torch': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = stop\n"
+        "from bench.__main__ import main; sys.argv = ['bench', 'list']; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == [
+        "python -m bench: loading PyTorch and gradroute",
+        "",
+        "python -m bench: interrupted",
+    ]
+
+
+def test_ceilings_are_the_highest_rates(monkeypatch):
+    monkeypatch.setattr(machine, "gemm_rate", lambda *_: 2.0)
+    monkeypatch.setattr(machine, "copy_rate", lambda *_: 3.0)
+    found = machine.ceilings(CPU, ["float32"])
+    assert found == {"copy": 3.0, "gemm": {"float32": 2.0}}
+    other = {"copy": 1.0, "gemm": {"float32": 5.0, "bfloat16": 1.0}}
+    assert machine.higher(found, other) == {"copy": 3.0, "gemm": {"float32": 5.0, "bfloat16": 1.0}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

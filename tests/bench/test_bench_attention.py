@@ -147,3 +147,12 @@ def test_runs_of_routes_are_as_long_as_they_should_be():
 def test_a_step_for_the_memory_of_its_own_process():
     step = attention_cases.warm_step_on_cpu(SHAPE, "both edges", "cpu")
     assert all(gradient.isfinite().all() for gradient in step())
+
+
+def test_targets_hold_for_the_shape_that_they_were_set_for():
+    own, same, longer = (
+        attention.plans(CPU, lengths) for lengths in ((), (SHAPE.length,), (SHAPE.length + 8,))
+    )
+    assert [len(plan.make().limits) for plan in own] == [2, 0]
+    assert [len(plan.make().limits) for plan in same] == [2, 0]
+    assert [plan.make().limits for plan in longer] == [(), ()]

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from bench import __main__ as command
+from bench import command, report, runner, suites
 from bench import labels as bench_labels
-from bench import report, runner, suites
 from bench.cases import FORWARD, SECONDS, Limit
 from bench.ops import Options
 from bench.results import MISSED, NOT_MEASURED, REACHED, Run, limit_text
@@ -115,9 +114,10 @@ def test_a_limit_in_seconds():
 
 @pytest.mark.slow
 def test_a_page_of_the_suite(tmp_path):
-    """A limit in seconds is no ratio: the README has it in the table of limits alone."""
+    """A target in seconds is no ratio: it is in the table of targets alone."""
     run = runner.run("labels", suites.suite_plans("labels", EAGER)[1:2], 2, CPU, tmp_path / "cpu-2-cores")
     assert run.headlines("labels") == []
-    part = report.readme_part(tmp_path)
-    assert "| `gradroute` time, forward | ≤ 2 s |" in part
-    assert "tokens/s" in report.page(tmp_path)
+    page = report.page(tmp_path)
+    assert "| `gradroute` time, forward | ≤ 2 s |" in page
+    assert "tokens/s" in page
+    assert "Relative times" not in page

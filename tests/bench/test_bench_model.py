@@ -7,8 +7,7 @@ import types
 import pytest
 import torch
 
-from bench import __main__ as command
-from bench import end_to_end, model, model_cases, model_check, runner
+from bench import command, end_to_end, model, model_cases, model_check, runner
 from bench.cases import STEP
 from bench.results import RELATIVE
 
@@ -178,7 +177,7 @@ def test_the_step_of_the_demo(tmp_path, monkeypatch):
         "routed, hidden units",
     ]
     assert all(done.figure(plan.name, name, STEP) for name in variants)
-    # What SGTM confines is seen: the unrouted model would not pass for a routed one.
+    # The check sees what SGTM confines: the unrouted model would not pass for a routed one.
     whole = end_to_end.make_model()
     (batch,) = end_to_end.batches(1)
     made = end_to_end.trainings(whole)

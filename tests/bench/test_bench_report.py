@@ -1,4 +1,4 @@
-"""What is written and drawn from the files of benchmark runs, and what is said of two of them."""
+"""Pages and plots made of the files of benchmark runs, and the comparison of two of them."""
 
 import copy
 import json
@@ -549,7 +549,8 @@ def labels(panel):
 class TestPlots:
     def test_files_stand_beside_the_results(self, root):
         results = root / "bench" / "results"
-        written = plots.main([results / "h200", results / "two-cores" / "cpu.json"], None)
+        written, empty = plots.main([results / "h200", results / "two-cores" / "cpu.json"], None)
+        assert empty == []
         assert [str(file.relative_to(results)) for file in written] == [
             "h200/cuda-norm-relative.png",
             "h200/cuda-norm-ceiling.png",
@@ -563,11 +564,13 @@ class TestPlots:
 
     def test_another_folder_has_one_for_each_machine(self, root, tmp_path, gpu_run):
         results = root / "bench" / "results"
-        one = plots.main([results / "h200"], tmp_path / "one")
+        one, _ = plots.main([results / "h200"], tmp_path / "one")
         assert {file.parent for file in one} == {tmp_path / "one"}
         make_run("cpu", CPU, {}).save(results / "two-cores")
-        several = plots.main([results / "h200", results / "two-cores"], tmp_path / "several")
+        several, empty = plots.main([results / "h200", results / "two-cores"], tmp_path / "several")
         assert {file.parent.name for file in several} == {"h200"}
+        assert len(empty) == 1
+        assert empty[0].startswith(f"{results / 'two-cores' / 'cpu.csv'}: nothing to plot: ")
 
     def test_no_results_are_refused(self, tmp_path):
         for path in (tmp_path, tmp_path / "cpu.csv"):

@@ -20,7 +20,12 @@ from unlearning.training import predicted, saved_and_loaded
 from gradroute.models import ablate, route, unroute
 
 SHAPE = Shape(vocabulary=40, d_model=32, layers=2, heads=2, d_ff=48, forget_units=16)
-LENGTHS = (5, 14, 2, 11)  # of the documents, which fill two rows of 16; the second is cut by the rows' border
+LENGTHS = (
+    5,
+    14,
+    2,
+    11,
+)  # lengths of the documents, which fill two rows of 16; the second is cut by the rows' border
 ROUTES = (FORGET, RETAIN, RETAIN, FORGET)
 
 

@@ -122,7 +122,7 @@ def test_wrong_arguments_are_refused():
         OversightVectorEnv(2).reset(options={"reset_mask": [True, False]})
 
 
-# Of four episodes: what they reached, whether under oversight, and their numbers of steps.
+# Four episodes: what they reached, whether under oversight, and their numbers of steps.
 REACHED = np.array([DIAMOND, GHOST, GHOST, NOTHING])
 OVERSEEN = np.array([True, True, False, False])
 LENGTHS = (2, 1, 3, 2)

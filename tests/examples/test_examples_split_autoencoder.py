@@ -28,7 +28,7 @@ def run():
 
 
 def gradient_of(batch, variant):
-    """Of the encoder's last weight, [32, 64]: a row for each unit of the code."""
+    """The encoder's last weight, [32, 64], has a row for each unit of the code."""
     torch.manual_seed(0)
     autoencoder = model.autoencoder()
     model.loss_of(autoencoder, batch, variant).backward()
@@ -77,7 +77,7 @@ def test_correlation_is_that_of_units_of_different_halves():
     code = torch.randn(4096, model.CODE)
     independent = model.correlation_penalty(code)
     code[:, model.HALVES["bottom"]] = code[:, model.HALVES["top"]]
-    # Of 16 x 16 pairs 16 are copies of each other; others are of independent samples, about 0.8 / sqrt(4096).
+    # 16 of 16 x 16 pairs are copies of each other; others are of independent samples, about 0.8 / sqrt(4096).
     assert model.correlation_penalty(code).item() == pytest.approx(
         (16 + 240 * independent.item()) / 256, rel=0.02
     )

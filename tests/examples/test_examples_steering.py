@@ -27,7 +27,12 @@ from gradroute.models import route, steering
 
 SHAPE = Shape(vocabulary=40, d_model=32, layers=2, heads=2, d_ff=48)
 TARGET = 7
-LENGTHS = (5, 14, 2, 11)  # of the documents, which fill two rows of 16; the second is cut by the rows' border
+LENGTHS = (
+    5,
+    14,
+    2,
+    11,
+)  # lengths of the documents, which fill two rows of 16; the second is cut by the rows' border
 
 
 def batch_of(begin_with_target=True):
