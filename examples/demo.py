@@ -8,21 +8,34 @@ and saved as JSON and PNG; the exit code is 1 when localisation failed.
 """
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
+
+INTERRUPTED = "\ndemo: interrupted; nothing is saved before the end"
 
 
 def main() -> int:
     arguments = parse_arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    print("demo: loading PyTorch, transformers and gradroute", flush=True)
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        print("demo: loading PyTorch, transformers and gradroute", flush=True)
-        from unlearning.stages import demonstrate  # only now: it takes seconds to import
+        earlier = signal.signal(signal.SIGINT, stop)
+        from unlearning.stages import demonstrate  # only now, because it takes seconds to import
 
+        signal.signal(signal.SIGINT, earlier)
         return demonstrate(arguments.steps, arguments.seed, arguments.device, arguments.out)
     except KeyboardInterrupt:
-        print("\ndemo: interrupted; nothing is saved before the end", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Ends the process while it imports, for some imports swallow a KeyboardInterrupt."""
+    print(INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def parse_arguments() -> argparse.Namespace:
