@@ -69,6 +69,20 @@ def test_pictures_are_those_of_the_script():
     assert done.returncode == 0, "run `python tools/pictures.py`"
 
 
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "reference" / "index.html").exists()
+
+
 def text_of(page):
     return (ROOT / "docs" / page).read_text(encoding="utf-8")
 
