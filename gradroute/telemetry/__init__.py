@@ -6,7 +6,8 @@ belongs to them, how large the gradients and updates of each block are, and whet
 of its tokens was there; and on demand, by a probe, how much of a route's gradient leaks out of its block.
 """
 
-from .monitor import Telemetry, summary_writer
+from .monitor import Telemetry
 from .record import Record
+from .report import summary_writer
 
 __all__ = ["Record", "Telemetry", "summary_writer"]

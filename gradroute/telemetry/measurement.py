@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from ..routes import Routes
+from .batches import BatchRoutes
+from .losses import TokenLosses, cross_entropies
 from .regions import Regions
 from .sums import ALL, REST, wide, zeros
 
 
 class Measurement:
-    """What a measured step has collected, all of it on the device.
+    """The sums that a measured step has collected, all of them on the device.
 
     Attributes:
-        reads_forward: whether ids and losses come from the model's forward: until ids are given.
-        handles: of the hooks.
-        called: the watched modules whose forward ran.
+        reads_forward: whether ids and losses come from the model's forward, which ends when ids are given.
         batch: the ids of the current batch.
         snapshot: the parameters before the update, by region; None: the update has not begun.
     """
 
     def __init__(self, routes: int, modules: list[str], reads_forward: bool) -> None:
         self.reads_forward = reads_forward
-        self.handles: list[Any] = []
-        self.called: set[str] = set()
         self.batch: BatchRoutes | None = None
         self.snapshot: list[tuple[int, Tensor]] | None = None
         self._routes = routes
@@ -40,12 +36,13 @@ class Measurement:
         self._update: Tensor | None = None  # squares [K + 2]
 
     def take(self, batch: BatchRoutes | None) -> None:
-        """The ids of the forwards to come."""
+        """Takes the ids of the forwards to come."""
         self.batch = batch
         if batch is not None:
             self._present.append(batch.counts())
 
     def batch_of(self, what: str) -> BatchRoutes:
+        """The ids of the current batch; raises where there are none for `what`."""
         if self.batch is None:
             raise ValueError(
                 f"route_ids: got none for {what}, expected telemetry.step(route_ids), or route_ids in the model's "
@@ -55,16 +52,25 @@ class Measurement:
 
     @torch.no_grad()
     def add_gradient(self, name: str, gradient: Tensor | None, belongs: Tensor) -> None:
-        """The gradient `[*tokens, F]` that arrived at an output whose tokens belong to routes `[R, *tokens]`."""
+        """Adds the gradient `[*tokens, F]` that arrived at an output, whose tokens belong to routes `[R, *tokens]`."""
         if gradient is not None:
             squares = torch.linalg.vector_norm(gradient, dim=-1, dtype=wide(gradient)).square()
             self._squares[name].append(_by_route(squares, belongs))
 
-    def add_losses(self, losses: Tensor, counted: Tensor, belongs: Tensor) -> None:
-        mine = belongs & counted
-        self._losses.append((_by_route(losses.to(wide(losses)), mine), mine.flatten(1).sum(1)))
+    @torch.no_grad()
+    def add_logits(self, logits: Tensor, labels: Tensor, *, shift: bool, align: str) -> None:
+        """Adds the cross-entropy of a forward's tokens, see `cross_entropies`."""
+        batch = self.batch_of("losses")
+        self.add_losses(cross_entropies(logits.detach(), labels, batch, shift=shift, align=align))
+
+    def add_losses(self, tokens: TokenLosses) -> None:
+        """Adds the losses of tokens to their routes."""
+        mine = tokens.belongs & tokens.counted
+        losses = tokens.losses.to(wide(tokens.losses))
+        self._losses.append((_by_route(losses, mine), mine.flatten(1).sum(1)))
 
     def before_update(self, regions: Regions, rest: bool) -> None:
+        """Sums gradients and parameters by region, and keeps the parameters of blocks, with `rest` all of them."""
         gradients = [(p, p.grad) for p in regions.parameters() if p.grad is not None]
         self._gradient = regions.squares(gradients), regions.nonzeros(gradients)
         trained = [(p, p.detach()) for p in regions.trained()]
@@ -76,7 +82,7 @@ class Measurement:
 
     @torch.no_grad()
     def after_update(self, regions: Regions) -> None:
-        """The difference to the first `before_update`: several optimizers are one update."""
+        """Sums the difference to the first `before_update`, so that several optimizers are one update."""
         snapshot = self.snapshot or []
         rest = any(region >= len(regions.names) for region, _ in snapshot)
         after = regions.split([(p, p.detach()) for p in regions.trained()], rest)
@@ -88,17 +94,15 @@ class Measurement:
     def results(
         self, routes: tuple[str, ...], blocks: tuple[str, ...], homes: Mapping[str, list[int]], rest: bool
     ) -> list[tuple[list[str], Tensor]]:
-        """Names, each list with its values `[n]`."""
-        results: list[tuple[list[str], Tensor]] = []
-        if self._losses:
-            device = self._losses[0][0].device
-            sums, counts = (
-                torch.stack([one.to(device) for one in column]).sum(0)
-                for column in zip(*self._losses, strict=True)
-            )
-            results.append(([f"loss/{route}" for route in routes], sums / counts))
-            results.append(([f"tokens/{route}" for route in routes], counts.double()))
-        results += self._shares(routes)
+        """Lists of names, each with the values `[n]` of these names.
+
+        Args:
+            routes: the names of the routes.
+            blocks: the names of the blocks.
+            homes: block → the routes whose home it is.
+            rest: whether the parameters outside of blocks were kept.
+        """
+        results = [*self._mean_losses(routes), *self._shares(routes)]
         if self._gradient is not None:
             squares, nonzeros = self._gradient
             names = [*blocks, REST]
@@ -110,6 +114,17 @@ class Measurement:
             results.append(([f"update_norm/{name}" for name in names], update.sqrt()))
             results.append(([f"update_ratio/{name}" for name in names], (update / before).sqrt()))
         return results
+
+    def _mean_losses(self, routes: tuple[str, ...]) -> Iterator[tuple[list[str], Tensor]]:
+        if not self._losses:
+            return
+        device = self._losses[0][0].device
+        sums, counts = (
+            torch.stack([one.to(device) for one in column]).sum(0)
+            for column in zip(*self._losses, strict=True)
+        )
+        yield [f"loss/{route}" for route in routes], sums / counts
+        yield [f"tokens/{route}" for route in routes], counts.double()
 
     def _shares(self, routes: tuple[str, ...]) -> Iterator[tuple[list[str], Tensor]]:
         if not self._squares:
@@ -126,7 +141,7 @@ class Measurement:
             yield [f"grad_share/{name}/{route}" for route in routes], squares / squares.sum()
 
     def _protected(self, nonzeros: Tensor, homes: Mapping[str, list[int]]) -> Tensor:  # [K] → [K]
-        """1 or 0 for blocks whose routes had no token, NaN for the others."""
+        """Whether blocks whose routes had no token have no gradient, 1 or 0; NaN for the other blocks."""
         if not self._present:
             return torch.full_like(nonzeros, math.nan, dtype=torch.float64)
         present = torch.stack([one.to(nonzeros.device) for one in self._present]).sum(0)  # [R]
@@ -138,55 +153,11 @@ class Measurement:
         return torch.where(torch.stack(applies), untouched, math.nan) if applies else untouched
 
 
-class BatchRoutes:
-    """The route ids of one batch, and which route's each token is."""
-
-    def __init__(self, route_ids: Any, num_routes: int) -> None:
-        if isinstance(route_ids, Routes):
-            route_ids = route_ids.ids.view(route_ids.shape)
-        ids = torch.as_tensor(route_ids)
-        if ids.is_floating_point() or ids.is_complex():
-            raise TypeError(f"route_ids: got dtype {ids.dtype}, expected an integer or bool dtype")
-        self._ids = ids.to(torch.int64)
-        self._num_routes = num_routes
-        self._belongs: dict[Any, Tensor] = {}
-        if ids.device.type == "cpu" and ids.numel():
-            least, most = self._ids.aminmax()
-            if least < 0 or most >= num_routes:
-                raise ValueError(
-                    f"route_ids: got ids from {least} to {most}, expected 0 to {num_routes - 1}, one for each name of "
-                    "routes"
-                )
-
-    def belongs(self, tokens: Sequence[int], device: torch.device, what: str) -> Tensor:
-        """Whether each of the tokens, of which `what` says the shape, belongs to each route: bool `[R, *tokens]`."""
-        shape = tuple(tokens)
-        if (shape, device) not in self._belongs:
-            ids = self._spread(shape, what).to(device)
-            routes = torch.arange(self._num_routes, device=device).view(-1, *[1] * len(shape))
-            self._belongs[shape, device] = ids == routes
-        return self._belongs[shape, device]
-
-    def counts(self) -> Tensor:
-        """How many of the ids are each route's: `[R]`."""
-        return self.belongs(self._ids.shape, self._ids.device, "ids").flatten(1).sum(1)
-
-    def _spread(self, shape: tuple[int, ...], what: str) -> Tensor:
-        ids = self._ids
-        if tuple(ids.shape) == shape[: ids.dim()]:  # an id of a sample is that of all its tokens
-            return ids.view(*ids.shape, *[1] * (len(shape) - ids.dim())).expand(shape)
-        if ids.dim() == 1 and ids.numel() == math.prod(shape):
-            return ids.view(shape)
-        raise ValueError(
-            f"route_ids: got shape {list(ids.shape)}, expected that of the tokens of {what}, {list(shape)}, or "
-            f"[{math.prod(shape)}]"
-        )
-
-
 def _by_route(values: Tensor, belongs: Tensor) -> Tensor:
-    """Sums of values `[*tokens]` by route, `[R]`: a sum for each, as adding by index has no fixed order on a GPU."""
+    """Sums of values `[*tokens]` by route, `[R]`, one after the other: adding by index has no fixed order on a GPU."""
     return torch.where(belongs, values, 0.0).flatten(1).sum(1)
 
 
 def _joined_rest(squares: Tensor) -> Tensor:  # [K + 2] → [K + 1]
+    """The sums by region with the two regions outside of blocks as one."""
     return torch.cat((squares[:-2], squares[-2:].sum(0, keepdim=True)))

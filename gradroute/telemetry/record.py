@@ -1,4 +1,4 @@
-"""What one step measured, on the device until somebody reads it."""
+"""The record of one step, on the device until somebody reads it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Record(Mapping[str, float]):
-    """What one step measured: a mapping of floats, on the device until it is first read.
+    """The values that one step measured, a mapping of floats, on the device until it is first read.
 
     Raises:
         RuntimeError: it is read before its step has ended.
@@ -23,6 +23,10 @@ class Record(Mapping[str, float]):
         """Takes names with values `[n]`, once."""
         self._unread = results
         self.is_complete = True
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Takes values that are on the host already, beside those of `fill`."""
+        self._values.update(values)
 
     def _read(self) -> dict[str, float]:
         if not self.is_complete:

@@ -1,25 +1,25 @@
-"""The blocks of a model, and sums over each of them and over the rest."""
+"""A model's blocks and the rest of its parameters, and sums over each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Block, check_disjoint
-from ..models.modules import is_dtensor
+from ..models.inspection import is_dtensor
 from .sums import wide, zeros
 
 
 class Regions:
-    """A model's parameters, divided in regions.
+    """A model's parameters, divided into regions.
 
-    Blocks are regions 0 to K - 1; K is what else the tensors have that a block has a piece of; K + 1 all other tensors.
+    Regions 0 to K - 1 are the blocks. Region K is the rest of the parameters of which a block has a piece, and region
+    K + 1 all other parameters.
 
     Raises:
-        TypeError: a block that is none.
+        TypeError: an entry of `blocks` is no Block.
         ValueError: blocks that overlap, or are not of the model's shape.
     """
 
@@ -33,10 +33,10 @@ class Regions:
         self.names = tuple(blocks)
         self._model = model
         self._blocks = tuple(blocks.values())
-        self._indices: dict[Any, Tensor] = {}  # copies on devices: a copy from the host may wait
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}  # kept: a copy to a device may wait
 
     def parameters(self) -> list[nn.Parameter]:
-        """All of the model."""
+        """All parameters of the model; raises TypeError where one is sharded."""
         parameters = list(self._model.parameters())
         sharded = [name for name, one in self._model.named_parameters() if is_dtensor(one)]
         if sharded:
@@ -47,20 +47,21 @@ class Regions:
         return parameters
 
     def trained(self) -> list[nn.Parameter]:
-        """Those that require a gradient."""
+        """The parameters that require a gradient."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def split(
         self, tensors: Iterable[tuple[nn.Parameter, Tensor]], rest: bool = True
     ) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
-        """Tensors of the shapes of parameters, as their elements in each region; elsewhere zero or cut off.
+        """The elements of tensors in each region.
 
         Args:
-            tensors: parameter and tensor.
-            rest: whether to yield the elements outside of all blocks.
+            tensors: parameters, each with a tensor of its shape.
+            rest: whether to yield the elements outside of all blocks, too.
 
         Yields:
-            The region, the parameter and the elements: copies, but the tensors themselves in region K + 1.
+            The region, the parameter and the elements. In region K they are a copy of the tensor with zeros in the
+            blocks, in region K + 1 the tensor itself.
         """
         pieces = self._pieces()
         blocks = len(self._blocks)
@@ -83,7 +84,7 @@ class Regions:
 
     @torch.no_grad()
     def sum_squares(self, values: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """Squares of values by their regions, fp64 `[K + 2]`."""
+        """The sums of squares of values, given with their regions; fp64 `[K + 2]`."""
         device = self._device()
         squares = [[zeros((), device)] for _ in range(len(self._blocks) + 2)]
         for region, one in values:
@@ -92,17 +93,17 @@ class Regions:
         return torch.stack([torch.stack(of_region).sum() for of_region in squares])
 
     def nonzeros(self, tensors: Iterable[tuple[nn.Parameter, Tensor]]) -> Tensor:
-        """How many elements of each block are not zero, `[K]`: squares of small ones may underflow, this does not."""
+        """How many elements of each block are not zero, `[K]`; squares of small ones could underflow to zero."""
         device = self._device()
         counts = [[torch.zeros((), dtype=torch.int64, device=device)] for _ in self._blocks]
         for region, _, values in self.split(tensors, rest=False):
             counts[region].append(values.count_nonzero().to(device))
-        return torch.stack([torch.stack(of_block).sum() for of_block in counts]) if counts else torch.zeros(
-            0, dtype=torch.int64, device=device
-        )  # fmt: skip
+        if not counts:
+            return torch.zeros(0, dtype=torch.int64, device=device)
+        return torch.stack([torch.stack(of_block).sum() for of_block in counts])
 
     def _pieces(self) -> dict[nn.Parameter, list[tuple[int, int, Tensor]]]:
-        """By parameter: the block's number, dimension and index. Made anew: parameters may be replaced."""
+        """The pieces of blocks by parameter, each a block's number, dimension and index. Parameters may be replaced."""
         pieces: dict[nn.Parameter, list[tuple[int, int, Tensor]]] = {}
         for i, block in enumerate(self._blocks):
             for piece, parameter in block.parameters(self._model):

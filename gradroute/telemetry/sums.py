@@ -1,26 +1,25 @@
-"""What the other files share: names, dtypes and sums."""
+"""Names, dtypes and sums that the other files of telemetry share."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-#: What is summed over all watched modules: no name of the user's.
+#: The name of the sum over all watched modules, which no module or route of the user's may have.
 ALL = "all"
 
-#: The parameters outside of all blocks: no name of the user's.
+#: The name of the parameters outside of all blocks, which no block of the user's may have.
 REST = "rest"
 
-IGNORED_LABEL = -100  # transformers takes no loss of it
+#: The label of tokens without a loss, as in transformers.
+IGNORED_LABEL = -100
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64: what norms and losses are computed in."""
+    """The dtype in which norms and losses are computed: fp32, or fp64 for fp64."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def zeros(shape: Any, device: torch.device) -> Tensor:
-    """In fp64: sums of many squares."""
+def zeros(shape: int | tuple[int, ...], device: torch.device) -> Tensor:
+    """Zeros in fp64, which sums of many squares need."""
     return torch.zeros(shape, dtype=torch.float64, device=device)
