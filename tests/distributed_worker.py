@@ -1,4 +1,4 @@
-"""What tests/test_models_distributed.py runs in each of its two processes: cells of the matrix, one after the other."""
+"""The cells of the matrix that test_models_distributed.py runs in each of its two processes, one after the other."""
 
 import contextlib
 import copy
@@ -32,7 +32,8 @@ SIZES = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-IGNORED_WARNINGS = [  # torch's own: pyproject.toml says of the first two when, the last at FSDP2's graph breaks
+# torch's own warnings: pyproject.toml says when the first two come, and the last comes at FSDP2's graph breaks.
+IGNORED_WARNINGS = [
     ("`torch.jit.script", DeprecationWarning),
     (".*should not be instantiated", DeprecationWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
@@ -42,7 +43,7 @@ CHECKPOINTS = ("off", "non-reentrant", "reentrant")
 
 
 def full_plan(**more):
-    """Something at every kind of site; the tables' blocks do not end where a rank's half does."""
+    """A plan with every sort of site, whose tables change within a rank's half of the features."""
     return RoutingPlan(
         2,
         mlp=MLPSites(
@@ -68,7 +69,7 @@ def full_plan(**more):
 
 
 def small_plan(attention):
-    """What compiles fast: a mask and updates of hidden units, and on demand updates of heads."""
+    """A plan that compiles fast: a mask and updates of hidden units, and on demand updates of heads."""
     updates = AttentionSites(
         update=localize(2, HEADS, {1: [2, 3]}), update_kv=localize(2, KV_HEADS, {1: [1]})
     )
@@ -248,7 +249,7 @@ def error(got, exact):
 
 
 def missing_sync(rank):
-    """What a mean loss on every rank would give: not the gradient of the concatenated batch."""
+    """The error of a mean loss on every rank, which has not the gradient of the concatenated batch."""
     model = make_model(full_plan())
     batch = batches()[0]
     expected = step(copy.deepcopy(model), "none", [batch], rank)
@@ -330,7 +331,7 @@ GROUPS = {
         for parallel in PARALLEL
         for checkpoint in CHECKPOINTS[:2]
     },
-    # Apart, because it takes long and Dynamo makes one of both kinds of checkpoint.
+    # These stand apart because they take long, and Dynamo makes no difference between the two checkpoints.
     "compile-reentrant": {
         (parallel, "reentrant", "compile"): (cell, parallel, "reentrant", True) for parallel in PARALLEL
     },

@@ -95,7 +95,7 @@ class Case(NamedTuple):
     convert: Callable[[Any, Any], Any]  # the ordinary layer and sites
     functional: Callable[[Any, Tensor, Routes, Any], Tensor]  # the routed layer, x, routes, sites
     sites: Any
-    untouched: dict[str, Any]  # what tokens of route 1 do not train under these sites
+    untouched: dict[str, Any]  # the elements that tokens of route 1 do not train under these sites
 
 
 def confine(features: int, inside: float = 1.0, outside: float = 0.0) -> Table:

@@ -1,4 +1,4 @@
-"""What routing a model must give: hooks on the plain model, and gradients by hand.
+"""The gradients that routing a model must give: hooks on the plain model, and formulas by hand.
 
 Nothing here asks gradroute what a site means: that is written out again.
 """
@@ -131,7 +131,7 @@ class ByHand:
         )
 
     def gradients(self, tokens, targets, **inputs) -> dict[str, Any]:
-        """What routing must give for every parameter."""
+        """The gradient that routing must give for every parameter."""
         self.model.zero_grad()
         run(self.model, tokens, targets, **inputs).backward()
         return self.collected()

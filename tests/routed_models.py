@@ -130,7 +130,7 @@ def all_sites(name, routes=2):
 
 
 def documents(lengths):
-    """Of each its tokens, targets and ids, `[1, length]`."""
+    """Documents, each as its tokens, targets and ids, `[1, length]`."""
     return [batch(1, length, padding=False) for length in lengths]
 
 

@@ -82,7 +82,7 @@ def mixed_ids(like, num_routes=2, seed=0):
 
 
 def gradients(model):
-    """Of all trained parameters, cloned; one that has none is missing."""
+    """The gradients of all trained parameters, cloned; a parameter without one is missing."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -182,10 +182,7 @@ class RoutedAttention(LinearsModule):
         check_shape("x", x, -1, -1, q_proj.in_features)
         if not unrouted(routes, self._sites, AttentionSites):
             assert routes is not None
-            routes.check(x, "x")
-            self._sites.check(
-                routes, widths(routes.num_routes, self.heads, self.kv_heads, self._output_bias())
-            )
+            self._check_routes(x, routes)
         q_sites, kv_sites, out_sites, sites = self._op_sites or (None,) * 4
         q = self._by_head(self._project(q_proj, x, routes, q_sites))
         k = self._by_head(self._project(k_proj, x, routes, kv_sites))
@@ -209,6 +206,10 @@ class RoutedAttention(LinearsModule):
             backend=self.backend,
         )
         return self._project(o_proj, z.transpose(1, 2).flatten(2), routes, out_sites)
+
+    def _check_routes(self, x: Tensor, routes: Routes) -> None:
+        routes.check(x, "x")
+        self._sites.check(routes, widths(routes.num_routes, self.heads, self.kv_heads, self._output_bias()))
 
     def _project(
         self, linear: nn.Linear, x: Tensor, routes: Routes | None, sites: LinearSites | None

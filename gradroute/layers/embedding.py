@@ -24,11 +24,11 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
         embedding_dim: D.
         padding_idx: the token whose embedding gets no gradient.
         max_norm: must be None.
-        norm_type: as in torch.nn.Embedding, and without effect.
+        norm_type: torch.nn.Embedding's argument, which has no effect without max_norm.
         scale_grad_by_freq: must be False.
         sparse: must be False.
-        _weight: as in torch.nn.Embedding, whose `from_pretrained` gives it.
-        _freeze: as in torch.nn.Embedding, whose `from_pretrained` gives it.
+        _weight: the weight, as `torch.nn.Embedding.from_pretrained` gives it.
+        _freeze: whether the weight is not trained, as `torch.nn.Embedding.from_pretrained` gives it.
         device: the weight's device.
         dtype: the weight's dtype.
         sites: where to mask.

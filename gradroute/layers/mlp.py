@@ -22,7 +22,7 @@ _ACTIVATION_NAMES = {nn.SiLU: "silu", nn.GELU: "gelu", nn.ReLU: "relu"}
 
 
 class AnyRoutedMLP(LinearsModule):
-    """What both MLPs share: all linear submodules but the last make hidden units, and the last one reads them."""
+    """Base of both MLPs: all linear submodules but the last make hidden units, and the last one reads them."""
 
     sites_type = MLPSites
     activation: str

@@ -1,22 +1,25 @@
-"""What every routed layer is built on: its sites, and how it shares the parameters of an existing layer."""
+"""The base of every routed layer: its sites, and how it shares the parameters of an existing layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import unrouted
 from ..sites import Sites
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Device = torch.device | str | int | None
 Layer = TypeVar("Layer", bound="RoutedModule")
 
 
 class RoutedModule(nn.Module):
-    """What every routed layer does with its sites: checks them once, shows them, copies their tables to its device."""
+    """Base of the routed layers: checks its sites once, shows them, and copies their tables to its device."""
 
     sites_type: ClassVar[type[Sites]]
     backend: str | None = None
@@ -24,7 +27,7 @@ class RoutedModule(nn.Module):
     _op_sites: tuple[Any, ...] = ()  # one Sites or None an op
 
     def _widths(self) -> Mapping[str, int | str]:
-        """For each site its number of features, or the reason why this layer cannot honour it."""
+        """Each site's number of features, or the reason why this layer cannot honour it."""
         raise NotImplementedError
 
     @property
@@ -52,8 +55,8 @@ class RoutedModule(nn.Module):
                 for device in devices:
                     table.on(device)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        module = super()._apply(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        module = super()._apply(fn, recurse)
         self._copy_tables()
         return module
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _RoutedNorm(RoutedModule):
-    """What both norms share: one normalised dimension, with a weight."""
+    """Base of both norms: one normalised dimension, with a weight."""
 
     sites_type = NormSites
     normalized_shape: tuple[int, ...]
@@ -98,7 +98,7 @@ class RoutedRMSNorm(_RoutedNorm, nn.RMSNorm):
             norm: a torch.nn.RMSNorm, or a module with a weight and `variance_epsilon` or `eps`.
             sites: where to mask.
             offset: what its forward adds to the weight. Gemma's is 1.
-            casting_mode: whose rounding its forward has: "torch", "llama" (Llama, Mistral, Qwen) or "gemma". Needed
+            casting_mode: the rounding that its forward has: "torch", "llama" (Llama, Mistral, Qwen) or "gemma". Needed
                 where it is not a torch.nn.RMSNorm; default there: "torch".
             backend: see `gradroute.use_backend`.
 
@@ -140,7 +140,7 @@ class RoutedRMSNorm(_RoutedNorm, nn.RMSNorm):
 
 
 def _weight_and_eps(norm: nn.Module) -> tuple[Tensor, float | None]:
-    """What an existing RMS norm computes with; raises TypeError where it has more, or less."""
+    """The weight and the epsilon of an existing RMS norm; raises TypeError unless it has these alone."""
     name = type(norm).__name__
     tensors = dict(chain(norm.named_parameters(), norm.named_buffers()))
     weight = tensors.pop("weight", None)

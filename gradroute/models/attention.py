@@ -27,7 +27,7 @@ _NO_SITES = AttentionSites()
 
 
 class Heads(NamedTuple):
-    """How wide an attention module is.
+    """The numbers of heads of an attention module, and their width.
 
     Attributes:
         queries: H, the number of query heads.
@@ -41,7 +41,7 @@ class Heads(NamedTuple):
 
 
 class AttentionRouting(NamedTuple):
-    """What an Attention needs to know besides its sites.
+    """The routing of an Attention besides its sites.
 
     Attributes:
         norm: the sites of the query's and the key's norm.
@@ -214,7 +214,7 @@ class Attention(Swapped):
         return function(self, q, k, v, attention_mask, **self._options(), **kwargs)
 
     def _options(self) -> dict[str, Argument]:
-        """What attention functions of transformers are told besides tensors."""
+        """The arguments of transformers' attention functions that are no tensors."""
         options = {"dropout": self._dropout() if self.training else 0.0, "scaling": self._scaling()}
         window = self._window()
         if window is not None:

@@ -13,7 +13,7 @@ from ..attention import AttentionSites, routed_attention
 from ..routes import Routes
 from .modules import AnyModule, Argument
 
-#: What the function is called in transformers' AttentionInterface and AttentionMaskInterface.
+#: The function's name in transformers' AttentionInterface and AttentionMaskInterface.
 NAME = "gradroute"
 
 
@@ -58,9 +58,7 @@ def attention_forward(
     if routes is None:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return _sdpa()(module, query, key, value, attention_mask, **options, **kwargs)
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: got a value, expected None: routed attention has no {name}")
+    _refuse_options(kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     key_mask = key_mask_of(attention_mask, query, key)
     batch, _, tokens, _ = query.shape
@@ -83,6 +81,12 @@ def attention_forward(
         backend=getattr(module, "backend", None),
     )
     return z.transpose(1, 2).unflatten(1, (-1, tokens)).flatten(0, 1), None
+
+
+def _refuse_options(options: dict[str, Argument]) -> None:
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: got a value, expected None: routed attention has no {name}")
 
 
 def key_mask_of(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:  # [B, S] bool

@@ -20,7 +20,7 @@ from .swapped import Swapped, check_children, errors_name, swap
 
 
 class LayerRouting(NamedTuple):
-    """What a DecoderLayer needs to know besides its own sites.
+    """The routing of a DecoderLayer besides its own sites.
 
     Attributes:
         sites: the plan's sites of this layer and its submodules.

@@ -1,4 +1,4 @@
-"""What the rest of gradroute asks of a model: where its layers, hidden units and heads are, and whether it is routed.
+"""Answers about models for the rest of gradroute: where layers, hidden units and heads are, and what is routed.
 
 `gradroute.blocks`, `gradroute.era` and `gradroute.telemetry` know models by this module alone; it imports none of them.
 """

@@ -43,7 +43,7 @@ class Adapter(Swapped):
 
 
 class AdapterRouting(NamedTuple):
-    """What a LoRALinear needs to know besides its sites.
+    """The routing of a LoRALinear besides its sites.
 
     Attributes:
         adapters: the table `[R, 1]` of an adapter by its name; without one, every token may train it.
@@ -95,7 +95,7 @@ class LoRALinear(Swapped):
 
     @property
     def adapters(self) -> Mapping[str, Table]:
-        """Which routes may train which adapter."""
+        """The table `[R, 1]` of each adapter that not every route may train."""
         return {} if self._routing is None else self._routing.adapters
 
     def route_adapters(self, adapters: Mapping[str, Table]) -> None:
@@ -251,12 +251,12 @@ def holds_adapters(module: nn.Module, adapters: Mapping[str, Table]) -> bool:
 
 
 def _any(table: Table | None) -> Table | None:  # [R, 1]
-    """Which routes may update anything at all."""
+    """1 for the routes that may update anything at all, else 0."""
     return None if table is None else Table((table.weights != 0).any(dim=1, keepdim=True).to(torch.float32))
 
 
 def _product(*tables: Table | None) -> Table | None:
-    """All of the masks at once; None masks nothing."""
+    """The product of several masks; None masks nothing."""
     weights = [table.weights for table in tables if table is not None]
     if not weights:
         return None

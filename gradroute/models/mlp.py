@@ -128,7 +128,7 @@ class MLP(Swapped):
         return table if branches == 1 else concatenate([table] * branches, [self._d_ff()] * branches)
 
     def forward_table(self) -> Table | None:
-        """What tokens of each route see of the hidden units; None: all."""
+        """The hidden units that tokens of each route see; None: all."""
         return None if self._sites is None else self._sites.effective.forward
 
     def scale_features(self, weights: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of any module of an existing model, routed or not."""
+"""Questions about any module of an existing model, routed or not."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .swapped import Swapped
 
 
 class Norm(Swapped):
-    """What all norms share. A norm of heads `[B, S, H, D]` masks each head with its token's route."""
+    """Base of the norms. A norm of heads `[B, S, H, D]` masks each head with its token's route."""
 
     sites_type = NormSites
     owns_sites = True

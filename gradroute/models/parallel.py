@@ -116,11 +116,11 @@ class Rank(NamedTuple):
 
 
 class _RoutedParallel(ParallelStyle):
-    """What both styles do: shard the linear layers of attention or of an MLP, and make it serve its rank.
+    """Base of both styles: shards the linear layers of attention or of an MLP, and makes it serve its rank.
 
     Attributes:
         names: the linear submodules, the outer one last.
-        mixin: what makes the module serve its rank.
+        mixin: the class that makes the module serve its rank.
     """
 
     names: ClassVar[tuple[str, ...]]

@@ -23,7 +23,7 @@ Configuration = Any
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResidualSites(Sites):
-    """Where a decoder layer masks the residual stream. Each a table `[R, d_model]` or `[R, 1]`, or None.
+    """Where a decoder layer masks the residual stream. Each site is a table `[R, d_model]` or `[R, 1]`, or None.
 
     The gradient that passes the point is masked: what flows back along the stream, and so all that earlier layers
     learn from it (Cloud et al. 2024, arXiv 2410.04332, section 4.2.1).
@@ -40,7 +40,7 @@ class ResidualSites(Sites):
 
 
 class Shape(NamedTuple):
-    """How many decoder layers a model has, and their widths, which functions of a plan may ask for.
+    """The number of decoder layers of a model, and their widths, which functions of a plan may ask for.
 
     Attributes:
         layers: the number of decoder layers.
@@ -115,7 +115,7 @@ _ONCE: dict[str, type[Sites]] = {
 
 @dataclass(frozen=True, eq=False)
 class RoutingPlan:
-    """Which sites of a model mask, and with what tables: the second argument of `gradroute.models.route`.
+    """The sites of a model that mask, with their tables: the second argument of `gradroute.models.route`.
 
     The first five are per layer: one Sites for all layers, a dict {index: sites}, a sequence with one entry (or None)
     for each layer, or a function of the index, or of the index and the model's `Shape`, that returns one or None.

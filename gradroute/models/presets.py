@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -70,40 +71,76 @@ def sgtm(
     if not forget_heads and not forget_units:
         raise ValueError("forget_heads, forget_units: got 0 and 0, expected a forget part")
     routes = max(named) + 1
-    nothing = localize(routes, 1, {forget: slice(0)})
-    heads = _last(routes, shape.heads, forget_heads, forget)
-    units = _last(routes, shape.d_ff, forget_units, forget)
-    kv_heads = forget_heads // (shape.heads // shape.kv_heads)
+    tables = _ForgetTables.of(shape, forget_heads, forget_units, routes, retain, forget)
     chosen = _layers(layers, shape.layers)
 
     def attention(index: int, shape: Shape) -> AttentionSites | None:
-        sites = AttentionSites(
-            forward_heads=_last(routes, shape.heads, forget_heads, retain, on=0.0, off=1.0),
-            update_q=heads,
-            update_kv=_last(routes, shape.kv_heads, kv_heads, forget),
-            update_out=heads,
-            update_output_bias=nothing if shape.attention_output_bias else None,
-        )
-        return sites if index in chosen else None
+        return tables.attention(shape.attention_output_bias) if index in chosen else None
 
     def mlp(index: int, shape: Shape) -> MLPSites | None:
-        sites = MLPSites(
-            forward=_last(routes, shape.d_ff, forget_units, retain, on=0.0, off=1.0),
-            update_in=units,
-            update_out=None if joint_down_projection else units,
-            update_output_bias=nothing if shape.mlp_output_bias and not joint_down_projection else None,
-        )
-        return sites if index in chosen else None
+        return tables.mlp(shape.mlp_output_bias, joint_down_projection) if index in chosen else None
 
-    norm = None if joint_embedding else dict.fromkeys(chosen, NormSites(nothing))
+    norm = None if joint_embedding else dict.fromkeys(chosen, NormSites(tables.nothing))
     return RoutingPlan(
         routes,
         mlp=mlp,
         attention=attention,
         norm=norm,
-        embedding=None if joint_embedding else EmbeddingSites(nothing),
-        lm_head=None if joint_head else LinearSites(update_rows=nothing),
+        embedding=None if joint_embedding else EmbeddingSites(tables.nothing),
+        lm_head=None if joint_head else LinearSites(update_rows=tables.nothing),
     )
+
+
+class _ForgetTables(NamedTuple):
+    """SGTM's tables: forget tokens update the last heads and hidden units alone, and retain tokens do not see those.
+
+    Attributes:
+        heads: `[R, H]`, the query heads that tokens update.
+        kv_heads: `[R, G]`, the key and value heads that tokens update.
+        units: `[R, d_ff]`, the hidden units that tokens update.
+        seen_heads: `[R, H]`, the query heads that tokens see.
+        seen_units: `[R, d_ff]`, the hidden units that tokens see.
+        nothing: `[R, 1]`, 0 for forget tokens, for parameters that belong to no head and to no unit.
+    """
+
+    heads: Table
+    kv_heads: Table
+    units: Table
+    seen_heads: Table
+    seen_units: Table
+    nothing: Table
+
+    @classmethod
+    def of(cls, shape: Shape, heads: int, units: int, routes: int, retain: int, forget: int) -> _ForgetTables:
+        """The tables of a model whose last `heads` query heads and last `units` hidden units are the forget part."""
+        kv_heads = heads // (shape.heads // shape.kv_heads)
+        return cls(
+            heads=_last(routes, shape.heads, heads, forget),
+            kv_heads=_last(routes, shape.kv_heads, kv_heads, forget),
+            units=_last(routes, shape.d_ff, units, forget),
+            seen_heads=_last(routes, shape.heads, heads, retain, on=0.0, off=1.0),
+            seen_units=_last(routes, shape.d_ff, units, retain, on=0.0, off=1.0),
+            nothing=localize(routes, 1, {forget: slice(0)}),
+        )
+
+    def attention(self, has_output_bias: bool) -> AttentionSites:
+        """The sites of one attention."""
+        return AttentionSites(
+            forward_heads=self.seen_heads,
+            update_q=self.heads,
+            update_kv=self.kv_heads,
+            update_out=self.heads,
+            update_output_bias=self.nothing if has_output_bias else None,
+        )
+
+    def mlp(self, has_output_bias: bool, joint_down_projection: bool) -> MLPSites:
+        """The sites of one MLP."""
+        return MLPSites(
+            forward=self.seen_units,
+            update_in=self.units,
+            update_out=None if joint_down_projection else self.units,
+            update_output_bias=self.nothing if has_output_bias and not joint_down_projection else None,
+        )
 
 
 def localize_mlp(
@@ -195,7 +232,7 @@ def era(
 
     Args:
         layers: the layers that are routed; default: all.
-        units: as many as were added.
+        units: the number of units that were added to each MLP.
         route: the route whose tokens are confined to them.
         num_routes: R; default: as many as `route` needs, at least two.
         off: the weight of the original units; negative numbers unlearn there, the paper's negative learning rate.

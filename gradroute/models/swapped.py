@@ -47,9 +47,8 @@ class Swapped(RoutedModule):
     _routes: Routes | None = None
     _documents: Tensor | None = None
     _was_routed: bool = False
-    _routing: tuple[Any, ...] | None = (
-        None  # what a mixin needs to know besides its sites: a NamedTuple of its own
-    )
+    # All that a mixin needs to know besides its sites, in a NamedTuple of its own.
+    _routing: tuple[Any, ...] | None = None
 
     if TYPE_CHECKING:  # the module's own attributes, which its class declares
 
@@ -57,7 +56,7 @@ class Swapped(RoutedModule):
 
     @property
     def sites(self) -> Any:
-        """Where the module masks, or None. What a module with routed parts has was handed on when it was routed."""
+        """Where the module masks, or None. A module with routed submodules handed its sites on when it was routed."""
         return self._sites
 
     @sites.setter

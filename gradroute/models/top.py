@@ -25,7 +25,7 @@ _ROUTING_ARGUMENTS = ("route_ids", "route_strength", "routes")
 
 
 class ModelRouting(NamedTuple):
-    """What a TopModel needs to know.
+    """The routing of a TopModel.
 
     Attributes:
         plan: the plan by which the model is routed.

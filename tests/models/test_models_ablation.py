@@ -118,7 +118,7 @@ def test_era_expands_routes_and_ablates(tokens):
 
 @pytest.mark.parametrize("forget_heads", [2, 0])
 def test_training_the_ablated_model_does_not_bring_it_back(tokens, forget_heads):
-    """Of whole groups of heads, and of hidden units, every gradient is exactly 0."""
+    """Every gradient of ablated hidden units, and of ablated whole groups of heads, is exactly 0."""
     model, _ = built("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     route(model, sgtm(model.config, forget_heads=forget_heads, forget_units=ADDED))

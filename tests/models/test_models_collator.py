@@ -22,7 +22,7 @@ def transformers():
 
 
 def shifted(values):
-    """What position t takes when ids belong to the token it predicts; the last position predicts nothing."""
+    """The values by position when each belongs to the token that is predicted there; the last one predicts none."""
     return [values[t + 1] if t + 1 < len(values) else values[t] for t in range(len(values))]
 
 

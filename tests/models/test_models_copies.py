@@ -114,7 +114,7 @@ def test_copies_are_routed(name, copied):
 # Dynamo's own, of hidden states that a compiled layer is given.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_copies_of_compiled_layers_are_their_own():
-    """What torch.compile keeps on a module is bound to that very module."""
+    """torch.compile binds what it keeps on a module to that very module."""
     tokens, targets, ids = batch()
     model = routed("llama", RoutingPlan(2, mlp=MLPSites(hidden=table(HIDDEN))))
     for layer in model.model.layers:

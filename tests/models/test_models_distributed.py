@@ -149,7 +149,7 @@ def test_tensor_parallel_goes_with_fsdp2(groups):
 
 
 class Ranks:
-    """What tensor_parallel asks of a mesh before it changes anything."""
+    """A mesh of so many ranks, as far as tensor_parallel asks about it before it changes anything."""
 
     def __init__(self, ranks, ndim=1):
         self.ranks, self.ndim = ranks, ndim

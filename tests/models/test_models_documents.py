@@ -15,7 +15,7 @@ from gradroute.models import ResidualSites, RoutingPlan
 
 
 def of_documents(name, plan, parts):
-    """What each document gives by itself, summed."""
+    """The sum of the gradients that each document gives by itself."""
     each = [by_hand(name, plan, ids, tokens, targets) for tokens, targets, ids in parts]
     return {key: sum(grads[key] for grads in each) for key in each[0]}
 
@@ -101,7 +101,7 @@ def test_packing(name, implementation, attention):
 
 
 def test_documents_do_not_see_each_other():
-    """Of the test above: without bounds the documents of a row are one."""
+    """The control of test_packing: without bounds the documents of a row are one."""
     plan = MASKED["routed"]("llama")
     tokens, targets, ids = batch(1, 12)
     positions = torch.arange(6).repeat(2)[None]

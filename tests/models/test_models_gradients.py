@@ -30,7 +30,7 @@ from gradroute.models import ResidualSites, RoutingPlan
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hand_is_autograd(name):
-    """Of the oracle itself: its formulas without masks are the plain model's gradients."""
+    """The oracle's formulas without masks are the plain model's gradients."""
     tokens, targets, ids = batch()
     nowhere = RoutingPlan(2, mlp=MLPSites())
     check(by_hand(name, nowhere, ids, tokens, targets), backward(fresh(name), tokens, targets))

@@ -66,7 +66,7 @@ def summed_loss(logits, labels):
 
 
 def summed_gradients(model, input_ids, **arguments):
-    """Those of a sum over tokens, so that those of parts of a batch add up."""
+    """The gradients of a sum over tokens, so that those of parts of a batch add up."""
     model.zero_grad()
     summed_loss(model(input_ids=input_ids, **arguments).logits, input_ids).backward()
     return tiny.gradients(model)
@@ -95,8 +95,8 @@ def any_of(weights):
     return (weights != 0).any(dim=1, keepdim=True).double()
 
 
-def lora_layer(kind, names, **options):
-    base = nn.Linear(5, 4) if kind == "linear" else Conv1D(4, 5)
+def lora_layer(form, names, **options):
+    base = nn.Linear(5, 4) if form == "linear" else Conv1D(4, 5)
     holder = nn.Module()
     holder.layer = base
     config = LoraConfig(target_modules=["layer"], r=3, lora_alpha=6, init_lora_weights=False, **options)
@@ -109,10 +109,10 @@ def lora_layer(kind, names, **options):
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_every_site_against_autograd(kind, lora_bias):
+@pytest.mark.parametrize("form", ["linear", "conv1d"])
+def test_every_site_against_autograd(form, lora_bias):
     """Three routes: a fractional one, one that may update no row, one that may update no column."""
-    layer = lora_layer(kind, ("a", "b"), lora_bias=lora_bias, fan_in_fan_out=kind == "conv1d")
+    layer = lora_layer(form, ("a", "b"), lora_bias=lora_bias, fan_in_fan_out=form == "conv1d")
     nn.init.normal_(layer.base_layer.bias)
     if lora_bias:
         nn.init.normal_(layer.lora_B["a"].bias)
@@ -132,7 +132,7 @@ def test_every_site_against_autograd(kind, lora_bias):
 
     def oracle():
         base = layer.base_layer
-        weight = base.weight.t() if kind == "conv1d" else base.weight
+        weight = base.weight.t() if form == "conv1d" else base.weight
         inner = masked(x, m["input"])
         y = parameter_masked(inner, weight, rows, cols) + masked(base.bias.expand_as(bias), bias)
         for name in ("a", "b"):
@@ -159,7 +159,7 @@ def test_every_site_against_autograd(kind, lora_bias):
     assert (y - want_y).abs().max() < 1e-12  # fp64: some roundings
     for name, a, b in zip(leaves, got, want, strict=True):
         assert (a - b).abs().max() < 1e-12, name
-    if kind == "linear":
+    if form == "linear":
         assert torch.equal(y, plain)
 
 
@@ -337,7 +337,7 @@ def test_only_active_adapters_take_part():
 
 def test_modules_to_save():
     """The copies that PEFT trains are routed, those that it leaves alone are not."""
-    saved = ["lm_head", "embed_tokens", "norm"]  # of every layer two norms, and the last one
+    saved = ["lm_head", "embed_tokens", "norm"]  # two norms a layer, and the final one
     model = peft_model(config=lora(["q_proj"], modules_to_save=saved))
     plain = copy.deepcopy(model)
     retain_only = NormSites([[1.0], [0.0]])
@@ -436,7 +436,7 @@ def test_saved_adapters_load_in_a_plain_model(tmp_path):
     assert (merged(input_ids=x).logits - want).abs().max() < 1e-4  # fp32 sums in another order
 
 
-# What is refused
+# Refusals
 
 
 def test_adapters_around_a_routed_model():
@@ -538,9 +538,9 @@ def test_plans_that_are_none(adapters, error, message):
 
 def test_unswapping_a_layer():
     layer = lora_layer("linear", ("a",))
-    kind = type(layer)
+    before = type(layer)
     swap(layer, LoRALinear, LinearSites(update_rows=[[1.0], [0.0]]), None)
     for module in layer.modules():
         unswap(module)
-    assert type(layer) is kind
+    assert type(layer) is before
     assert "_routing" not in vars(layer)

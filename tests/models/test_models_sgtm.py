@@ -129,7 +129,7 @@ def test_sgtm_joint_parts(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "qwen2"])
 def test_sgtm_output_biases(name):
-    """What forget tokens do not touch has a gradient of exactly 0: the biases of output projections among it."""
+    """Forget tokens leave a gradient of exactly 0 outside of the forget part, in biases of output projections too."""
     tokens, targets, _ = batch(2, 8)
     plan = models.sgtm(shape_of(name), 2, 16)
     got = backward(routed(name, plan), tokens, targets, route_ids=torch.ones(2, 8, dtype=torch.long))

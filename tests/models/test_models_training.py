@@ -189,7 +189,7 @@ def test_a_plain_loop_learns():
 
 
 def test_accumulated_gradients():
-    """Of equally long rows: the mean of the parts is the mean of the whole."""
+    """Rows are equally long: the mean of the parts is the mean of the whole."""
     model = routed()
     x = tokens()
     ids = mixed_ids(x)

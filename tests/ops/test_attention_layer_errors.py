@@ -1,4 +1,4 @@
-"""What RoutedAttention refuses, and with what words."""
+"""Errors of RoutedAttention: the type, and the words."""
 
 from __future__ import annotations
 

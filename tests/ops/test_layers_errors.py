@@ -1,4 +1,4 @@
-"""What layers refuse, and with what words."""
+"""Errors of the layers: the type, and the words."""
 
 from __future__ import annotations
 
