@@ -72,13 +72,13 @@ class AttentionSites(Sites):
 
     @staticmethod
     def widths(num_routes: int, heads: int, kv_heads: int) -> dict[str, int | str]:
-        """Each site's number of columns, or the reason why functional attention cannot honour it."""
-        return AttentionSites.widths_of(
-            heads=heads,
-            kv_heads=kv_heads,
-            num_routes=num_routes,
-            projections="it concerns a projection, which only layers and models see",
-        )
+        """The widths of functional attention of this shape, as `check` takes them."""
+        return {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "num_routes": num_routes,
+            "projections": "it concerns a projection, which only layers and models see",
+        }
 
 
 def routed_attention(

@@ -66,7 +66,7 @@ def routed_embedding(
     if padding_idx is not None:
         padding_idx = _checked_row(padding_idx, num_embeddings)
     routes.check_tokens(tokens.shape, tokens, "tokens", "shape")
-    sites.check(routes, EmbeddingSites.widths_of(features=features))
+    sites.check(routes, {"features": features})
     chosen = backends.choose("routed_embedding", backend, weight)
     if chosen == "reference":
         return reference.routed_embedding(tokens, weight, routes, sites, padding_idx)

@@ -1,11 +1,47 @@
-"""The base of the ops' autograd.Functions."""
+"""The base of the ops' autograd.Functions, and what autograd hands them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
+
+from .primitives.protocol import Primitives
+from .routes import Routes
+from .sites import Sites
+
+Routed = TypeVar("Routed", bound=Sites)
+
+
+class Context(Protocol[Routed]):
+    """What autograd hands a Function's setup_context and backward, with what every op of ours keeps there.
+
+    Attributes:
+        needs_input_grad: for each argument of forward, whether its gradient is wanted.
+        routes: the batch's routes.
+        sites: effective sites.
+        primitives: the backend's.
+    """
+
+    needs_input_grad: tuple[bool, ...]
+    routes: Routes
+    sites: Routed
+    primitives: Primitives
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        """What was saved, None where None was."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keeps inputs and outputs for backward."""
+
+    def mark_non_differentiable(self, *outputs: Tensor) -> None:
+        """Says that these outputs have no gradient."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Whether a gradient that never arrives is handed to backward as zeros, or as None."""
 
 
 class Function(torch.autograd.Function):

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
-from .checks import (
-    autocast,
-    check_features,
-    check_shape,
-    flat,
-    masked_forward,
-    refuse_double_backward,
-    unrouted,
-)
-from .function import Function
-from .mlp import ActivationSites, MLPSites
-from .primitives.protocol import Primitives
-from .rectangles import Branch, mlp_backward
+from .checks import autocast, check_features, check_shape, unrouted
+from .mlp import ActivationFunction, ActivationSites, MLPFunction, MLPSites
 from .routes import Routes
 
 
@@ -88,115 +74,11 @@ def routed_gated_mlp(
         return reference.routed_gated_mlp(
             x, w_gate, w_up, w_down, routes, sites, activation, b_gate, b_up, b_down
         )
-    y, _, _ = GatedMLPFunction.apply(
-        x,
-        w_gate,
-        w_up,
-        w_down,
-        b_gate,
-        b_up,
-        b_down,
-        routes,
-        sites.effective,
-        activation,
-        backends.primitives(chosen),
+    primitives = backends.primitives(chosen)
+    y, _, _ = MLPFunction.apply(
+        x, w_down, b_down, routes, sites.effective, activation, primitives, w_gate, w_up, b_gate, b_up
     )
     return y
-
-
-class GatedMLPFunction(Function):
-    """routed_gated_mlp on the primitives of a backend; the pre-activations are outputs too, to be saved."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        w_gate: Tensor,
-        w_up: Tensor,
-        w_down: Tensor,
-        b_gate: Tensor | None,
-        b_up: Tensor | None,
-        b_down: Tensor | None,
-        routes: Routes,
-        sites: MLPSites,
-        activation: str,
-        primitives: Primitives,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
-        z = (
-            ACTIVATIONS[activation].value(gate).mul_(up)
-        )  # in place: a fresh matrix costs as much as the product
-        z = masked_forward(z, routes, sites.forward, primitives)
-        return F.linear(z, w_down, b_down), gate, up
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, w_gate, w_up, w_down, _, _, _, ctx.routes, ctx.sites, ctx.activation, ctx.primitives = inputs
-        y, gate, up = output
-        ctx.output = (y.shape, y.dtype)
-        ctx.mark_non_differentiable(gate, up)
-        ctx.set_materialize_grads(False)  # of the pre-activations: zeros that nobody reads
-        need_x, need_w_gate, need_w_up, need_w_down, need_b_gate, need_b_up, _ = ctx.needs_input_grad[:7]
-        need_branches = need_x or need_w_gate or need_w_up or need_b_gate or need_b_up
-        need_middle = need_branches or need_w_down
-        ctx.save_for_backward(
-            x if need_w_gate or need_w_up else None,
-            w_gate if need_x else None,
-            w_up if need_x else None,
-            w_down if need_branches else None,
-            gate if need_middle else None,
-            up if need_middle else None,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        refuse_double_backward("routed_gated_mlp")
-        x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
-        routes, sites, primitives = ctx.routes, ctx.sites, ctx.primitives
-        need_x, need_w_gate, need_w_up, need_w_down, need_b_gate, need_b_up, need_b_down = (
-            ctx.needs_input_grad[:7]
-        )
-        dx: Any = None
-        dw_gate = dw_up = dw_down = db_gate = db_up = db_down = None
-        if dy is None:
-            shape, dtype = ctx.output
-            dy = torch.zeros(shape, dtype=dtype, device=routes.device)
-        g = primitives.masked_product(flat(dy), routes, sites.output)
-        if gate is not None:
-            branches = [
-                Branch(flat(gate), w_gate, need_w_gate, need_b_gate),
-                Branch(flat(up), w_up, need_w_up, need_b_up),
-            ]
-            dx, dw_down = mlp_backward(
-                g,
-                None if x is None else flat(x),
-                branches,
-                w_down,
-                routes,
-                sites,
-                ctx.activation,
-                primitives.glu_backward,
-                primitives,
-                need_x=need_x,
-                need_w_out=need_w_down,
-            )
-            (dw_gate, db_gate), (dw_up, db_up) = (branch.results() for branch in branches)
-        if need_x:
-            dx = dx.view(*dy.shape[:-1], dx.shape[1])
-        if need_b_down:
-            db_down = primitives.bias_grad(g, routes, sites.update_output_bias)
-        return (
-            dx,
-            dw_gate,
-            dw_up,
-            dw_down,
-            db_gate,
-            db_up,
-            db_down,
-            None,  # routes
-            None,  # sites
-            None,  # activation
-            None,  # primitives
-        )
 
 
 def routed_glu(
@@ -242,49 +124,6 @@ def routed_glu(
     chosen = backends.choose("routed_glu", backend, gate)
     if chosen == "reference":
         return reference.routed_glu(gate, up, routes, sites, activation)
-    return GLUFunction.apply(gate, up, routes, sites.effective, activation, backends.primitives(chosen))
-
-
-class GLUFunction(Function):
-    """routed_glu on the primitives of a backend."""
-
-    @staticmethod
-    def forward(
-        gate: Tensor,
-        up: Tensor,
-        routes: Routes,
-        sites: ActivationSites,
-        activation: str,
-        primitives: Primitives,
-    ) -> Tensor:
-        z = ACTIVATIONS[activation].value(gate) * up
-        return masked_forward(z, routes, sites.forward, primitives)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gate, up, ctx.routes, ctx.sites, ctx.activation, ctx.primitives = inputs
-        ctx.save_for_backward(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_glu")
-        gate, up = ctx.saved_tensors
-        need_gate, need_up = ctx.needs_input_grad[:2]
-        dgate, dup, _, _, _ = ctx.primitives.glu_backward(
-            flat(dz),
-            flat(gate),
-            flat(up),
-            ctx.routes,
-            ctx.sites,
-            ctx.activation,
-            want_z=False,
-            want_bias=False,
-        )
-        return (
-            dgate.view(gate.shape) if need_gate else None,
-            dup.view(up.shape) if need_up else None,
-            None,  # routes
-            None,  # sites
-            None,  # activation
-            None,  # primitives
-        )
+    return ActivationFunction.apply(
+        routes, sites.effective, activation, backends.primitives(chosen), gate, up
+    )

@@ -13,9 +13,10 @@ from . import backends, reference
 from .checks import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
 from .function import Function
 from .primitives.protocol import Primitives
-from .rectangles import Rows, linear_input_grad, linear_weight_grad
 from .routes import Routes
 from .sites import Site, Sites, site
+from .skipping.linear import linear_input_grad, linear_weight_grad
+from .skipping.parts import Rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,12 +39,12 @@ class LinearSites(Sites):
 
     @staticmethod
     def widths(inputs: int, outputs: int, bias: Tensor | None) -> dict[str, int | str]:
-        """Each site's number of features, or the reason why a layer of this shape cannot honour it."""
-        return LinearSites.widths_of(
-            outputs=outputs,
-            inputs=inputs,
-            bias=outputs if bias is not None else "the layer has no bias",
-        )
+        """The widths of a layer of this shape, as `check` takes them."""
+        return {
+            "outputs": outputs,
+            "inputs": inputs,
+            "bias": outputs if bias is not None else "the layer has no bias",
+        }
 
 
 def routed_linear(

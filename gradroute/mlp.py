@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,11 @@ from .checks import (
     refuse_double_backward,
     unrouted,
 )
-from .function import Function
+from .function import Context, Function
 from .primitives.protocol import Primitives
-from .rectangles import Branch, mlp_backward
 from .routes import Routes
 from .sites import Site, Sites, site
+from .skipping.mlp import Branch, MLPBackward
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,12 +53,12 @@ class MLPSites(Sites):
 
     @staticmethod
     def widths(d_model: int, d_ff: int, output_bias: Tensor | None) -> dict[str, int | str]:
-        """Each site's number of features, or the reason why an MLP of this shape cannot honour it."""
-        return MLPSites.widths_of(
-            d_ff=d_ff,
-            d_model=d_model,
-            output_bias=d_model if output_bias is not None else "the MLP has no output bias",
-        )
+        """The widths of an MLP of this shape, as `check` takes them."""
+        return {
+            "d_ff": d_ff,
+            "d_model": d_model,
+            "output_bias": d_model if output_bias is not None else "the MLP has no output bias",
+        }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,13 +75,14 @@ class ActivationSites(Sites):
     hidden: Site = site("d_ff")
     forward: Site = site("d_ff")
 
+    # What the middle of an MLP alone does not have: weights.
     update_in: ClassVar[None] = None
     update_out: ClassVar[None] = None
 
     @staticmethod
     def widths(d_ff: int) -> dict[str, int | str]:
-        """Each site's number of features."""
-        return ActivationSites.widths_of(d_ff=d_ff)
+        """The widths of a middle of this shape, as `check` takes them."""
+        return {"d_ff": d_ff}
 
 
 def routed_mlp(
@@ -139,90 +140,103 @@ def routed_mlp(
     if chosen == "reference":
         return reference.routed_mlp(x, w_in, b_in, w_out, b_out, routes, sites, activation)
     y, _ = MLPFunction.apply(
-        x, w_in, b_in, w_out, b_out, routes, sites.effective, activation, backends.primitives(chosen)
+        x, w_out, b_out, routes, sites.effective, activation, backends.primitives(chosen), w_in, b_in
     )
     return y
 
 
+class MLPContext(Context[MLPSites], Protocol):
+    """What an MLP keeps for its backward besides.
+
+    Attributes:
+        activation: its name.
+        output: shape and dtype of y.
+    """
+
+    activation: str
+    output: tuple[torch.Size, torch.dtype]
+
+
 class MLPFunction(Function):
-    """routed_mlp on the primitives of a backend; the pre-activations are a second output, so that they can be saved."""
+    """An MLP on the primitives of a backend, for routed_mlp and routed_gated_mlp.
+
+    Its hidden activations are act of one branch, or act of a gate's times another: `branches` are the weights of its
+    input linears, then their biases. The branches' pre-activations are outputs too, so that they can be saved.
+    """
 
     @staticmethod
     def forward(
         x: Tensor,
-        w_in: Tensor,
-        b_in: Tensor | None,
         w_out: Tensor,
         b_out: Tensor | None,
         routes: Routes,
         sites: MLPSites,
         activation: str,
         primitives: Primitives,
-    ) -> tuple[Tensor, Tensor]:
-        a = F.linear(x, w_in, b_in)
-        z = ACTIVATIONS[activation].value(a)
+        *branches: Any,  # Tensor, or None for a bias
+    ) -> tuple[Tensor, ...]:
+        count = len(branches) // 2
+        a = [F.linear(x, branches[i], branches[count + i]) for i in range(count)]
+        z = ACTIVATIONS[activation].value(a[0])
+        for up in a[1:]:
+            z.mul_(up)  # in place: a fresh matrix costs as much as the product
         z = masked_forward(z, routes, sites.forward, primitives)
-        return F.linear(z, w_out, b_out), a
+        return F.linear(z, w_out, b_out), *a
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, w_in, _, w_out, _, ctx.routes, ctx.sites, ctx.activation, ctx.primitives = inputs
-        y, a = output
+    def setup_context(ctx: MLPContext, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, w_out, _, ctx.routes, ctx.sites, ctx.activation, ctx.primitives, *branches = inputs
+        y, *a = output
         ctx.output = (y.shape, y.dtype)
-        ctx.mark_non_differentiable(a)
-        ctx.set_materialize_grads(False)  # of the pre-activations: zeros that nobody reads
-        need_x, need_w_in, need_b_in, need_w_out, _ = ctx.needs_input_grad[:5]
-        need_a = need_x or need_w_in or need_b_in
+        ctx.mark_non_differentiable(*a)
+        ctx.set_materialize_grads(False)  # the pre-activations' would be zeros that nobody reads
+        needs, count = ctx.needs_input_grad, len(a)
+        nothing = [None] * count
+        need_a = needs[0] or True in needs[7:]
         ctx.save_for_backward(
-            x if need_w_in else None,
-            w_in if need_x else None,
+            x if True in needs[7 : 7 + count] else None,
             w_out if need_a else None,
-            a if need_a or need_w_out else None,
+            *(a if need_a or needs[1] else nothing),
+            *(branches[:count] if needs[0] else nothing),
         )
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
-        refuse_double_backward("routed_mlp")
-        x, w_in, w_out, a = ctx.saved_tensors
+    def backward(ctx: MLPContext, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        x, w_out, *saved = ctx.saved_tensors
+        count = len(saved) // 2
+        refuse_double_backward("routed_mlp" if count == 1 else "routed_gated_mlp")
         routes, sites, primitives = ctx.routes, ctx.sites, ctx.primitives
-        need_x, need_w_in, need_b_in, need_w_out, need_b_out = ctx.needs_input_grad[:5]
-        dx: Any = None
-        dw_in = db_in = dw_out = db_out = None
+        needs = ctx.needs_input_grad
         if dy is None:
             shape, dtype = ctx.output
             dy = torch.zeros(shape, dtype=dtype, device=routes.device)
         g = primitives.masked_product(flat(dy), routes, sites.output)
-        if a is not None:
-            branch = Branch(flat(a), w_in, need_w_in, need_b_in)
-            dx, dw_out = mlp_backward(
-                g,
-                None if x is None else flat(x),
-                [branch],
-                w_out,
-                routes,
-                sites,
-                ctx.activation,
-                primitives.activation_backward,
-                primitives,
-                need_x=need_x,
-                need_w_out=need_w_out,
-            )
-            dw_in, db_in = branch.results()
-        if need_x:
+        dx = dw_out = db_out = None
+        grads: list[Tensor | None] = [None] * (2 * count)
+        if saved[0] is not None:
+            branches = [
+                Branch(flat(saved[i]), saved[count + i], needs[7 + i], needs[7 + count + i])
+                for i in range(count)
+            ]
+            backward = MLPBackward(g, branches, routes, sites, ctx.activation, primitives)
+            dx, dw_out = backward.gradients(None if x is None else flat(x), w_out, needs[0], needs[1])
+            grads = [branch.weight_grad() for branch in branches] + [
+                branch.bias_grad() for branch in branches
+            ]
+        if dx is not None:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
-        if need_b_out:
+        if needs[2]:
             db_out = primitives.bias_grad(g, routes, sites.update_output_bias)
         return (
             dx,
-            dw_in,
-            db_in,
             dw_out,
             db_out,
-            None,
-            None,
-            None,
-            None,
-        )  # ..., routes, sites, activation, primitives
+            None,  # routes
+            None,  # sites
+            None,  # activation
+            None,  # primitives
+            *grads,
+        )
 
 
 def routed_activation(
@@ -262,29 +276,62 @@ def routed_activation(
     chosen = backends.choose("routed_activation", backend, a)
     if chosen == "reference":
         return reference.routed_activation(a, routes, sites, activation)
-    return ActivationFunction.apply(a, routes, sites.effective, activation, backends.primitives(chosen))
+    return ActivationFunction.apply(routes, sites.effective, activation, backends.primitives(chosen), a)
+
+
+class ActivationContext(Context[ActivationSites], Protocol):
+    """What the middle of an MLP keeps for its backward besides.
+
+    Attributes:
+        activation: its name.
+    """
+
+    activation: str
 
 
 class ActivationFunction(Function):
-    """routed_activation on the primitives of a backend."""
+    """The middle of an MLP on the primitives of a backend, for routed_activation and routed_glu.
+
+    It is act of the first of the pre-activations, times the second where there are two.
+    """
 
     @staticmethod
     def forward(
-        a: Tensor, routes: Routes, sites: ActivationSites, activation: str, primitives: Primitives
+        routes: Routes, sites: ActivationSites, activation: str, primitives: Primitives, *a: Tensor
     ) -> Tensor:
-        z = ACTIVATIONS[activation].value(a)
+        z = ACTIVATIONS[activation].value(a[0])
+        for up in a[1:]:
+            z = z * up
         return masked_forward(z, routes, sites.forward, primitives)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, ctx.routes, ctx.sites, ctx.activation, ctx.primitives = inputs
-        ctx.save_for_backward(a)
+    def setup_context(ctx: ActivationContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.routes, ctx.sites, ctx.activation, ctx.primitives, *a = inputs
+        ctx.save_for_backward(*a)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_activation")
-        (a,) = ctx.saved_tensors
-        da, _, _ = ctx.primitives.activation_backward(
-            flat(dz), flat(a), ctx.routes, ctx.sites, ctx.activation, want_z=False, want_bias=False
+    def backward(ctx: ActivationContext, dz: Tensor) -> tuple[Any, ...]:
+        a = ctx.saved_tensors
+        refuse_double_backward("routed_activation" if len(a) == 1 else "routed_glu")
+        call = (ctx.routes, ctx.sites, ctx.activation)
+        grads: tuple[Tensor | None, ...]
+        if len(a) == 1:
+            grads = ctx.primitives.activation_backward(
+                flat(dz), flat(a[0]), *call, want_z=False, want_bias=False
+            )
+        else:
+            grads = ctx.primitives.glu_backward(
+                flat(dz), flat(a[0]), flat(a[1]), *call, want_z=False, want_bias=False
+            )
+        needs = ctx.needs_input_grad
+        shaped = [
+            grad.view(dz.shape) if grad is not None and needs[4 + i] else None
+            for i, grad in enumerate(grads[: len(a)])
+        ]
+        return (
+            None,  # routes
+            None,  # sites
+            None,  # activation
+            None,  # primitives
+            *shaped,
         )
-        return da.view(a.shape), None, None, None, None  # a, routes, sites, activation, primitives

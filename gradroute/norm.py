@@ -131,7 +131,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
     check_features("x", x, features, "weight is [D]")
     check_shape("bias", bias, features)
     routes.check(x, "x")
-    sites.check(routes, NormSites.widths_of(features=features))
+    sites.check(routes, {"features": features})
 
 
 # Both forwards run the ordinary op inside the Function, under the caller's autocast: x is saved as it came, and the
@@ -173,7 +173,7 @@ class RMSNormFunction(Function):
             weight,
             ctx.routes,
             ctx.sites.update,
-            NormArguments(eps, ctx.offset, centered=False, round_x_hat=ctx.casting_mode == "llama"),
+            NormArguments(eps, ctx.offset, False, ctx.casting_mode == "llama"),
             want_weight=need_weight,
             want_bias=False,
         )
@@ -229,7 +229,7 @@ class LayerNormFunction(Function):
                 weight,
                 routes,
                 update,
-                NormArguments(ctx.eps, 0.0, centered=True, round_x_hat=False),
+                NormArguments(ctx.eps, 0.0, True, False),
                 want_weight=need_weight,
                 want_bias=need_bias,
             )

@@ -31,7 +31,7 @@ def site(width: str, *, default: str | None = None) -> Any:
     """Declares a site of a dataclass of Sites; its default is None.
 
     Args:
-        width: the name of its number of features among the extents of a call, as `Sites.widths_of` takes them.
+        width: the name by which `Sites.check` is told its number of features.
         default: the site whose table it takes when it has none.
     """
     return dataclasses.field(default=None, metadata={"width": width, "default": default})
@@ -94,26 +94,22 @@ class Sites:
         """Drops `groups`, which are derived again on demand."""
         return vars(self) | {"groups": {}}
 
-    @classmethod
-    def widths_of(cls, **extents: int | str) -> dict[str, int | str]:
-        """Each site's number of features, or the reason why a call cannot honour it, from those of its `width`."""
-        return {name: extents[declared["width"]] for name, declared in cls.declared.items()}
-
     def check(self, routes: Routes | None, widths: Mapping[str, int | str]) -> None:
         """Raises unless every table fits a call or a layer.
 
         Args:
             routes: the batch's routes; None, for a layer: the tables must agree on their number.
-            widths: for each site its number of features, or the reason why it cannot be honoured.
+            widths: the number of features, or the reason why it cannot be honoured, of every `width` of the sites;
+                what stands under a site's own name goes before.
         """
         num_routes = None if routes is None else routes.num_routes
         origin = "routes.num_routes"
         for name, table in self.tables.items():
             if num_routes is None:
                 num_routes, origin = table.num_routes, f"as in {name}"
-            if table.num_routes == num_routes and table.features == widths[name]:
-                continue
-            check_table(table, num_routes, widths[name], f"{type(self).__name__}.{name}", origin)
+            width = widths[name] if name in widths else widths[self.declared[name]["width"]]
+            if table.num_routes != num_routes or table.features != width:
+                check_table(table, num_routes, width, f"{type(self).__name__}.{name}", origin)
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={table}" for name, table in self.tables.items())

@@ -43,7 +43,7 @@ def weight_grad(
     chunk = max(MIN_CHUNK, -(-g.shape[0] // WORKSPACE_SHARE))
     for start in range(0, g.shape[0], chunk):
         tokens = slice(start, start + chunk)
-        part = routes._at(tokens)
+        part = routes if chunk >= g.shape[0] else routes._at(tokens)
         masked_g = primitives.masked_product(g[tokens], part, rows)
         masked_x = primitives.masked_product(x[tokens], part, cols)
         if g.device.type == "cpu":

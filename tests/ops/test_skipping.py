@@ -16,12 +16,13 @@ from gradroute import (
     Routes,
     Table,
     backends,
-    rectangles,
     routed_linear,
     routed_mlp,
     testing,
 )
 from gradroute.linear import routed_linears
+from gradroute.skipping import mlp as skipping
+from gradroute.skipping import parts, totals
 from gradroute.tables import localize
 
 OPS = ("routed_linear", "routed_mlp", "routed_gated_mlp")
@@ -38,22 +39,22 @@ SITES = {
 @pytest.fixture
 def small_parts(monkeypatch):
     """Runs of a few tokens, and rectangles wherever they save anything."""
-    monkeypatch.setattr(rectangles, "RUN", 5)
-    monkeypatch.setattr(rectangles, "MIN_TOKENS", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr(rectangles, "MIN_SAVING", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr(parts, "RUN", 5)
+    monkeypatch.setattr(parts, "MIN_TOKENS", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(parts, "MIN_SAVING", {"cpu": 0.0, "cuda": 0.0})
 
 
 @pytest.fixture
 def parts_taken(monkeypatch):
     """The lists of parts that backwards take."""
     taken = []
-    original = rectangles.split
+    original = skipping.split
 
     def recorded(*args):
         taken.append(original(*args))
         return taken[-1]
 
-    monkeypatch.setattr(rectangles, "split", recorded)
+    monkeypatch.setattr(skipping, "split", recorded)
     return taken
 
 
@@ -147,11 +148,11 @@ def test_rectangles_on_a_gpu_keep_the_budget(op, backend, dtype, small_parts):
         ([(slice(None),), (slice(2, 4),)], True),
         ([(slice(0, 2), slice(0, 2)), (slice(0, 2), slice(2, 4))], False),
         ([(slice(0, 2), slice(0, 2)), (slice(1, 2), slice(1, 4))], True),
-        ([(slice(i, i + 1),) for i in range(rectangles.MAX_AREAS + 1)], True),
+        ([(slice(i, i + 1),) for i in range(totals.MAX_AREAS + 1)], True),
     ],
 )
 def test_areas_that_overlap(areas, overlap):
-    assert rectangles._overlap(areas) is overlap
+    assert totals.overlap(areas) is overlap
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -307,9 +308,9 @@ def test_parameter_routing_of_a_linear_layer_skips_what_may_not_update(backend):
 
 def test_tokens_in_order_are_not_gathered(parts_taken):
     quarters(tokens=1024, in_order=True).run("torch")
-    (parts,) = parts_taken
-    assert len(parts) == 4
-    assert all(isinstance(part.tokens, slice) for part in parts)
+    (taken,) = parts_taken
+    assert len(taken) == 4
+    assert all(isinstance(part.tokens, slice) for part in taken)
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -367,17 +368,17 @@ def test_little_to_save_is_taken_as_it_comes(parts_taken):
     ids[:40] = 1
     sites = MLPSites(hidden=localize(2, 16, {1: slice(8, 16)}))
     call.with_routes(Routes.of(ids, 2)).with_sites(sites).run("torch")
-    (parts,) = parts_taken
-    assert [part.tokens for part in parts] == [slice(0, 1024), slice(1024, 2000)]
+    (taken,) = parts_taken
+    assert [part.tokens for part in taken] == [slice(0, 1024), slice(1024, 2000)]
 
 
 def test_a_strength_blends_rows_so_nothing_is_skipped(parts_taken):
     call = quarters(tokens=1024, in_order=True)
     routes = Routes.of(call.routes.ids, 4, strength=torch.full((1024,), 0.5))
     call.with_routes(routes).run("torch")
-    (parts,) = parts_taken
-    assert len(parts[0].spans) == 1
-    assert parts[0].spans[0].features == rectangles.ALL
+    (taken,) = parts_taken
+    assert len(taken[0].spans) == 1
+    assert taken[0].spans[0].features == totals.ALL
 
 
 def test_groups_are_made_once_for_a_width():
@@ -390,8 +391,8 @@ def test_groups_are_made_once_for_a_width():
 
 
 def test_tables_that_are_ones_for_a_rectangle_are_dropped():
-    (first, *_), *_ = (part.spans for part in rectangles.split(*_split_arguments(quarters(1024, True))))
-    assert dataclasses.asdict(first.sites) == dict.fromkeys(dataclasses.asdict(first.sites))
+    (first, *_), *_ = (part.spans for part in skipping.split(*_split_arguments(quarters(1024, True))))
+    assert first.tables == (None,) * 5
     assert (first.features, first.updates) == (slice(0, 4), ((slice(0, 4), slice(0, 4), None),))
 
 
@@ -405,5 +406,5 @@ def test_many_ragged_runs_of_features_are_taken_as_one():
     routes = Routes.of(call.routes.ids.clamp(max=1), 2)
     call = call.with_routes(routes).with_sites(MLPSites(hidden=weights, update=[[1.0], [0.0]]))
     call.assert_within_budget("torch")
-    parts = rectangles.split(*_split_arguments(call))
-    assert parts[0].spans[0].features == slice(0, 15)
+    first, *_ = skipping.split(*_split_arguments(call))
+    assert first.spans[0].features == slice(0, 15)

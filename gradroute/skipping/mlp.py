@@ -1,0 +1,285 @@
+"""The products of an MLP's backward, without what masks make vanish: one, or two branches into one hidden width."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..primitives.protocol import ActivationTables, Primitives
+from ..routes import Routes
+from ..tables import Table
+from .parts import Group, Part, Product, live, part_of, rectangles, run_of, runs, splits, width_of
+from .totals import ALL, Area, Total, plus_product
+
+if TYPE_CHECKING:
+    from ..mlp import MLPSites
+
+
+class SpanTables(NamedTuple):
+    """The tables of an MLP on some features, None where some routes' weights are ones."""
+
+    pre: Table | None
+    hidden: Table | None
+    forward: Table | None
+    update_in: Table | None
+    update_out: Table | None
+
+
+class Span(NamedTuple):
+    """Features of some routes' tokens.
+
+    Attributes:
+        features: a run of `[T, d_ff]`.
+        tables: the tables on these features.
+        has_grad: whether gradient passes here.
+        outputs: the features from which the output weight is updated: as counted from the span's first, and of d_ff.
+        updates: the features whose input weights are updated, likewise, with the table there.
+    """
+
+    features: slice
+    tables: ActivationTables
+    has_grad: bool
+    outputs: tuple[tuple[slice, slice], ...]
+    updates: tuple[tuple[slice, slice, Table | None], ...]
+
+
+class MLPProduct(Product[Span]):
+    """The products of an MLP by its hidden features: dH, dx, and the weights' gradients."""
+
+    def __init__(self, sites: MLPSites, d_ff: int) -> None:
+        super().__init__(sites, d_ff)
+        self.sites = sites
+
+    def live(self, route: int) -> tuple[tuple[slice, ...], ...]:
+        """The runs of features with gradient, for the output weight, and for the input weights."""
+        sites, (d_ff,) = self.sites, self.widths
+        middle = (sites.pre, sites.hidden, sites.forward)
+        return (
+            live(middle, route, d_ff),
+            live((sites.forward, sites.update_out), route, d_ff),
+            live((*middle, sites.update_in), route, d_ff),
+        )
+
+    def group(self, first: int, last: int) -> Group[Span]:
+        with_grad, of_z, updated = self.live(first)
+        spans = []
+        for features in with_grad:
+            updates = tuple(
+                (inside, rows, part_of(self.sites.update_in, rows, first, last))
+                for inside, rows in _inside(features, updated)
+            )
+            # z is made of all features of the span or of none: a pass over both operands more would cost more.
+            outputs = _inside(features, tuple(run for run in of_z if _contains(features, run)))
+            spans.append(Span(features, self._tables(features, first, last), True, outputs, updates))
+        for features in of_z:
+            if not any(_contains(span.features, features) for span in spans if span.has_grad):
+                tables = self._tables(features, first, last)
+                spans.append(Span(features, tables, False, ((ALL, features),), ()))
+        # dH and dX cost as much as both weights' gradients (gated: three products to two and one).
+        cost = 0.5 * width_of(with_grad) + 0.33 * width_of(updated) + 0.17 * width_of(of_z)
+        return Group(first, last, tuple(spans), cost / max(self.widths[0], 1))
+
+    def _tables(self, features: slice, first: int, last: int) -> SpanTables:
+        tables = (getattr(self.sites, name) for name in SpanTables._fields)
+        return SpanTables(*(part_of(table, features, first, last) for table in tables))
+
+
+def _contains(features: slice, run: slice) -> bool:
+    return bool(features.start <= run.start and run.stop <= features.stop)
+
+
+def _inside(features: slice, runs: tuple[slice, ...]) -> tuple[tuple[slice, slice], ...]:
+    """The runs inside `features`: counted from its first, and as they are."""
+    found = []
+    for run in runs:
+        start, stop = max(features.start, run.start), min(features.stop, run.stop)
+        if start < stop:
+            found.append((slice(start - features.start, stop - features.start), slice(start, stop)))
+    return tuple(found)
+
+
+def split(routes: Routes, sites: MLPSites, d_ff: int, dtype: torch.dtype) -> list[Part[Span]]:
+    """The parts of a batch; where they do not pay, all features of the tokens as they come, in runs.
+
+    Args:
+        routes: the batch's routes.
+        sites: effective sites.
+        d_ff: the hidden width.
+        dtype: that of the products.
+    """
+    whole = (Span(ALL, sites, True, ((ALL, ALL),), ((ALL, ALL, sites.update_in),)),)
+    if not splits(routes.device) or routes.host_counts is None or len(routes) == 0:
+        return [Part(None, routes, whole)]
+    run = run_of(dtype, routes)
+    parts = rectangles(MLPProduct(sites, d_ff), routes, run)
+    if parts:
+        return parts
+    if run >= len(routes):
+        return [Part(None, routes, whole)]
+    return [Part(tokens, routes._at(tokens), whole) for tokens in runs(0, len(routes), run)]
+
+
+class Branch:
+    """One of the input linears of an MLP, of which a gated MLP has two, and its gradients.
+
+    Attributes:
+        a: `[T, d_ff]`, its pre-activations.
+        weight: `[d_ff, d_model]`, where x's gradient is needed.
+        need_weight: compute dW.
+        need_bias: compute db.
+    """
+
+    def __init__(self, a: Tensor, weight: Tensor | None, need_weight: bool, need_bias: bool) -> None:
+        self.a = a
+        self.weight = weight
+        self.need_weight = need_weight
+        self.need_bias = need_bias
+        self._weight_total: Total | None = None
+        self._bias_total: Total | None = None
+
+    def begin(self, x: Tensor | None, g: Tensor, parts: list[Part[Span]]) -> None:
+        """Makes the totals of the gradients that are needed."""
+        d_ff = self.a.shape[1]
+        spans = [span for part in parts for span in part.spans if span.has_grad]
+        if self.need_weight:
+            assert x is not None
+            areas: list[Area] = [(rows,) for span in spans for _, rows, _ in span.updates]
+            self._weight_total = Total(g, (d_ff, x.shape[1]), areas)
+        if self.need_bias:
+            self._bias_total = Total(g, (d_ff,), [(span.features,) for span in spans])
+
+    def add(
+        self,
+        grad: Tensor,
+        bias: Tensor | None,
+        x: Tensor | None,
+        part: Part[Span],
+        span: Span,
+        primitives: Primitives,
+    ) -> None:
+        """Adds a span: the gradient `[tokens, features]` of its pre-activations, which has served dx, and is masked."""
+        if self._bias_total is not None:
+            assert bias is not None
+            self._bias_total.add(bias, span.features)
+        if self._weight_total is not None:
+            assert x is not None
+            for inside, rows, table in span.updates:
+                primitives.masked_product_(grad[:, inside], part.routes, table)
+                self._weight_total.add_product(grad[:, inside].T, x, rows, ALL)
+
+    def weight_grad(self) -> Tensor | None:
+        """dW `[d_ff, d_model]`; None where it is not needed."""
+        return None if self._weight_total is None else self._weight_total.result()
+
+    def bias_grad(self) -> Tensor | None:
+        """The gradient of the bias `[d_ff]`; None where it is not needed."""
+        return None if self._bias_total is None else self._bias_total.result()
+
+
+class MLPBackward:
+    """The backward of an MLP's products, of one branch or two.
+
+    Attributes:
+        g: `[T, d_out]`, the incoming gradient, masked.
+        branches: its input linears, in which their gradients are left.
+        routes: the batch's routes.
+        sites: effective sites.
+        activation: its name.
+        primitives: the backend's.
+    """
+
+    def __init__(
+        self,
+        g: Tensor,
+        branches: list[Branch],
+        routes: Routes,
+        sites: MLPSites,
+        activation: str,
+        primitives: Primitives,
+    ) -> None:
+        self.g = g
+        self.branches = branches
+        self.routes = routes
+        self.sites = sites
+        self.activation = activation
+        self.primitives = primitives
+        self._need_bias = True in [branch.need_bias for branch in branches]
+
+    def gradients(
+        self, x: Tensor | None, w_out: Tensor | None, need_x: bool, need_w_out: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the output weight, None for what is not needed.
+
+        Args:
+            x: `[T, d_model]`, where an input weight's gradient is needed.
+            w_out: `[d_out, d_ff]`, where any gradient before it is needed.
+            need_x: compute dx.
+            need_w_out: compute dW_out.
+
+        Returns:
+            dx `[T, d_model]`; dW_out `[d_out, d_ff]`.
+        """
+        g, (tokens, d_ff) = self.g, self.branches[0].a.shape
+        parts = split(self.routes, self.sites, d_ff, g.dtype)
+        areas: list[Area] = [(cols,) for part in parts for span in part.spans for _, cols in span.outputs]
+        dw_out = Total(g, (g.shape[1], d_ff), areas) if need_w_out else None
+        for branch in self.branches:
+            branch.begin(x, g, parts)
+        if parts[0].tokens is None:
+            dx = self._add(parts[0], x, w_out, dw_out)
+        else:
+            weight = self.branches[0].weight
+            dx = None if weight is None else g.new_empty(tokens, weight.shape[1])
+            for part in parts:
+                part_dx = self._add(part, x, w_out, dw_out)
+                if dx is not None:
+                    part.put(part_dx, dx)
+        return dx, None if dw_out is None else dw_out.result()
+
+    def _add(
+        self, part: Part[Span], x: Tensor | None, w_out: Tensor | None, dw_out: Total | None
+    ) -> Tensor | None:
+        """Adds a part's share to the weights' gradients; its rows of dx, where they are needed and not 0."""
+        g, part_x = part.of(self.g), None if x is None else part.of(x)
+        dx: Tensor | None = None
+        for span in part.spans:
+            dz = g @ w_out[:, span.features] if w_out is not None and span.has_grad else None
+            want_z = dw_out is not None and bool(span.outputs)
+            if dz is None and not want_z:
+                continue
+            grads, z, biases = self._middle(dz, part, span, want_z)
+            if dw_out is not None and z is not None:
+                for inside, cols in span.outputs:
+                    dw_out.add_product(g.T, z[:, inside], ALL, cols)
+            for branch, grad, bias in zip(self.branches, grads, biases, strict=True):
+                if grad is None:
+                    continue
+                if branch.weight is not None:
+                    dx = plus_product(dx, grad, branch.weight[span.features])
+                branch.add(grad, bias, part_x, part, span, self.primitives)
+        return dx
+
+    def _middle(
+        self, dz: Tensor | None, part: Part[Span], span: Span, want_z: bool
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None, tuple[Tensor | None, ...]]:
+        """The middle's backward, of the activation of one branch or of the product of two.
+
+        Returns:
+            Each branch's gradient of its pre-activations; z; each branch's bias gradient.
+        """
+        a = [part.of(branch.a, span.features) for branch in self.branches]
+        want_bias = self._need_bias and dz is not None
+        overwrite = isinstance(part.tokens, Tensor)  # then a was gathered; dz is made for this alone
+        routes, tables, activation = part.routes, span.tables, self.activation
+        if len(a) == 1:
+            da, z, db = self.primitives.activation_backward(
+                dz, a[0], routes, tables, activation, want_z=want_z, want_bias=want_bias, overwrite=overwrite
+            )
+            return (da,), z, (db,)
+        gate, up = a
+        dgate, dup, z, db_gate, db_up = self.primitives.glu_backward(
+            dz, gate, up, routes, tables, activation, want_z=want_z, want_bias=want_bias, overwrite=overwrite
+        )
+        return (dgate, dup), z, (db_gate, db_up)

@@ -1,0 +1,217 @@
+"""A batch in parts: some routes' tokens, with the features that their products need."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..routes import Routes
+from ..sites import Sites
+from ..tables import Table
+from .totals import ALL
+
+Spans = TypeVar("Spans")
+
+# How many tokens a run has in fp32 and fp64. In half precision the product of a run would be rounded, and could
+# overflow, before it is summed. With runs of 320 tokens, whose matrices stay in the second-level cache, a gated MLP of
+# 128 × 512 took 1.18 times as long in backward, with 128 tokens 1.45 times.
+RUN = 1024
+
+# Sorting pays from this share of skipped work on: rows must be gathered and put back. On CUDA an estimate from bytes,
+# not yet measured: with 16384 tokens of 4096 × 14336 gathering and putting back move 0.4 ms' worth of a backward of
+# 14 ms.
+MIN_SAVING = {"cpu": 0.05, "cuda": 0.1}
+
+# More runs of features than this are taken as one; more routes than this, or fewer tokens a rectangle, as they come. On
+# CUDA an estimate too: 2048 × 3584 elements are 224 tiles of 128 × 256, for 132 multiprocessors.
+MAX_SPANS = 4
+MAX_ROUTES = 64
+MIN_TOKENS = {"cpu": 64, "cuda": 2048}
+
+
+class Group(Generic[Spans]):
+    """Neighbouring routes whose tokens have the same rectangles.
+
+    Attributes:
+        first: the first of the routes.
+        last: the last of them.
+        spans: what the product needs of their tokens; empty: there is no work.
+        cost: of a token, where one with all features costs 1.
+    """
+
+    def __init__(self, first: int, last: int, spans: tuple[Spans, ...], cost: float) -> None:
+        self.first = first
+        self.last = last
+        self.spans = spans
+        self.cost = cost
+
+
+class Groups(Generic[Spans]):
+    """The groups of some sites. A batch keeps its parts under this object, which equals no other."""
+
+    def __init__(self, groups: list[Group[Spans]]) -> None:
+        self.groups = groups
+        self.least_cost = min(group.cost for group in groups)
+
+
+class Part(Generic[Spans]):
+    """Some tokens with their spans.
+
+    Attributes:
+        tokens: None for all of them, a slice, or their positions.
+        routes: theirs.
+        spans: theirs.
+    """
+
+    def __init__(self, tokens: slice | Tensor | None, routes: Routes, spans: tuple[Spans, ...]) -> None:
+        self.tokens = tokens
+        self.routes = routes
+        self.spans = spans
+
+    def of(self, matrix: Tensor, features: slice | None = None) -> Tensor:
+        """The part's rows of `matrix [T, F]`, and these features (None: all)."""
+        if self.tokens is None:
+            return matrix
+        if isinstance(self.tokens, slice):
+            return matrix[self.tokens, ALL if features is None else features]
+        return (matrix if features is None else matrix[:, features]).index_select(0, self.tokens)
+
+    def put(self, product: Tensor | None, out: Tensor) -> None:
+        """Sets the part's rows of `out [T, F]` to `product`, to 0 where there is none."""
+        assert self.tokens is not None
+        if isinstance(self.tokens, slice):
+            out[self.tokens] = 0 if product is None else product
+        elif product is None:
+            out.index_fill_(0, self.tokens, 0)
+        else:
+            out.index_copy_(0, self.tokens, product)
+
+
+class Rows:
+    """A matrix `[T, F]` whose rows several products want, part by part: they are gathered once."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._of_tokens: dict[int, Tensor] = {}
+
+    def of(self, part: Part[Any]) -> Tensor:
+        """The part's rows."""
+        key = id(part.tokens)  # the batch keeps them alive
+        if key not in self._of_tokens:
+            self._of_tokens[key] = part.of(self.matrix)
+        return self._of_tokens[key]
+
+
+class Product(ABC, Generic[Spans]):
+    """A product of a backward whose features may vanish route by route, for some sites and widths."""
+
+    def __init__(self, sites: Sites, *widths: int) -> None:
+        self.groups = sites.groups
+        self.widths = widths
+
+    @abstractmethod
+    def live(self, route: int) -> tuple[tuple[slice, ...], ...]:
+        """The runs of features that the product needs of a route's tokens, operand by operand."""
+
+    @abstractmethod
+    def group(self, first: int, last: int) -> Group[Spans]:
+        """The group of the routes from first to last, which have the same live features."""
+
+    def groups_of(self, num_routes: int) -> Groups[Spans]:
+        """The groups of all routes, derived once for sites and widths."""
+        key = (type(self), num_routes, *self.widths)
+        found: Groups[Spans] | None = self.groups.get(key)
+        if found is None:
+            found = self.groups[key] = Groups(list(self._neighbours(num_routes)))
+        return found
+
+    def _neighbours(self, num_routes: int) -> Iterator[Group[Spans]]:
+        """Neighbouring routes with the same live features, together."""
+        lives = [self.live(route) for route in range(num_routes)]
+        first = 0
+        for route in range(1, num_routes + 1):
+            if route == num_routes or lives[route] != lives[first]:
+                yield self.group(first, route - 1)
+                first = route
+
+
+def splits(device: torch.device) -> bool:
+    """Whether products are made in parts: not in traced code, which must not depend on how many tokens a route has."""
+    return device.type in MIN_TOKENS and not torch.compiler.is_compiling()
+
+
+def run_of(dtype: torch.dtype, routes: Routes) -> int:
+    """How many tokens a product takes at once."""
+    in_runs = routes.device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    return RUN if in_runs else len(routes)
+
+
+def rectangles(product: Product[Spans], routes: Routes, run: int) -> list[Part[Spans]]:
+    """The parts, sorted by route; none where they save too little, or a strength blends the tables' rows."""
+    if routes.strength is not None or routes.num_routes > MAX_ROUTES or routes.host_counts is None:
+        return []
+    groups = product.groups_of(routes.num_routes)
+    if groups.least_cost > 1 - MIN_SAVING[routes.device.type]:
+        return []
+    return routes.derived((groups, run), lambda: _parts(routes, groups.groups, run))
+
+
+def _parts(routes: Routes, groups: list[Group[Spans]], run: int) -> list[Part[Spans]]:
+    """The parts of a batch whose tokens are counted on the host; none where they save too little."""
+    assert routes.host_counts is not None
+    counts = [sum(routes.host_counts[group.first : group.last + 1]) for group in groups]
+    cost = sum(count * group.cost for count, group in zip(counts, groups, strict=True))
+    number = sum(len(group.spans) for count, group in zip(counts, groups, strict=True) if count)
+    device = routes.device.type
+    if cost > (1 - MIN_SAVING[device]) * len(routes) or number * MIN_TOKENS[device] > len(routes):
+        return []
+    parts, first = [], 0
+    for count, group in zip(counts, groups, strict=True):
+        for tokens in runs(first, first + count, run):
+            parts.append(Part(*_sorted_tokens(routes, tokens), group.spans))
+        first += count
+    return parts
+
+
+def _sorted_tokens(routes: Routes, tokens: slice) -> tuple[slice | Tensor, Routes]:
+    """Where some of the tokens sorted by route are, and their routes; made once for all sites that split there."""
+
+    def find() -> tuple[slice | Tensor, Routes]:
+        at = tokens if routes.in_order else routes.order[tokens].long()
+        return at, routes._at(at)
+
+    return routes.derived(("sorted", tokens.start, tokens.stop), find)
+
+
+def runs(first: int, last: int, run: int) -> Iterator[slice]:
+    """The tokens from first to last, so many at once."""
+    for start in range(first, last, run):
+        yield slice(start, min(start + run, last))
+
+
+def live(tables: tuple[Table | None, ...], route: int, width: int) -> tuple[slice, ...]:
+    """The runs of features on which no table has weight 0 for the route."""
+    kept = torch.ones(width, dtype=torch.bool, device="cpu")
+    for table in tables:
+        if table is not None:
+            kept &= table.weights[route] != 0
+    edges = torch.nn.functional.pad(kept.int(), (1, 1)).diff().nonzero().flatten().tolist()
+    found = tuple(slice(*run) for run in zip(edges[::2], edges[1::2], strict=True))
+    return found if len(found) <= MAX_SPANS else (slice(edges[0], edges[-1]),)
+
+
+def width_of(runs: tuple[slice, ...]) -> int:
+    """How many features some runs have."""
+    return sum(run.stop - run.start for run in runs)
+
+
+def part_of(table: Table | None, features: slice, first: int, last: int) -> Table | None:
+    """The table on some features; None where it is ones for the routes from first to last."""
+    if table is None:
+        return None
+    weights = table.weights if table.features == 1 else table.weights[:, features]
+    return Table(weights) if bool((weights[first : last + 1] != 1).any()) else None

@@ -1,0 +1,84 @@
+"""A gradient put together from products over parts of the tokens and of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+ALL = slice(None)
+
+# At most this many areas are compared pairwise; more are taken to overlap.
+MAX_AREAS = 16
+
+Area = tuple[slice, ...]  # rows of a gradient, or rows and columns
+
+
+class Total:
+    """A gradient of this shape, the sum of what is added to its areas; where some overlap, in fp32 at least."""
+
+    def __init__(self, like: Tensor, shape: tuple[int, ...], areas: Sequence[Area]) -> None:
+        self.like = like
+        self.shape = shape
+        self.is_sum = overlap(areas)
+        self.value: Tensor | None = None
+
+    def add(self, summand: Tensor, features: slice) -> None:
+        """Adds to the entries of these features."""
+        if self.value is None and features == ALL:
+            self.value = self._wide(summand)
+        else:
+            self._started()[features] += summand
+
+    def add_product(self, a: Tensor, b: Tensor, rows: slice, cols: slice) -> None:
+        """Adds the product a b to these rows and columns."""
+        is_first = self.value is None and _is_all(rows, self.shape[0]) and _is_all(cols, self.shape[1])
+        if is_first:
+            self.value = self._product(a, b)
+        elif a.is_cuda and self._is_wide(a):
+            self._started()[rows, cols] += self._product(a, b)
+        else:
+            self._started()[rows, cols].addmm_(self._wide(a), self._wide(b), beta=int(self.is_sum))
+
+    def result(self) -> Tensor:
+        """The sum in the dtype of its parameter."""
+        return self._started().to(self.like.dtype)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.is_cuda and self._is_wide(a):  # tensor cores take half precision as it is, and sum up in fp32
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return self._wide(a) @ self._wide(b)
+
+    def _is_wide(self, summand: Tensor) -> bool:
+        return self.is_sum and summand.dtype in (torch.float16, torch.bfloat16)
+
+    def _wide(self, summand: Tensor) -> Tensor:
+        """In fp32 at least where there are several: rounded to half precision, one could overflow before the sum."""
+        return summand.to(torch.float32) if self._is_wide(summand) else summand
+
+    def _started(self) -> Tensor:
+        if self.value is None:
+            self.value = self._wide(self.like.new_zeros(self.shape))
+        return self.value
+
+
+def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in place; the product alone where there is no total yet."""
+    return a @ b if total is None else total.addmm_(a, b)
+
+
+def _is_all(run: slice, size: int) -> bool:
+    return run == ALL or (run.start, run.stop) == (0, size)
+
+
+def overlap(areas: Sequence[Area]) -> bool:
+    """Whether any two areas have an element in common, or are so many that it is supposed."""
+    if len(areas) > MAX_AREAS:
+        return True
+    return any(all(map(_meet, one, other)) for one, other in combinations(areas, 2))
+
+
+def _meet(one: slice, other: slice) -> bool:
+    return ALL in (one, other) or max(one.start, other.start) < min(one.stop, other.stop)
