@@ -114,7 +114,7 @@ class DecoderLayer(Swapped):
         return everywhere or sites.attention is not None or sites.qk_norm is not None
 
     def _widths(self) -> Mapping[str, int | str]:
-        return ResidualSites.widths_of(d_model=getattr(self, self.norm_names[0]).weight.shape[0])
+        return {"d_model": getattr(self, self.norm_names[0]).weight.shape[0]}
 
     def forward(
         self, hidden_states: Tensor, *args: Argument, routes: Routes | None = None, **kwargs: Argument
