@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..primitives import shared
-from ..primitives.arguments import AdamWOptions, NormArguments, product_dtype, wanted
+from ..primitives.arguments import AdamWOptions, NormArguments, product_dtype
 from ..primitives.attention_pattern import Pattern
 from ..primitives.protocol import ActivationTables, AttentionTables
 from ..routes import Routes
 from ..tables import Table
+from . import attention
 from . import composed as primitives  # this module, as shared algorithms take it
-from . import tiled
-from .vendor import VENDORS
 
 
 def mask(weights: Tensor, routes: Routes, dtype: torch.dtype) -> Tensor:
@@ -236,47 +235,14 @@ def attention_forward(
     sites: AttentionTables,
     pattern: Pattern,
     vendor: str | None,
-    product: Callable[..., Tensor] = masked_heads,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """z = m_forward_heads ⊙ softmax(scale q kᵀ) v, and what its backward needs beside it.
-
-    Args:
-        q: `[B, H, S_q, D]`.
-        k: `[B, G, S_k, D]`; H is a multiple of G.
-        v: `[B, G, S_k, D]`.
-        routes: of the tokens `[B, S_q]`; None: no masks.
-        sites: effective sites.
-        pattern: which keys a query sees.
-        vendor: the kernel, of `gradroute.backends.vendor.VENDORS`; None: tiles of torch's products.
-        product: the masked product of heads.
-
-    Returns:
-        z `[B, H, S_q, D]`; the tensors to save: those of the kernel, its output first where that is not z.
-    """
-    if vendor is None:
-        o, *saved = tiled.attention_forward(q, k, v, pattern)
-    else:
-        o, *saved = VENDORS[vendor].forward(q, k, v, pattern)
-    if sites.forward_heads is None:
-        return o, tuple(saved)
-    return product(o, routes, sites.forward_heads), (o, *saved)
+    return attention.forward(q, k, v, routes, sites, pattern, vendor, primitives)
 
 
 def attention_output_grad(
     dz: Tensor, o: Tensor, routes: Routes | None, sites: AttentionTables, *, want_delta: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """do = m_heads ⊙ m_forward_heads ⊙ dz, dz itself where neither has a table; delta is left to who needs it.
-
-    Args:
-        dz: `[B, H, S, D]`.
-        o: `[B, H, S, D]`, attention's output, not masked.
-        routes: of the tokens; None: no masks.
-        sites: effective sites.
-        want_delta: rowsum(do ⊙ o) is needed.
-
-    Returns:
-        do `[B, H, S, D]`; delta `[B, H, S]` in fp32 (fp64 for fp64), or None.
-    """
+    """Leaves delta to who needs it."""
     if sites.forward_heads is None:
         return masked_heads(dz, routes, sites.heads), None
     d_o = masked_heads(dz, routes, sites.forward_heads)
@@ -298,61 +264,22 @@ def attention_backward(
     *,
     want_query: bool,
     want_key_value: bool,
-    output_grad: Callable[..., tuple[Tensor, Tensor | None]] = attention_output_grad,
-    product_: Callable[..., None] = masked_heads_,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk and dv of attention with every mask: around a vendor's backward, or, with edges, in tiles.
-
-    Args:
-        dz: `[B, H, S_q, D]`, in any layout.
-        q: as for attention_forward, like k and v.
-        k: see q.
-        v: see q.
-        z: what attention_forward returned.
-        saved: what attention_forward returned beside z.
-        routes: of the tokens; None: no masks.
-        sites: effective sites.
-        pattern: which keys a query sees.
-        vendor: as for attention_forward.
-        want_query: compute dq.
-        want_key_value: compute dk and dv.
-        output_grad: as attention_output_grad.
-        product_: the masked product of heads in place.
-
-    Returns:
-        dq, dk, dv, in the shapes of q, k, v; None for what is not wanted.
-    """
-    o, *rest = (z, *saved) if sites.forward_heads is None else saved
-    in_tiles = vendor is None or sites.score_edges is not None or sites.value_edges is not None
-    d_o, delta = output_grad(dz, o, routes, sites, want_delta=in_tiles)
-    dq: Tensor | None
-    dk: Tensor | None
-    dv: Tensor | None
-    if in_tiles:
-        dq, dk, dv = tiled.attention_backward(
-            d_o,
-            q,
-            k,
-            v,
-            o,
-            rest[0],
-            routes,
-            sites.score_edges,
-            sites.value_edges,
-            pattern,
-            delta,
-            want_query=want_query,
-            want_key_value=want_key_value,
-        )
-    else:
-        assert vendor is not None
-        dq, dk, dv = VENDORS[vendor].backward(d_o, q, k, v, (o, *rest), pattern)
-    if want_query:
-        product_(dq, routes, sites.query)
-    if want_key_value:
-        product_(dk, routes, sites.key)
-        product_(dv, routes, sites.value)
-    return wanted((dq, want_query), (dk, want_key_value), (dv, want_key_value))
+    return attention.backward(
+        dz,
+        q,
+        k,
+        v,
+        z,
+        saved,
+        routes,
+        sites,
+        pattern,
+        vendor,
+        primitives,
+        want_query=want_query,
+        want_key_value=want_key_value,
+    )
 
 
 def adamw_step(

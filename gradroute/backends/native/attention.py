@@ -11,7 +11,8 @@ from ...primitives.protocol import AttentionTables
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from ...tables import Table
-from .. import composed
+from .. import attention, composed
+from . import attention as primitives  # this module, as the shared algorithm takes it
 from .launch import launch
 from .operands import DeltaOperands, HeadMasks, HeadOperands, Mask, Routing, Weights
 
@@ -52,7 +53,7 @@ def attention_forward(
     pattern: Pattern,
     vendor: str | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return composed.attention_forward(q, k, v, routes, sites, pattern, vendor, masked_heads)
+    return attention.forward(q, k, v, routes, sites, pattern, vendor, primitives)
 
 
 def attention_output_grad(
@@ -107,7 +108,7 @@ def attention_backward(
     want_query: bool,
     want_key_value: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return composed.attention_backward(
+    return attention.backward(
         dz,
         q,
         k,
@@ -118,8 +119,7 @@ def attention_backward(
         sites,
         pattern,
         vendor,
+        primitives,
         want_query=want_query,
         want_key_value=want_key_value,
-        output_grad=attention_output_grad,
-        product_=masked_heads_,
     )
