@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from .. import backends
 from ..primitives.attention_pattern import Pattern
+from ..primitives.protocol import AttentionTables
 from ..routes import Routes
+from ..tables import Table
 from . import vendor as vendors
 
 if TYPE_CHECKING:
-    from ..attention import AttentionCall, AttentionSites
+    from ..attention import AttentionCall
 
 # Below this share of a dense backward's work, kernels that leave out what has no weight beat the fastest dense ones:
 # a split Triton backward takes 1.5 to 1.9 times as long as a vendor's (published figures for Hopper; not yet measured
@@ -27,13 +29,13 @@ MAX_HEAD_DIM = 256
 
 
 class Plan(NamedTuple):
-    """What runs a call.
+    """The kernels that run a call.
 
     Attributes:
-        backend: of `gradroute.backends.BACKENDS`.
+        backend: a name of `gradroute.backends.BACKENDS`.
         vendor: the vendor's kernel, by its name in `gradroute.backends.vendor.VENDORS` (with edges its forward alone);
             None: the backend's own kernels, which on backends torch and cpu are tiles of torch's products.
-        reason: why.
+        reason: why it runs there.
     """
 
     backend: str
@@ -42,7 +44,7 @@ class Plan(NamedTuple):
 
 
 def plan(call: AttentionCall, requested: str | None) -> Plan:
-    """What runs a call.
+    """Chooses what runs a call.
 
     Vendors' kernels are the fastest where their whole backward is needed and no edges are; own kernels can do all of
     it, and leave out what has no weight.
@@ -71,6 +73,7 @@ def plan(call: AttentionCall, requested: str | None) -> Plan:
     return Plan(backend, vendor, vendor_reason)
 
 
+# In which order the automatic choice tries the backends.
 OWN_FIRST = ("triton", "cuda", "cpu", "torch", "reference")
 VENDOR_FIRST = ("cuda", "cpu", "torch", "triton", "reference")
 
@@ -98,7 +101,7 @@ def refused(
     return reasons
 
 
-def remaining_work(routes: Routes | None, sites: AttentionSites) -> float:
+def remaining_work(routes: Routes | None, sites: AttentionTables) -> float:
     """The share of a dense backward that masks leave, taken as if tokens came in long runs of every route alike."""
     if routes is None or routes.strength is not None:
         return 1.0
@@ -107,5 +110,5 @@ def remaining_work(routes: Routes | None, sites: AttentionSites) -> float:
     return by_query * (KEY_VALUE_SHARE * by_key + (1 - KEY_VALUE_SHARE) * _density(sites.query))
 
 
-def _density(table: Any) -> float:
+def _density(table: Table | None) -> float:
     return 1.0 if table is None else float(table.density)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..routes import Routes
 from ..tables import Table
+from .schema import schema_of
 
 if TYPE_CHECKING:
     from .protocol import ActivationTables
@@ -126,23 +127,6 @@ ADAMW_SCHEMA = (
 def wanted(*outputs: tuple[Tensor | None, bool]) -> tuple[Any, ...]:
     """The outputs of an op, None in place of those that are not wanted: an op returns empty tensors for them."""
     return tuple(output if is_wanted else None for output, is_wanted in outputs)
-
-
-_SCHEMA_TYPES = {
-    "Tensor": "Tensor",
-    "Tensor | None": "Tensor?",
-    "str": "str",
-    "bool": "bool",
-    "int": "int",
-    "int | None": "int?",
-    "float": "float",
-}
-
-
-def schema_of(arguments: type[tuple[Any, ...]]) -> str:
-    """The fields of a NamedTuple as a schema of torch.library says them: an op takes them one by one."""
-    annotations = arguments.__annotations__
-    return ", ".join(f"{_SCHEMA_TYPES[kind.__forward_arg__]} {name}" for name, kind in annotations.items())
 
 
 ACTIVATION_SCHEMA = schema_of(ActivationArguments)

@@ -1,7 +1,7 @@
 """Edges between routes as attention's kernels read them: bits per token, and bits per tile of tokens.
 
-All of it is made of the ids on their device, without a wait, once per batch and table: `Routes.derived` keeps it for
-the other layers.
+All of them are made from the ids on their device, without a wait, once per batch and table: `Routes.derived` keeps them
+for the other layers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from ..routes import Routes
 from ..tables import Table
 
-#: One bit of an int64 a route.
+#: The most routes that edges can be between: each has one bit of an int64.
 MAX_ROUTES = 64
 
-# Tokens of a tile: kernels' tiles are multiples of it, or divide it.
+# How many tokens a tile of bits has: kernels' tiles are multiples of it, or divide it.
 TILE = 32
 
-# Of a table with more different weights, kernels gather weights one by one.
+# Beyond this many different weights of a table, kernels gather weights one by one.
 MAX_LEVELS = 4
 
 
@@ -41,7 +41,7 @@ class EdgeBits(NamedTuple):
 
     @staticmethod
     def of(routes: Routes | None, table: Table | None) -> EdgeBits:
-        """Those of a table; None for its tensors without one."""
+        """The bits of a table; without a table there are none, and no levels."""
         if table is None:
             return EdgeBits(None, None, 0)
         assert routes is not None
@@ -80,7 +80,7 @@ class TileBits(NamedTuple):
 
     @staticmethod
     def of(routes: Routes | None, shape: tuple[int, int], *tables: Table | None) -> TileBits:
-        """For edges in any of `tables`, ids `[B, S]` of this shape; none where a table is None: all edges are there."""
+        """The bits for edges in any of `tables` and ids `[B, S]` of this shape; none where a table is None."""
         if routes is None or any(table is None for table in tables):
             return TileBits(None, None)
         return routes.derived(("tile bits", shape, *tables), lambda: _tile_bits(routes, shape, tables))
@@ -91,13 +91,13 @@ def _tile_bits(routes: Routes, shape: tuple[int, int], tables: tuple[Table | Non
     tiles = -(-length // TILE)
     ids = torch.nn.functional.pad(routes.ids.view(shape), (0, tiles * TILE - length), value=-1)
     ids = ids.view(batch, tiles, TILE, 1)
-    names = torch.arange(routes.num_routes, device=ids.device)
-    present = (ids == names).any(2)  # [B, tiles, R]
+    each_route = torch.arange(routes.num_routes, device=ids.device)
+    present = (ids == each_route).any(2)  # [B, tiles, R]
     has_edge = _any_edge([table.on(ids.device) for table in tables if table is not None])
     reach = (present.float() @ has_edge.float()) > 0
     return TileBits(_packed(reach), _packed(present))
 
 
 def _any_edge(tables: list[Tensor]) -> Tensor:
-    """`[R, R]`, where any of the tables is not 0."""
+    """Where any of the tables `[R, R]` is not 0."""
     return torch.stack([table != 0 for table in tables]).any(0)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .schema import schema
+from .schema import schema_of
 
 
 class Pattern(NamedTuple):
@@ -30,4 +30,4 @@ class Pattern(NamedTuple):
 
 
 #: The fields of Pattern in a schema of torch.library.
-PATTERN_SCHEMA = schema(Pattern)
+PATTERN_SCHEMA = schema_of(Pattern)

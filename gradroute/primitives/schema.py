@@ -42,7 +42,7 @@ def _schema_type(arguments: type, name: str, hint: Any) -> str | type[tuple[Any,
     return _TYPES[kinds[0]] + "?" * is_optional
 
 
-def schema(arguments: type[tuple[Any, ...]], prefix: str = "") -> str:
+def schema_of(arguments: type[tuple[Any, ...]], prefix: str = "") -> str:
     """The fields of a NamedTuple as the parameters of an op, `Tensor ids, Tensor? strength, bool causal`.
 
     A field that is a NamedTuple stands as its fields, their names behind its own: `bool pattern_causal` of `pattern`.
@@ -51,7 +51,7 @@ def schema(arguments: type[tuple[Any, ...]], prefix: str = "") -> str:
         TypeError: a field is of a type that no schema has.
     """
     return ", ".join(
-        f"{type_} {prefix}{name}" if isinstance(type_, str) else schema(type_, f"{prefix}{name}_")
+        f"{type_} {prefix}{name}" if isinstance(type_, str) else schema_of(type_, f"{prefix}{name}_")
         for name, type_ in _fields(arguments)
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...primitives.arguments import has_data, wanted
 from ...primitives.attention_pattern import Pattern
 from ...primitives.registration import kernel_op, outside_autocast
-from ...primitives.schema import Flat, flat, schema, unflat
+from ...primitives.schema import Flat, flat, schema_of, unflat
 from ...routes import Routes
 from ...tables import Table
 from .edges import Edges, Flow, Part, Reading
@@ -94,7 +94,7 @@ def attention_backward(
 
 @kernel_op(
     "attention_tiled_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    f"{schema(Backward)}) -> (Tensor, Tensor, Tensor)"
+    f"{schema_of(Backward)}) -> (Tensor, Tensor, Tensor)"
 )
 @outside_autocast
 def backward_op(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...primitives.arguments import has_data, product_dtype
 from ...primitives.attention_pattern import Pattern
 from ...primitives.registration import kernel_op, outside_autocast
-from ...primitives.schema import Flat, flat, schema, unflat
+from ...primitives.schema import Flat, flat, schema_of, unflat
 from .edges import taken
 from .tiling import Tiling, exp_
 from .visibility import Band, Sight, Visible
@@ -32,7 +32,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tupl
     return forward_op(q, k, v, *flat(pattern))
 
 
-@kernel_op(f"attention_tiled_forward(Tensor q, Tensor k, Tensor v, {schema(Pattern)}) -> (Tensor, Tensor)")
+@kernel_op(f"attention_tiled_forward(Tensor q, Tensor k, Tensor v, {schema_of(Pattern)}) -> (Tensor, Tensor)")
 @outside_autocast
 def forward_op(q: Tensor, k: Tensor, v: Tensor, *fields: Flat) -> tuple[Tensor, Tensor]:
     """See `attention_forward`; behind the tensors come the pattern's fields."""
