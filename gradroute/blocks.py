@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ class Part:
         module: the module's path.
         what: "units" or "heads": whole ones, which can be taken out; "parameters": anything else.
         index: int64 `[n]`, which units or heads, ascending; empty for parameters.
-        pieces: of the parameters of the module.
+        pieces: the rows and columns of the module's parameters that belong to the block.
         size: how many units or heads the module has.
-        group: how many heads share a key and value head; 1 for units.
+        group: how many query heads share a key and value head; 1 for units.
     """
 
     module: str
@@ -42,31 +42,31 @@ class Part:
     group: int = 1
 
     @property
-    def key(self) -> Any:
-        """What parts of one module have in common."""
+    def key(self) -> tuple[str, str, tuple[str, ...]]:
+        """The key that all parts of the same units, heads or parameters of one module share."""
         return self.module, self.what, tuple(p.parameter for p in self.pieces if p.role == "output")
 
 
 class Block:
-    """Rows and columns of a model's parameters: of hidden units, of heads, or of anything.
+    """Rows and columns of a model's parameters, such as those of hidden units or heads.
 
     A block holds names and indices, no tensors of the model: the same one serves copies of the model, routed or not,
     until `gradroute.era` changes their shape. Blocks that do not overlap are joined by `|`.
 
     Attributes:
-        parts: by module; what is joined of one module is one part.
+        parts: the block's share of each module, which is one part even where blocks were joined.
 
     Raises:
         ValueError: parts that overlap, or that have one group of heads in common.
     """
 
     def __init__(self, parts: Iterable[Part]) -> None:
-        groups: dict[Any, list[Part]] = {}
-        for part_ in parts:
-            groups.setdefault(part_.key, []).append(part_)
+        groups: dict[tuple[str, str, tuple[str, ...]], list[Part]] = {}
+        for part in parts:
+            groups.setdefault(part.key, []).append(part)
         if not groups:
             raise ValueError("parts: got none, expected at least one")
-        _refuse_overlaps([piece for group in groups.values() for part_ in group for piece in part_.pieces])
+        _refuse_overlaps([piece for group in groups.values() for part in group for piece in part.pieces])
         self.parts = tuple(map(_joined, groups.values()))
 
     @classmethod
@@ -79,13 +79,13 @@ class Block:
         between: Units | Sequence[Units] | None = None,
         architecture: Architecture | None = None,
     ) -> Self:
-        """Hidden units of MLPs: their rows of the layers before them, with the biases, and columns of that after.
+        """Hidden units of MLPs: their rows of the layers before them, with the biases, and columns of the layer after.
 
         Args:
             model: a model of transformers that `gradroute.models.route` takes, routed or not, or a module with
                 RoutedMLP or RoutedGatedMLP layers, or any other with `between`.
             units: how many, counted from the last; or which (slice or indices).
-            layers: of which decoder layers, or of which of the module's MLPs in their order; default: all.
+            layers: the indices of the decoder layers, or of the module's MLPs in their order; default: all.
             between: where the units are in a module that gradroute does not know.
             architecture: see `gradroute.models.route`.
 
@@ -106,12 +106,12 @@ class Block:
     ) -> Self:
         """Query heads of attention: their rows of q, and columns of the output projection.
 
-        Rows of k and v belong to the block where all query heads that share them do.
+        Rows of k and v belong to the block where all query heads that share them belong to it.
 
         Args:
             model: see `units`, with RoutedAttention layers.
             heads: how many, counted from the last; or which (slice or indices).
-            layers: of which layers; default: all.
+            layers: the indices of the layers; default: all.
             architecture: see `gradroute.models.route`.
 
         Raises:
@@ -122,7 +122,7 @@ class Block:
 
     @classmethod
     def of(cls, model: nn.Module, pieces: Mapping[str, tuple[int, Which]]) -> Self:
-        """Rows or columns of any parameters: name → (dim, which), such as `{"fc.weight": (0, slice(0, 8))}`.
+        """Rows or columns of any parameters, given by name → (dim, which), as in `{"fc.weight": (0, slice(0, 8))}`.
 
         Raises:
             ValueError: no such parameter or dimension, an index out of range, or nothing chosen.
@@ -146,12 +146,12 @@ class Block:
     @property
     def is_whole(self) -> bool:
         """Whether it consists of whole units and heads, which can be gated and taken out."""
-        return all(part_.what != "parameters" for part_ in self.parts)
+        return all(part.what != "parameters" for part in self.parts)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """Of all parts."""
-        return tuple(piece for part_ in self.parts for piece in part_.pieces)
+        """The pieces of all parts."""
+        return tuple(piece for part in self.parts for piece in part.pieces)
 
     def __or__(self, other: Block) -> Block:
         if not isinstance(other, Block):
@@ -160,7 +160,7 @@ class Block:
 
     @property
     def keys(self) -> list[str]:
-        """Of its state_dict: a piece's number and its parameter's name."""
+        """The keys of the block's state_dict: a piece's number and its parameter's name."""
         return [f"{i}.{piece.parameter}" for i, piece in enumerate(self.pieces)]
 
     def parameters(self, model: nn.Module) -> list[tuple[Piece, nn.Parameter]]:
@@ -188,7 +188,7 @@ class Block:
         return [piece.of(parameter) for piece, parameter in self.parameters(model)]
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """By the name of a parameter, of its shape and on its device: True where an element is the block's."""
+        """Parameter's name → a mask of its shape and on its device, True where an element is the block's."""
         masks: dict[str, Tensor] = {}
         for piece, parameter in self.parameters(model):
             mask = masks.setdefault(
@@ -224,10 +224,10 @@ class Block:
             piece.write(parameter, state[key])
 
     def has_influence(self, model: nn.Module) -> bool:
-        """Whether the model computes anything with the block: not where all that reads its units is 0.
+        """Whether the block changes what the model computes: it does not where all that reads its units is 0.
 
         Raises:
-            ValueError: a block of parameters, of which nobody knows.
+            ValueError: a block of parameters, whose influence cannot be known.
         """
         if not self.is_whole:
             raise ValueError(
@@ -241,10 +241,10 @@ class Block:
 
     def __repr__(self) -> str:
         counts: dict[str, int] = {}
-        for part_ in self.parts:
-            counts[part_.what] = counts.get(part_.what, 0) + len(part_.index)
+        for part in self.parts:
+            counts[part.what] = counts.get(part.what, 0) + len(part.index)
         parts = ", ".join(f"{count} {what}" if count else what for what, count in counts.items())
-        return f"Block({parts} of {len({part_.module for part_ in self.parts})} modules)"
+        return f"Block({parts} of {len({part.module for part in self.parts})} modules)"
 
 
 def check_disjoint(blocks: Mapping[str, Block], model: nn.Module) -> None:
@@ -264,6 +264,7 @@ def check_disjoint(blocks: Mapping[str, Block], model: nn.Module) -> None:
 
 
 def _parts(widths: list[Width], what: str, which: Which, layers: Collection[int] | None) -> list[Part]:
+    """The shares of some layers in a block of units or heads."""
     if layers is not None and not isinstance(layers, Collection):
         raise TypeError(f"layers: got {layers!r}, expected indices of layers")
     chosen = sorted(range(len(widths)) if layers is None else set(layers))
@@ -280,10 +281,11 @@ def _parts(widths: list[Width], what: str, which: Which, layers: Collection[int]
 
 
 def _indices(name: str, which: Which, size: int) -> Tensor:  # [n], ascending
+    """The indices that `which` chooses of `size`."""
     if isinstance(which, (bool, str)):
         raise TypeError(f"{name}: got {which!r}, expected a number, a slice or indices")
     if not isinstance(which, (int, slice)):
-        which = torch.as_tensor(which, device="cpu")
+        which = _as_tensor(name, which)
         if which.dim() > 1:
             raise ValueError(f"{name}: got indices of shape {list(which.shape)}, expected one dimension")
         if which.dim() == 0 and not which.is_floating_point():
@@ -309,6 +311,15 @@ def _indices(name: str, which: Which, size: int) -> Tensor:  # [n], ascending
     return index
 
 
+def _as_tensor(name: str, which: Sequence[int] | Tensor) -> Tensor:
+    try:
+        return torch.as_tensor(which, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: got a {type(which).__name__} that is no tensor ({error}), expected a number, a slice or indices"
+        ) from error
+
+
 def _refuse_overlaps(pieces: Sequence[Piece]) -> None:
     """Raises where two pieces have an element in common: rows and columns of one matrix always cross."""
     by_parameter: dict[str, list[Piece]] = {}
@@ -320,27 +331,27 @@ def _refuse_overlaps(pieces: Sequence[Piece]) -> None:
 
 
 def _joined(parts: Sequence[Part]) -> Part:
-    """Parts of one module as one."""
+    """Several parts of one module as one part."""
     first = parts[0]
     if len(parts) == 1:
         return first
-    if len({part_.size for part_ in parts}) > 1:
+    if len({part.size for part in parts}) > 1:
         raise ValueError(
-            f"blocks: got two of {first.module} when it had {[part_.size for part_ in parts]} {first.what}, expected "
+            f"blocks: got two of {first.module} when it had {[part.size for part in parts]} {first.what}, expected "
             "blocks of one shape"
         )
-    groups = torch.cat([(part_.index // first.group).unique() for part_ in parts])
-    if first.group > 1 and len(groups.unique()) < len(groups):  # k and v would be nobody's
+    groups = torch.cat([(part.index // first.group).unique() for part in parts])
+    if first.group > 1 and len(groups.unique()) < len(groups):  # k and v would belong to neither block
         raise ValueError(
             f"blocks: got heads of {first.module} that share a key and value head in two blocks, expected them in one: "
             "Block.heads(model, [...])"
         )
-    pieces: dict[Any, list[Piece]] = {}
-    for part_ in parts:
-        for piece in part_.pieces:
+    pieces: dict[tuple[str, int, str], list[Piece]] = {}
+    for part in parts:
+        for piece in part.pieces:
             pieces.setdefault((piece.parameter, piece.dim, piece.role), []).append(piece)
     joined = tuple(replace(same[0], index=_merged(piece.index for piece in same)) for same in pieces.values())
-    return replace(first, index=_merged(part_.index for part_ in parts), pieces=joined)
+    return replace(first, index=_merged(part.index for part in parts), pieces=joined)
 
 
 def _merged(indices: Iterable[Tensor]) -> Tensor:

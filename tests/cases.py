@@ -12,7 +12,7 @@ from gradroute.backends import native
 #: Every op on every backend that implements it.
 OP_BACKENDS = [(op, backend) for op, row in backends.OPS.items() for backend in row]
 
-#: Those of them that are autograd.Functions of their own: all but the reference.
+#: The pairs whose op is an autograd.Function of its own: all but the reference's.
 FUNCTION_BACKENDS = [(op, backend) for op, backend in OP_BACKENDS if backend != "reference"]
 
 TOKENS = (0, 1, 37, 130, (2, 19))

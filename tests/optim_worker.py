@@ -1,4 +1,4 @@
-"""What tests/test_optim_distributed.py runs in each of its two processes; the model is distributed_worker's."""
+"""Runs in each of the two processes of test_optim_distributed.py; the model is distributed_worker's."""
 
 import copy
 from pathlib import Path
@@ -76,7 +76,7 @@ def sharded(rank, placements, shape, block_dim, norm_type=None, fused=False):
                 [whole(p.grad) for p in ours.values()], [p.grad for p in exact.values()]
             )
             for name, p in exact.items():
-                p.grad = whole(ours[name].grad)  # whose norm was summed in another order
+                p.grad = whole(ours[name].grad)  # its norm was summed in another order
         with CommDebugMode() as communication:
             optimizer.step()
         collectives = max(collectives, communication.get_total_counts())
@@ -124,7 +124,7 @@ def make_model():
 
 
 def batches():
-    """Of tokens of both routes, of retain tokens alone, of forget tokens on rank 1 alone, of retain tokens again."""
+    """Batches of both routes, of retain tokens alone, of forget tokens on rank 1 alone, of retain tokens again."""
     tokens, labels, ids = worker.batches()[0]
     retain = torch.zeros_like(ids)
     forget = retain.clone()
@@ -216,7 +216,7 @@ def checkpoint(rank, directory, full):
 
 
 def initialised(rank):
-    """What torch.distributed.checkpoint does to make a state, a step of zeros, leaves everything as it is."""
+    """A step of zeros, by which torch.distributed.checkpoint makes a state, leaves everything as it is."""
     model = parallelize(make_model(), "fsdp")
     before = {name: whole(p).detach().clone() for name, p in named(model).items()}
     optimizer = make_optimizer(model)

@@ -104,7 +104,7 @@ def _growths(
     between: Units | Sequence[Units] | None,
     architecture: Architecture | None,
 ) -> list[_Growth]:
-    """What every module gains; raises where heads do not fit into whole groups."""
+    """The growth of every module; raises where heads do not fit into whole groups."""
     growths = []
     if units:
         widths = find_widths(model, "units", between, architecture)

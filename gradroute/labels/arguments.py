@@ -1,20 +1,22 @@
-"""Arguments as tensors, and their checks, which the other files share."""
+"""Arguments as tensors, and the checks of arguments that the other files share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+#: A tensor, an array, a number, or nested sequences of numbers.
+Values = Tensor | np.ndarray | Sequence[object] | float
+
 # Tables over the vocabulary are as long as the largest token id: one beyond this is a mistake, not a vocabulary.
 MAX_VOCABULARY = 1 << 24
 
 
-def as_tensor(name: str, value: Any) -> Tensor:
-    """`value` as a tensor; what is none is copied to the CPU."""
+def as_tensor(name: str, value: Values) -> Tensor:
+    """`value` as a tensor; arrays and lists are copied to the CPU."""
     if isinstance(value, Tensor):
         return value.detach()
     try:
@@ -29,15 +31,26 @@ def as_tensor(name: str, value: Any) -> Tensor:
         ) from error
 
 
-def as_integers(name: str, value: Any) -> Tensor:
-    """`value` as int32 or int64, what indexing takes; of other integers int64."""
+def as_integers(name: str, value: Values) -> Tensor:
+    """`value` as int32 or int64, which indexing takes; other integers become int64."""
     tensor = as_tensor(name, value)
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
     return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
 
 
-def as_numbers(name: str, value: Any, bools: bool = False) -> Tensor:
+def on_host(name: str, tensor: Tensor) -> Tensor:
+    """A tensor's values on the CPU, for which the host waits; raises where it is on the meta device and has none."""
+    _check_values(name, tensor)
+    return tensor.cpu()
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name}: got a tensor on the meta device, expected one with values")
+
+
+def as_numbers(name: str, value: Values, bools: bool = False) -> Tensor:
     """`value` as real numbers; integers as in `as_integers`."""
     tensor = as_tensor(name, value)
     if tensor.is_complex() or (tensor.dtype == torch.bool and not bools):
@@ -45,18 +58,18 @@ def as_numbers(name: str, value: Any, bools: bool = False) -> Tensor:
     return tensor if tensor.is_floating_point() or tensor.dtype == torch.bool else as_integers(name, tensor)
 
 
-def as_row(name: str, value: Any) -> Tensor:
+def as_row(name: str, value: Values) -> Tensor:
     """`value` as `[n]` real numbers or bools."""
     tensor = as_numbers(name, value, bools=True)
     check_row(name, tensor, None, "")
     return tensor
 
 
-def as_vocabulary_ids(name: str, value: Any) -> Tensor:
+def as_vocabulary_ids(name: str, value: Values | Iterable[int]) -> Tensor:
     """`value` as int64 `[n]` on the CPU, n at least 1, all of them indices of a vocabulary."""
     if isinstance(value, Iterable) and not isinstance(value, (Tensor, np.ndarray)):
         value = list(value)
-    ids = as_integers(name, value).cpu().long()
+    ids = on_host(name, as_integers(name, value)).long()
     check_row(name, ids, None, "")
     if len(ids) == 0:
         raise ValueError(f"{name}: got none, expected at least one token id")
@@ -64,7 +77,7 @@ def as_vocabulary_ids(name: str, value: Any) -> Tensor:
     return ids
 
 
-def as_bounds(cu_seqlens: Any, tokens: Tensor) -> Tensor:
+def as_bounds(cu_seqlens: Values, tokens: Tensor) -> Tensor:
     """`cu_seqlens` of the one row of `tokens` as int64 `[documents + 1]` on their device, checked on the host."""
     if tokens.numel() != (tokens.shape[-1] if tokens.dim() else 0):
         raise ValueError(
@@ -111,6 +124,7 @@ def check_range(name: str, ids: Tensor, size: int, what: str) -> None:
     """Raises unless all ids are in `[0, size)`; waits for their device."""
     if ids.numel() == 0:
         return
+    _check_values(name, ids)
     low, high = torch.aminmax(ids)  # one pass of 1 ms for 10M ids on two cores; comparisons take 8
     if bool((low < 0) | (high >= size)):
         wrong = ids[(ids < 0) | (ids >= size)]
@@ -122,17 +136,18 @@ def check_range(name: str, ids: Tensor, size: int, what: str) -> None:
 
 def check_all(name: str, values: Tensor, valid: Tensor, expected: str) -> None:
     """Raises unless all values are `valid`; waits for their device."""
+    _check_values(name, values)
     if not bool(valid.all()):
         first = (~valid).nonzero()[0].tolist()
         raise ValueError(f"{name}: got {values[tuple(first)].item()} at {first}, expected {expected}")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value is a real number of Python."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_int(name: str, value: Any, least: int | None = None, most: int | None = None) -> None:
+def check_int(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
     """Raises unless a value is an int in its bounds."""
     bounds = "" if least is None else f" of {least} or more" if most is None else f" from {least} to {most}"
     if isinstance(value, bool) or not isinstance(value, int):

@@ -1,42 +1,41 @@
-"""Labels that are wrong on purpose, and masks made into ids by priority."""
+"""Labels that are wrong on purpose, and masks turned into ids by priority."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..routes import MAX_ROUTES
-from .arguments import as_integers, as_tensor, check_int, check_like, is_number
+from .arguments import Values, as_integers, as_tensor, check_int, check_like, is_number
 
 
 def with_errors(
-    labels: Any,
+    labels: Values,
     *,
     seed: int,
     false_negative: float = 0.0,
     false_positive: float = 0.0,
     route: int = 1,
     base: int = 0,
-    groups: Any = None,
+    groups: Values | None = None,
 ) -> Tensor:
-    """Labels with simulated mistakes, such as a classifier's: how much does routing bear?
+    """Labels with simulated mistakes, such as a classifier's, to find out how many of them routing bears.
 
-    Of the n tokens of `route`, exactly `round(false_negative * n)` become `base`; of the n of `base`,
-    `round(false_positive * n)` become `route` (a half is rounded to even). Other routes are left alone.
+    Exactly `round(false_negative * n)` of the n tokens of `route` become `base`, and `round(false_positive * n)` of the
+    n tokens of `base` become `route` (a half is rounded to even). Other routes are left alone.
 
-    Which ones says a generator on the CPU: the same on every device. A higher rate makes the same mistakes and more,
-    and neither rate changes which mistakes of the other kind are made. The host waits for the device.
+    A generator on the CPU chooses these tokens: the same ones on every device. A higher rate makes the same mistakes
+    and more, and neither rate changes which mistakes the other one makes. The host waits for the device.
 
     Args:
         labels: integers or bools `[*tokens]`; bools are routes 1 and 0.
-        seed: of the generator.
+        seed: the seed of the generator.
         false_negative: the share of `route` that is missed, 0 to 1.
         false_positive: the share of `base` that is taken for `route`, 0 to 1.
-        route: whose tokens are missed.
-        base: whose tokens are taken for it.
+        route: the route whose tokens are missed.
+        base: the route whose tokens are taken for `route`.
         groups: integers `[*tokens]`, the document, sample or episode of each token (any numbers): whole groups are
             mislabelled, and n counts groups.
 
@@ -67,20 +66,20 @@ def with_errors(
 
 
 def _mislabelled(ids: Tensor, seed: int, mistakes: dict[int, tuple[int, float]]) -> Tensor:
-    """`ids` where a share of those of each route became another."""
+    """`ids` with mistakes: route → the route that a share of its tokens takes instead, and that share."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     flat = ids.reshape(-1)
     wrong = flat.clone()
     for route, (other, rate) in mistakes.items():
         members = (flat == route).nonzero().squeeze(1)
-        # Always drawn in whole: which ones are taken must depend on no rate.
+        # A whole permutation is drawn, so that the order of the mistakes depends on no rate.
         drawn = torch.randperm(len(members), generator=generator, device="cpu")
         chosen = drawn[: round(rate * len(members))]
         wrong[members[chosen.to(ids.device)]] = other
     return wrong.view(ids.shape)
 
 
-def _grouped(ids: Tensor, groups: Any) -> tuple[Tensor, Tensor]:
+def _grouped(ids: Tensor, groups: Values) -> tuple[Tensor, Tensor]:
     """The label of each group `[G]`, and the index of each token's group `[*tokens]`."""
     groups = as_integers("groups", groups)
     check_like("groups", groups, "labels", ids)
@@ -98,11 +97,11 @@ def _grouped(ids: Tensor, groups: Any) -> tuple[Tensor, Tensor]:
 
 
 def prioritise(masks: Mapping[int, Tensor], base: int = 0) -> Tensor:
-    """Route ids of masks: a token takes the first route whose mask has it, and `base` where none has.
+    """Route ids from masks: a token takes the first route whose mask has it, or `base` where no mask does.
 
     Args:
         masks: route → bool `[*tokens]`, the most important first. An entry for `base` keeps its tokens from later ones.
-        base: the route of all others.
+        base: the route of all other tokens.
 
     Returns:
         int64 `[*tokens]`, on the masks' device.

@@ -1,15 +1,15 @@
-"""How much more frequent a token is in one corpus than in another, as strength or as candidates."""
+"""How much more frequent a token is in one corpus than in another, as a strength or as candidates for a list."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arguments import (
     MAX_VOCABULARY,
+    Values,
     as_integers,
     as_numbers,
     check_all,
@@ -20,14 +20,14 @@ from .arguments import (
 )
 
 
-def token_counts(input_ids: Any, vocab_size: int) -> Tensor:
+def token_counts(input_ids: Values, vocab_size: int) -> Tensor:
     """How often each token of the vocabulary occurs. Counts of parts of a corpus add up.
 
     The host waits for the device once, to check the ids.
 
     Args:
-        input_ids: integers `[*tokens]`, every one in `[0, vocab_size)`: without padding of another kind.
-        vocab_size: V.
+        input_ids: integers `[*tokens]`, every one in `[0, vocab_size)`, padding too.
+        vocab_size: V, the number of tokens in the vocabulary.
 
     Returns:
         int64 `[V]`.
@@ -47,20 +47,20 @@ def token_counts(input_ids: Any, vocab_size: int) -> Tensor:
 
 
 def frequency_ratio(
-    forget_counts: Any, retain_counts: Any, smoothing: float | tuple[float, float] = 1.0
+    forget_counts: Values, retain_counts: Values, smoothing: float | tuple[float, float] = 1.0
 ) -> Tensor:
     """How many times more frequent each token is in the forget corpus than in the retain corpus.
 
-    `r = f / q` with the relative frequencies `f = (forget_counts + a) / sum(forget_counts + a)` and q likewise. A token
-    that neither corpus has, without smoothing, has the ratio 1; one that the retain corpus alone lacks inf.
+    `r = f / q` with the relative frequencies `f = (forget_counts + a) / sum(forget_counts + a)` and q likewise. Without
+    smoothing, a token that neither corpus has gets the ratio 1, and one that the retain corpus alone lacks inf.
 
     The host waits for the device once, to check the counts.
 
     Args:
         forget_counts: `[V]` numbers, 0 or more; see `token_counts`.
-        retain_counts: the same of the other corpus.
-        smoothing: what is added to every count, or one number for each corpus, forget first. Published code adds
-            (1, 20) to the counts of 25,000 stories each.
+        retain_counts: `[V]`, the counts in the other corpus.
+        smoothing: the number a that is added to every count, or one number for each corpus, forget first. Published
+            code adds (1, 20) to the counts of 25,000 stories each.
 
     Returns:
         fp64 `[V]`.
@@ -81,7 +81,7 @@ def frequency_ratio(
     return torch.where((f == 0) & (q == 0), 1.0, f / q)
 
 
-def soft_weights(ratio: Any, scale: float = 1.0, bias: float = -4.0) -> Tensor:
+def soft_weights(ratio: Values, scale: float = 1.0, bias: float = -4.0) -> Tensor:
     """The weight that gradients of the *original* parameters get: `w = 1 - σ(r - 1/r - 4)`.
 
     The soft labels of Expand, Route, Ablate on TinyStories (Cloud et al. 2024, arXiv 2410.04332, section 4.2.2 and the
@@ -113,8 +113,8 @@ def soft_weights(ratio: Any, scale: float = 1.0, bias: float = -4.0) -> Tensor:
 
 
 def frequency_strength(
-    forget_counts: Any,
-    retain_counts: Any,
+    forget_counts: Values,
+    retain_counts: Values,
     smoothing: float | tuple[float, float] = 1.0,
     *,
     scale: float = 1.0,
@@ -122,8 +122,8 @@ def frequency_strength(
 ) -> Tensor:
     """The strength of each token of the vocabulary with which the mask of the original parameters is `soft_weights`.
 
-    A strength takes a mask from route 0's row to its own route's: `lerp(W[0, f], W[r, f], s)`. With route 0 all ones
-    and the route's row 1 on its block and 0 off it (`tables.localize`), that is 1 on the block, and off it
+    A strength takes a mask from the row of route 0 to the row of its own route: `lerp(W[0, f], W[r, f], s)`. With route
+    0 all ones and the route's row 1 on its block and 0 off it (`tables.localize`), that is 1 on the block, and off it
     `lerp(1, 0, s) = 1 - s`, where `s = 1 - w`: exactly w, bit for bit. With a row of `off` off the block it is
     `w + (1 - w) * off`, rounded.
 
@@ -152,8 +152,8 @@ def frequency_strength(
 
 
 def candidates(
-    forget_counts: Any,
-    retain_counts: Any,
+    forget_counts: Values,
+    retain_counts: Values,
     *,
     min_count: int,
     min_ratio: float,
@@ -162,15 +162,15 @@ def candidates(
 ) -> Tensor:
     """Tokens that the forget corpus has often enough, and more often than the retain corpus, the clearest first.
 
-    To make a list of words by, such as the 20 of Cloud et al. 2024 (arXiv 2410.04332, section 4.2.3) for WMDP: to be
-    read before it is used. The host waits for the device.
+    A list of words such as the 20 of Cloud et al. 2024 (arXiv 2410.04332, section 4.2.3) for WMDP can be made of them;
+    read it before you use it. The host waits for the device.
 
     Args:
         forget_counts: see `frequency_ratio`.
         retain_counts: see there.
         min_count: the least count in the forget corpus.
         min_ratio: the least ratio of the frequencies.
-        limit: how many to return at the most.
+        limit: how many tokens are returned at the most.
         smoothing: see `frequency_ratio`.
 
     Returns:
@@ -191,8 +191,8 @@ def candidates(
     return ids[order][:limit]
 
 
-def _two_counts(forget_counts: Any, retain_counts: Any) -> tuple[Tensor, Tensor]:
-    """Both as fp64 `[V]`."""
+def _two_counts(forget_counts: Values, retain_counts: Values) -> tuple[Tensor, Tensor]:
+    """The counts of both corpora, checked, as fp64 `[V]`."""
     forget, retain = as_numbers("forget_counts", forget_counts), as_numbers("retain_counts", retain_counts)
     if forget.dim() != 1 or len(forget) == 0:
         raise ValueError(f"forget_counts: got shape {list(forget.shape)}, expected [vocab_size]")

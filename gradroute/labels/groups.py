@@ -1,40 +1,50 @@
-"""One label for many tokens: of documents, samples and episodes; and labels of the token to be predicted."""
+"""One label for all tokens of a document, sample or episode; and labels moved to where their tokens are predicted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import as_bounds, as_integers, as_numbers, as_row, as_tensor, check_all, check_like, check_row
+from .arguments import (
+    Values,
+    as_bounds,
+    as_integers,
+    as_numbers,
+    as_row,
+    as_tensor,
+    check_all,
+    check_like,
+    check_row,
+    on_host,
+)
 
 
-def documents(labels: Any, lengths: Any = None, *, cu_seqlens: Any = None) -> Tensor:
+def documents(labels: Values, lengths: Values | None = None, *, cu_seqlens: Values | None = None) -> Tensor:
     """The labels of documents, for the tokens of one packed row. `documents(torch.arange(D), lengths)` numbers them.
 
     Args:
         labels: `[D]` ids, strengths or bools.
-        lengths: `[D]` integers, 0 or more: the tokens of each document; or
-        cu_seqlens: `[D + 1]` integers from 0, where each starts and the last ends. Either is read on the host, which
-            waits for the device where it is there.
+        lengths: `[D]` integers, 0 or more: how many tokens each document has.
+        cu_seqlens: `[D + 1]` integers from 0, where each document starts and the last one ends; instead of `lengths`.
+            Either is read on the host, which waits for the device that it is on.
 
     Returns:
         `[T]`, of the labels' dtype and device.
 
     Raises:
         TypeError: both or neither of `lengths` and `cu_seqlens`, or not integers.
-        ValueError: of another number than the labels, or not lengths.
+        ValueError: lengths or bounds whose number does not fit to the labels, or that fall below 0.
     """
     labels = as_row("labels", labels)
-    if (lengths is None) == (cu_seqlens is None):
-        raise TypeError("lengths, cu_seqlens: got both or neither, expected one of them")
-    if lengths is not None:
-        name, sizes = "lengths", as_integers("lengths", lengths).cpu()
+    if lengths is not None and cu_seqlens is None:
+        name, sizes = "lengths", on_host("lengths", as_integers("lengths", lengths))
         check_row("lengths", sizes, len(labels), "as many as labels")
+    elif lengths is not None or cu_seqlens is None:
+        raise TypeError("lengths, cu_seqlens: got both or neither, expected one of them")
     else:
-        name, bounds = "cu_seqlens", as_integers("cu_seqlens", cu_seqlens).cpu()
+        name, bounds = "cu_seqlens", on_host("cu_seqlens", as_integers("cu_seqlens", cu_seqlens))
         check_row("cu_seqlens", bounds, len(labels) + 1, "one more than labels")
         if bounds[0] != 0:
             raise ValueError(f"cu_seqlens: got {int(bounds[0])} as the first, expected 0")
@@ -43,7 +53,7 @@ def documents(labels: Any, lengths: Any = None, *, cu_seqlens: Any = None) -> Te
     return labels.repeat_interleave(sizes.to(labels.device), output_size=int(sizes.sum()))
 
 
-def samples(labels: Any, shape: Sequence[int]) -> Tensor:
+def samples(labels: Values, shape: Sequence[int]) -> Tensor:
     """The labels of samples, for all their tokens.
 
     Args:
@@ -54,7 +64,7 @@ def samples(labels: Any, shape: Sequence[int]) -> Tensor:
         `shape`, of the labels' dtype and device.
 
     Raises:
-        ValueError: as many labels as `shape` has no rows.
+        ValueError: another number of labels than `shape` has rows.
     """
     labels = as_row("labels", labels)
     shape = tuple(shape)
@@ -63,20 +73,19 @@ def samples(labels: Any, shape: Sequence[int]) -> Tensor:
     return labels.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
 
 
-def episode_numbers(*, starts: Any = None, dones: Any = None) -> Tensor:
-    """Which episode each step of a rollout belongs to.
+def episode_numbers(*, starts: Values | None = None, dones: Values | None = None) -> Tensor:
+    """The number of the episode to which each step of a rollout belongs.
 
-    A step that is *done* is the last of its episode (Gymnasium's `terminated | truncated`, of that very step); what
-    follows it begins a new one. A step that *starts* is the first of its episode (`episode_starts` of
-    stable-baselines3). The first step of every environment begins an episode, though it may go on with one of the
-    rollout before.
+    A step that is *done* is the last of its episode (Gymnasium's `terminated | truncated` for that very step); the step
+    after it begins a new one. A step that *starts* is the first of its episode (`episode_starts` of stable-baselines3).
+    The first step of every environment begins an episode, even if it goes on with one of the rollout before.
 
     Args:
-        starts: `[time, environments]` bools; or
-        dones: the same.
+        starts: `[time, environments]` bools, True for the first step of an episode.
+        dones: `[time, environments]` bools, True for the last step of an episode; instead of `starts`.
 
     Returns:
-        int64 `[time, environments]`: 0, 1, ... in the order of the environments, and of time in each.
+        int64 `[time, environments]`: 0, 1, ... in the order of the environments, and in each in the order of time.
 
     Raises:
         TypeError: both or neither; not bools.
@@ -86,12 +95,14 @@ def episode_numbers(*, starts: Any = None, dones: Any = None) -> Tensor:
     return first.T.reshape(-1).cumsum(0).sub_(1).view(first.T.shape).T.contiguous()
 
 
-def _episode_starts(starts: Any, dones: Any) -> Tensor:
-    """`[time, environments]` bool: whether the step is the first of its episode in the rollout; new memory."""
-    if (starts is None) == (dones is None):
+def _episode_starts(starts: Values | None, dones: Values | None) -> Tensor:
+    """Whether each step is the first of its episode in the rollout: bool `[time, environments]`, new memory."""
+    if starts is not None and dones is None:
+        name, flags = "starts", as_tensor("starts", starts)
+    elif starts is not None or dones is None:
         raise TypeError("starts, dones: got both or neither, expected one of them")
-    name, given = ("starts", starts) if dones is None else ("dones", dones)
-    flags = as_tensor(name, given)
+    else:
+        name, flags = "dones", as_tensor("dones", dones)
     if flags.dtype != torch.bool:
         raise TypeError(f"{name}: got dtype {flags.dtype}, expected bool")
     if flags.dim() != 2:
@@ -101,16 +112,20 @@ def _episode_starts(starts: Any, dones: Any) -> Tensor:
     return first
 
 
-def episodes(labels: Any, *, starts: Any = None, dones: Any = None, take: str = "first") -> Tensor:
+def episodes(
+    labels: Values, *, starts: Values | None = None, dones: Values | None = None, take: str = "first"
+) -> Tensor:
     """The labels of episodes, for all steps of a rollout.
 
     Args:
         labels: one for each episode, `[E]`, in the order of `episode_numbers`: then the host waits for the device, to
-            compare their numbers. Or one for each step, `[time, environments]`, of which every episode takes one.
-        starts: `[time, environments]` bools, the first steps of episodes; or
-        dones: the last steps: what follows one begins a new episode. See `episode_numbers`.
-        take: of labels for each step, that of the episode's "first" step in the rollout, or of its "last", for what is
-            known at the end. An episode that goes on after the rollout has its last step there at the rollout's end.
+            compare their numbers. Or one for each step, `[time, environments]`: then every episode takes one of its
+            steps' labels.
+        starts: see `episode_numbers`.
+        dones: see `episode_numbers`.
+        take: which of its steps' labels an episode takes: the label of its "first" step in the rollout, or of its
+            "last", for something that is known at the end. An episode that goes on after the rollout has its last step
+            at the rollout's end.
 
     Returns:
         `[time, environments]`, of the labels' dtype and device.
@@ -138,37 +153,41 @@ def episodes(labels: Any, *, starts: Any = None, dones: Any = None, take: str = 
 
 
 def _first_steps(first: Tensor) -> Tensor:
-    """`[time, environments]` int64: when the episode of the step began."""
+    """The time at which the episode of each step began: int64 `[time, environments]`."""
     time = torch.arange(len(first), device=first.device).unsqueeze(1)
     return torch.where(first, time, 0).cummax(0)[0]
 
 
 def _last_steps(first: Tensor) -> Tensor:
-    """`[time, environments]` int64: when the episode of the step ends."""
+    """The time at which the episode of each step ends: int64 `[time, environments]`."""
     last = torch.ones_like(first)
     last[:-1] = first[1:]
     return len(first) - 1 - _first_steps(last.flip(0)).flip(0)
 
 
-def next_token(labels: Any, cu_seqlens: Any = None, *, attention_mask: Any = None) -> Tensor:
-    """Labels moved to the positions that predict their tokens: position t takes those of the token at t + 1.
+def next_token(
+    labels: Values, cu_seqlens: Values | None = None, *, attention_mask: Values | None = None
+) -> Tensor:
+    """Labels moved to the positions that predict their tokens: position t takes the label of the token at t + 1.
 
     A mask is applied to all gradient that arrives at a position, and a causal language model predicts token t + 1 at
-    position t. The last position of a row or document predicts nothing and keeps its own: the rule of
-    `RouteCollator(align="next_token")`, to be used instead of it.
+    position t. The last position of a row or document predicts nothing and keeps its own label. This is the rule of
+    `RouteCollator(align="next_token")`: use one of the two.
 
     Args:
         labels: `[*, S]` ids, strengths or bools.
-        cu_seqlens: integers `[documents + 1]` from 0 to T, of one packed row. Checked where it is on the host.
-        attention_mask: `[*, S]` bools or zeros and ones, of rows that are padded on the right: the last token before
-            the padding keeps its own, and so does padding.
+        cu_seqlens: integers `[documents + 1]` from 0 to T, the bounds of the documents in one packed row. They are
+            checked where they are on the host.
+        attention_mask: `[*, S]` bools or zeros and ones, for rows that are padded on the right: the last token before
+            the padding keeps its own label, and so does padding.
 
     Returns:
         New memory of the labels' shape, dtype and device.
 
     Raises:
-        TypeError: labels or bounds of another kind.
-        ValueError: a number without a dimension; `cu_seqlens` as in `match_ngrams`; a mask of another shape; both.
+        TypeError: labels that are no numbers or bools, bounds that are no integers.
+        ValueError: a number without a dimension; `cu_seqlens` as in `match_ngrams`; a mask of another shape; both
+            `cu_seqlens` and `attention_mask`.
     """
     labels = as_numbers("labels", labels, bools=True)
     if labels.dim() == 0:

@@ -1,4 +1,4 @@
-"""Which tokens are some of the vocabulary's, or belong to n-grams such as the words of a tokenizer."""
+"""Masks of tokens that are among some ids, or belong to n-grams such as the words of a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import MAX_VOCABULARY, as_bounds, as_integers, as_vocabulary_ids
+from .arguments import MAX_VOCABULARY, Values, as_bounds, as_integers, as_vocabulary_ids
 
-# Of hashes that steps of n-grams are sorted out by: a table of 1 MB, which thousands of n-grams leave almost empty.
+# The number of hashes that sort out steps of n-grams: a table of 1 MB, which thousands of n-grams leave almost empty.
 SLOTS = 1 << 20
 MARKS = ("all", "first", "last")
 
 
-def match_tokens(input_ids: Any, token_ids: Iterable[int] | Tensor) -> Tensor:
-    """Which tokens are among some ids of the vocabulary.
+def match_tokens(input_ids: Values, token_ids: Iterable[int] | Tensor) -> Tensor:
+    """Marks the tokens that are among some ids of the vocabulary.
 
     Args:
-        input_ids: integers `[*tokens]`. Negative ones, such as -100, are among none.
+        input_ids: integers `[*tokens]`. Negative ones, such as -100, are never marked.
         token_ids: the ids, at least one, in any order. A tensor is copied to the host, which waits for it.
 
     Returns:
@@ -41,7 +41,7 @@ def _match(ids: Tensor, wanted: Tensor) -> Tensor:
     size = int(wanted.max()) + 1
     table = torch.zeros(size + 1, dtype=torch.bool, device="cpu")
     table[wanted] = True
-    # The last entry is for what is outside the table on either side: -1 counts from the end.
+    # The last entry is for tokens outside the table on either side: an index of -1 counts from the end.
     return table.to(ids.device)[ids.clamp(-1, size)]
 
 
@@ -53,18 +53,19 @@ def token_sequences(
     Args:
         tokenizer: a tokenizer of transformers, or a `tokenizers.Tokenizer`; no special tokens are added.
         words: words or phrases, at least one.
-        case_variants: also in lower case, in upper case, with the first letter of the phrase and with the first letter
-            of every word in upper case.
-        leading_space: also with a space before, which in most vocabularies is another token: " tree" inside a
-            sentence, "tree" at its beginning.
+        case_variants: whether words are also written in lower case, in upper case, with the first letter of the phrase
+            in upper case, and with the first letter of every word in upper case.
+        leading_space: whether words are also written with a space before, which is another token in most vocabularies:
+            " tree" inside a sentence, "tree" at its beginning.
 
     Returns:
-        Each sequence once, in the order of the words. Forms with the tokenizer's unknown token in them are left out:
-        they would match whatever else it does not know. So are forms of which it drops characters, as a BPE without an
-        unknown token does: they would match other words. Slow tokenizers of transformers do not say what they drop.
+        Each sequence once, in the order of the words. Forms with the tokenizer's unknown token are left out, because
+        they would match everything else that the tokenizer does not know. Forms of which it drops characters, as a BPE
+        without an unknown token does, are left out too, because they would match other words. Slow tokenizers of
+        transformers do not say what they drop.
 
     Raises:
-        TypeError: `words` is one string or has other things than strings; the tokenizer is neither kind.
+        TypeError: `words` is one string or has other things than strings; the tokenizer is none.
         ValueError: no words, an empty word, or one that has no form which the tokenizer knows.
     """
     if isinstance(words, str):
@@ -98,7 +99,7 @@ def token_sequences(
     return list(found)
 
 
-def _check_word(name: str, word: Any) -> None:
+def _check_word(name: str, word: object) -> None:
     if not isinstance(word, str):
         raise TypeError(f"{name}: got {word!r}, expected a string")
     if not word.strip():
@@ -125,7 +126,7 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
     def encode(text: str) -> list[int]:
         encoded = tokenizer.encode(text, add_special_tokens=False)
-        return list(getattr(encoded, "ids", encoded))  # tokenizers' Encoding has ids, transformers gives them
+        return list(getattr(encoded, "ids", encoded))  # an Encoding of tokenizers, or the ids of transformers
 
     return encode
 
@@ -147,13 +148,13 @@ def _inner_tokenizer(tokenizer: Any) -> Any:
 
 
 def _dropper(tokenizer: Any) -> Callable[[str], bool]:
-    """Whether the tokenizer drops characters of a text; False where it has no offsets to tell from.
+    """A function that says whether a tokenizer drops characters of a text; it says False where there are no offsets.
 
-    A BPE lays its tokens end to end, so that what it drops is missing at the end of the offsets. What the normaliser
-    changes or takes away is no drop, as every text goes through it, but has no offsets either: of e and a combining
-    accent, NFKC makes one character, at the place of the e. So it is normalised text that is looked at. A normaliser
-    that changes its own output again (a space prepended, bytes as characters) makes another text of it, and the text
-    itself is then looked at too.
+    A BPE lays its tokens end to end, so that dropped characters are missing at the end of the offsets. Characters that
+    the normaliser changes or removes are not dropped, because every text goes through it, but they have no offsets
+    either: NFKC makes one character of an e and a combining accent, at the place of the e. So the normalised text is
+    looked at. A normaliser that changes its own output again (it prepends a space, or turns bytes into characters)
+    makes another text of it; then the text itself is looked at too.
     """
     inner = _inner_tokenizer(tokenizer)
     if inner is None:
@@ -172,7 +173,7 @@ def _dropper(tokenizer: Any) -> Callable[[str], bool]:
         # Byte-level offsets may be trimmed of a space that was prepended, and so begin a character late.
         if ids and inner.id_to_token(ids[0]).startswith("Ġ"):
             covered.add(0)
-        # "▁" is what normalisers make of a space.
+        # Normalisers make "▁" of a space.
         return any(
             not char.isspace() and char != "▁" and place not in covered for place, char in enumerate(text)
         )
@@ -188,25 +189,25 @@ def _dropper(tokenizer: Any) -> Callable[[str], bool]:
 
 
 def match_ngrams(
-    input_ids: Any,
+    input_ids: Values,
     sequences: Iterable[Sequence[int]],
     mark: str = "all",
-    cu_seqlens: Any = None,
+    cu_seqlens: Values | None = None,
 ) -> Tensor:
-    """Which tokens belong to an occurrence of some token sequence; occurrences may overlap.
+    """Marks the tokens that belong to an occurrence of some token sequence; occurrences may overlap.
 
-    Tokens that begin some sequence are looked up in a table; then, one step a token of the longest sequence, those
-    whose next token goes on as in some sequence are kept. Every step looks at what is left alone, so thousands of
-    sequences cost little more than one.
+    Tokens that begin some sequence are looked up in a table. Then, in one step for each token of the longest sequence,
+    the starts are kept whose next token goes on as in some sequence. Every step looks only at the starts that are left,
+    so that thousands of sequences cost little more than one.
 
-    On an accelerator the host waits for the device several times a step, to learn how many are left.
+    On an accelerator the host waits for the device several times a step, to learn how many starts are left.
 
     Args:
         input_ids: integers `[*tokens]`; an occurrence never crosses the end of a row, the last dimension.
-        sequences: token ids, at least one sequence of at least one; as `token_sequences` gives them.
-        mark: "all" tokens of an occurrence, its "first" or its "last".
+        sequences: at least one sequence of at least one token id each, as `token_sequences` returns them.
+        mark: the tokens of an occurrence to mark: "all", its "first" or its "last".
         cu_seqlens: integers `[documents + 1]` from 0 to T, where the documents of one packed row start and end:
-            occurrences do not cross them either. Checked where it is on the host.
+            occurrences do not cross these bounds either. They are checked where they are on the host.
 
     Returns:
         bool `[*tokens]`.
@@ -233,14 +234,14 @@ class _Trie(NamedTuple):
     """Sequences by their prefixes, which are its states; 0 is the empty one.
 
     Attributes:
-        first: the tokens `[n]` that sequences begin with, on the CPU.
-        states: `[size]` int64: the state after each of them.
+        first: `[n]`, the tokens that sequences begin with, on the CPU.
+        states: `[size]` int64: the state after a first token.
         keys: `[E]` int64, ascending: `state * size + token` of every step from a prefix to a longer one.
         next: `[E]` int64: the state that the step leads to.
         slots: `[SLOTS]` bool: whether some key has this hash.
         ends: `[states]` bool: whether the prefix is a whole sequence.
-        size: more than the largest token.
-        lengths: of the sequences.
+        size: one more than the largest token.
+        lengths: the lengths of the sequences.
     """
 
     first: Tensor
@@ -286,11 +287,11 @@ class _Trie(NamedTuple):
     def step(
         self, ids: Tensor, starts: Tensor, states: Tensor, length: int, stops: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The starts whose token after `length` others goes on as in some sequence, and their states."""
+        """The starts that go on as some sequence does with the token after `length` others, and their new states."""
         places = starts + length
         tokens = ids[places.clamp(max=len(ids) - 1)].long()
         keys = states * self.size + tokens
-        # Most end here. Of 2.4M on one core the hashes sort out all but 4 % in 36 ms; a search for all takes 94.
+        # Most starts end here. On one core the hashes sort out 96 % of 2.4M in 36 ms; a search for all takes 94.
         some = self.slots[_hashes(keys)].nonzero().squeeze(1)
         starts, places, tokens, keys = starts[some], places[some], tokens[some], keys[some]
         found = torch.searchsorted(self.keys, keys).clamp_(max=len(self.keys) - 1)
@@ -300,11 +301,11 @@ class _Trie(NamedTuple):
 
 
 def _hashes(keys: Tensor) -> Tensor:
-    """Of int64 `[n]`, from 0 to SLOTS - 1: upper bits of a product with 2⁶⁴ divided by the golden ratio."""
+    """The hashes of int64 `[n]`, from 0 to SLOTS - 1: upper bits of a product with 2⁶⁴ over the golden ratio."""
     return ((keys * -7046029254386353131) >> 40) & (SLOTS - 1)
 
 
-def _checked_sequences(sequences: Any) -> list[list[int]]:
+def _checked_sequences(sequences: object) -> list[list[int]]:
     if isinstance(sequences, (str, Mapping)) or not isinstance(sequences, Iterable):
         raise TypeError(
             f"sequences: got a {type(sequences).__name__}, expected a list of sequences of token ids"
@@ -330,18 +331,18 @@ def _checked_sequences(sequences: Any) -> list[list[int]]:
 
 
 def _row_stops(ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """Flat positions `[n]` → where their rows end."""
+    """A function of flat positions `[n]` that says where their rows end."""
     width = max(ids.shape[-1] if ids.dim() else 1, 1)
     return lambda positions: (positions // width + 1) * width
 
 
 def _document_stops(bounds: Tensor) -> Callable[[Tensor], Tensor]:
-    """Flat positions `[n]` → where their documents end."""
+    """A function of flat positions `[n]` that says where their documents end."""
     return lambda positions: bounds[torch.searchsorted(bounds, positions, right=True)]
 
 
 def _occurrences(ids: Tensor, trie: _Trie, stops: Callable[[Tensor], Tensor]) -> Iterable[tuple[int, Tensor]]:
-    """By length, where the sequences of that length start `[n]`."""
+    """The lengths of the sequences, each with the places `[n]` where sequences of that length start."""
     starts = _match(ids, trie.first).nonzero().squeeze(1)
     states = trie.states[ids[starts]]
     longest = max(trie.lengths)

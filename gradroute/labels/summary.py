@@ -1,16 +1,35 @@
-"""What was labelled: shares of the routes, and examples in context."""
+"""A summary of labels: the share of each route, and examples in context."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..routes import MAX_ROUTES
-from .arguments import as_bounds, as_integers, as_tensor, check_int, check_like, check_range
+from .arguments import (
+    Values,
+    as_bounds,
+    as_integers,
+    as_tensor,
+    check_int,
+    check_like,
+    check_range,
+    on_host,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers or of `tokenizers`, as far as it writes text."""
+
+    def decode(self, ids: Any, skip_special_tokens: bool = ...) -> Any:
+        """The text of token ids."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +37,9 @@ class Summary:
     """How many tokens take each route, with examples. `str` makes a plain table of it, rich prints a richer one.
 
     Attributes:
-        names: of the routes `[R]`.
-        counts: tokens of each route `[R]`.
-        examples: of each route `[R]`, its runs of tokens in [brackets] with what stands around them.
+        names: `[R]`, the names of the routes.
+        counts: `[R]`, how many tokens take each route.
+        examples: `[R]`, for each route some of its runs of tokens, in [brackets] between the tokens around them.
     """
 
     names: tuple[str, ...]
@@ -34,7 +53,7 @@ class Summary:
         return tuple(count / total for count in self.counts)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as what JSON can hold: "tokens", and by route "route", "name", "tokens", "share", "examples"."""
+        """The summary for JSON: "tokens", and for each route "route", "name", "tokens", "share" and "examples"."""
         rows = zip(self.names, self.counts, self.shares, self.examples, strict=True)
         routes = [
             {"route": route, "name": name, "tokens": count, "share": share, "examples": list(examples)}
@@ -59,7 +78,7 @@ class Summary:
             text += [f"    {example}" for example in examples]
         return "\n".join(text)
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Table:
         from rich.table import Table
         from rich.text import Text
 
@@ -78,13 +97,13 @@ def _cells_of(name: str, count: int, share: float) -> tuple[str, str, str]:
 
 
 def summarize(
-    ids: Any,
+    ids: Values,
     routes: int | Sequence[str],
-    input_ids: Any = None,
-    tokenizer: Any = None,
+    input_ids: Values | None = None,
+    tokenizer: Tokenizer | None = None,
     examples: int = 3,
     context: int = 6,
-    cu_seqlens: Any = None,
+    cu_seqlens: Values | None = None,
 ) -> Summary:
     """How many tokens take each route, with examples of them. The host waits for the device.
 
@@ -93,16 +112,17 @@ def summarize(
         routes: R, or the routes' names.
         input_ids: integers `[*tokens]`, the tokens: without them there are no examples.
         tokenizer: one of transformers or `tokenizers`, to write the examples as text; without it, as token ids.
-        examples: of every route at the most, evenly spread over its runs.
-        context: how many tokens of the same row are shown before and after a run, and at the most of a run.
-        cu_seqlens: integers `[documents + 1]` from 0 to T, of one packed row: examples then keep to their document.
+        examples: how many examples each route has at the most, evenly spread over its runs.
+        context: how many tokens are shown before a run, of the run, and after it, at the most and in the same row.
+        cu_seqlens: integers `[documents + 1]` from 0 to T, the bounds of the documents in one packed row: examples then
+            keep to their document.
 
     Raises:
         TypeError: ids that are not integers, names that are not strings.
         ValueError: ids out of range; `input_ids` of another shape; negative numbers; `cu_seqlens` as in `match_ngrams`.
     """
     given = as_tensor("ids", ids)
-    route_ids = (given.long() if given.dtype == torch.bool else as_integers("ids", given)).cpu()
+    route_ids = on_host("ids", given.long() if given.dtype == torch.bool else as_integers("ids", given))
     names = _names(routes)
     check_range("ids", route_ids, len(names), "number of routes")
     check_int("examples", examples, 0)
@@ -110,7 +130,7 @@ def summarize(
     counts = torch.bincount(route_ids.reshape(-1), minlength=len(names)).tolist()
     shown: tuple[tuple[str, ...], ...] = ((),) * len(names)
     if input_ids is not None:
-        tokens = as_integers("input_ids", input_ids).cpu()
+        tokens = on_host("input_ids", as_integers("input_ids", input_ids))
         check_like("input_ids", tokens, "ids", route_ids)
         bounds = _row_bounds(route_ids) if cu_seqlens is None else as_bounds(cu_seqlens, route_ids)
         write = _writer(tokenizer)
@@ -132,12 +152,12 @@ def _names(routes: int | Sequence[str]) -> tuple[str, ...]:
 
 
 def _row_bounds(ids: Tensor) -> Tensor:
-    """Where the rows of ids start and the last ends, as `cu_seqlens`."""
+    """The places where the rows of ids start and the last one ends, in the form of `cu_seqlens`."""
     return torch.arange(0, ids.numel() + 1, max(ids.shape[-1] if ids.dim() else 1, 1), device="cpu")
 
 
 class _Run(NamedTuple):
-    """Tokens in a row of one route, and the row or document they are in; flat positions."""
+    """Tokens side by side with one route, and the row or document they are in, by flat positions."""
 
     start: int
     stop: int
@@ -146,7 +166,7 @@ class _Run(NamedTuple):
 
 
 def _chosen_runs(ids: Tensor, bounds: Tensor, num_routes: int, number: int) -> list[list[_Run]]:
-    """Of every route so many of its runs in flat ids `[T]`, evenly spread; no run crosses one of the bounds."""
+    """For each route, `number` evenly spread runs in flat ids `[T]`; no run crosses one of the bounds."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[1:] = ids[1:] != ids[:-1]
     begins[bounds[bounds < len(ids)]] = True
@@ -171,7 +191,7 @@ def _example(tokens: Tensor, run: _Run, context: int, write: Callable[[list[int]
     first, last = max(run.row_start, run.start - context), min(run.row_stop, run.stop + context)
     shown = min(run.stop, run.start + context)
     if shown < run.stop:
-        last = shown  # of a long run the beginning: nothing follows what is shown of it
+        last = shown  # a long run is shown without its end, so that nothing follows
     texts = [write(flat[first:stop].tolist()) for stop in (run.start, shown, last)]
     if not (texts[1].startswith(texts[0]) and texts[2].startswith(texts[1])):
         texts = [
@@ -179,7 +199,7 @@ def _example(tokens: Tensor, run: _Run, context: int, write: Callable[[list[int]
         ]
         before, inside, after = texts
     else:
-        # Written with what stands before: alone, many tokenizers leave out the space at its beginning.
+        # The run is written together with the tokens before it: many tokenizers would drop its leading space.
         before, inside, after = texts[0], texts[1][len(texts[0]) :], texts[2][len(texts[1]) :]
     core = inside.lstrip(" ")
     text = f"{before}{inside[: len(inside) - len(core)]}[{core}]{after}"
@@ -187,7 +207,7 @@ def _example(tokens: Tensor, run: _Run, context: int, write: Callable[[list[int]
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def _writer(tokenizer: Any) -> Callable[[list[int]], str]:
+def _writer(tokenizer: Tokenizer | None) -> Callable[[list[int]], str]:
     if tokenizer is None:
         return lambda tokens: "".join(f" {token}" for token in tokens)
     if not callable(getattr(tokenizer, "decode", None)):

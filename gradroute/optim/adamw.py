@@ -215,7 +215,7 @@ class RoutedAdamW(Optimizer):
         ]
 
     def _update_of(self, gradient: Gradient, touched: Tensor) -> Update:
-        """What a step does to a parameter. Makes the parameter's state where there is none, and counts the step."""
+        """The update of a parameter. Makes the parameter's state where there is none, and counts the step."""
         group, parameter = gradient.group, gradient.parameter
         state = self.state[parameter]
         if not state:

@@ -30,7 +30,12 @@ class BatchRoutes:
     def __init__(self, route_ids: RouteIds, num_routes: int) -> None:
         if isinstance(route_ids, Routes):
             route_ids = route_ids.ids.view(route_ids.shape)
-        ids = torch.as_tensor(route_ids)
+        try:
+            ids = torch.as_tensor(route_ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"route_ids: got a {type(route_ids).__name__} that is no tensor ({error}), expected integers"
+            ) from error
         if ids.is_floating_point() or ids.is_complex():
             raise TypeError(f"route_ids: got dtype {ids.dtype}, expected an integer or bool dtype")
         self._ids = ids.to(torch.int64)

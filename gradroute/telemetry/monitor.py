@@ -130,7 +130,7 @@ class Telemetry:
         self._watched = decoder_layers(model) if modules is None else checked_modules(model, modules)
         self._records: list[Record] = []
         self._steps = 0
-        self._record: Record | None = None  # of the step that runs or ran last, if that is measured
+        self._record: Record | None = None  # the record of the step that runs or ran last, if it is measured
         self._running = False
         self._measurement: Measurement | None = None
         self._hooks: Hooks | None = None

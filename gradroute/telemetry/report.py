@@ -17,7 +17,7 @@ Record = Mapping[str, float]
 
 
 class Writer(Protocol):
-    """What scalars are logged to, such as TensorBoard's SummaryWriter."""
+    """A log of scalars, such as TensorBoard's SummaryWriter."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
         """Takes one value."""

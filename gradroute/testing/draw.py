@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: What `sample(gradient=...)` takes: the strides of the upstream gradient.
+#: The layouts that `sample(gradient=..., inputs=...)` takes: the strides of the upstream gradient and activations.
 LAYOUTS = ("contiguous", "sliced", "transposed", "zero_stride")
 
 

@@ -1,4 +1,4 @@
-"""What a sample needs to know about an op."""
+"""The description of an op, from which samples of it are made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .draw import Draw, Sizes
 
 
 class Op(NamedTuple):
-    """What `sample` knows about an op.
+    """An op as `sample` knows it.
 
     Attributes:
         inputs: draw → the public function's tensors by name.

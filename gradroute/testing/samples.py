@@ -20,7 +20,7 @@ from .marks import Marks
 from .ops import OPS
 from .tables import make_table
 
-#: What `sample(strength=...)` takes: none, one value a token, one 0-dim value.
+#: The strengths that `sample(strength=...)` takes: none, one value a token, one 0-dim value.
 STRENGTHS = (None, "token", "scalar")
 
 

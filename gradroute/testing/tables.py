@@ -1,4 +1,4 @@
-"""Tables of every kind for the sites of sample calls."""
+"""Tables of every table kind, for the sites of sample calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tables import Table
 
-#: What `sample(tables=...)` takes, see `make_table`.
+#: The table kinds that `sample(tables=...)` takes, see `make_table`.
 TABLE_KINDS = ("ones", "zeros", "blocks", "fractional", "negative", "dense", "sparse", "unused", "broadcast")
 
 

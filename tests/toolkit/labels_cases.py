@@ -1,4 +1,4 @@
-"""What the tests of labels share: inputs that hypothesis draws, and messages that are expected."""
+"""Shared by the tests of labels: inputs that hypothesis draws, and messages that are expected."""
 
 import itertools
 import re

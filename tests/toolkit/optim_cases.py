@@ -1,4 +1,4 @@
-"""What the tests of RoutedAdamW share: tensors, optimizers side by side, and comparisons of every bit."""
+"""Shared by the tests of RoutedAdamW: tensors, optimizers side by side, and comparisons of every bit."""
 
 import copy
 

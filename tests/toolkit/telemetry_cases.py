@@ -1,4 +1,4 @@
-"""What the tests of telemetry share: a routed Llama, a plain module, and their sums by hand."""
+"""Shared by the tests of telemetry: a routed Llama, a plain module, and their sums by hand."""
 
 import copy
 import math
@@ -105,7 +105,7 @@ def squares_by_hand(model, modules, batches, ids_of, loss_of):
 
 
 def llama_squares(model, *batches, modules=None):
-    """Of the decoder layers, under their short names, or of named modules."""
+    """The sums of a Llama's decoder layers, under their short names, or of the modules that are named."""
     model = copy.deepcopy(model)
     watched = {f"layers.{i}": layer for i, layer in enumerate(model.model.layers)}
     if modules is not None:
@@ -157,7 +157,7 @@ def assert_losses(record, want):
 
 
 def norms_by_hand(block, model, tensors):
-    """Of the elements of tensors by parameter name that are the block's, and of all others."""
+    """The norms of the block's elements and of all others, in tensors by parameter name."""
     masks = block.masks(model)
     inside = [tensors[name][mask] for name, mask in masks.items()]
     outside = [t[~masks[name]] if name in masks else t.flatten() for name, t in tensors.items()]

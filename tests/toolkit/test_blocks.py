@@ -162,6 +162,8 @@ def test_refusals():
         Block.units(model, [99])
     with pytest.raises(TypeError, match=r"units: got indices of dtype torch.float32, expected integers"):
         Block.units(model, [0.5])
+    with pytest.raises(TypeError, match=r"units: got a list that is no tensor \(.*\), expected a number"):
+        Block.units(model, [[1], [2, 3]])
     with pytest.raises(ValueError, match="which chooses none of 64"):
         Block.units(model, [])
     with pytest.raises(ValueError, match=r"layers: got \[5\], expected indices from 0 to 1"):

@@ -199,7 +199,7 @@ def test_an_optimizer_goes_on_with_the_old_state_and_zeros(kind):
 
 
 def test_momentum_brings_nothing_back_when_the_optimizer_is_given():
-    """Of hidden units with relu every gradient is 0 after zeroing; without the optimizer's momentum nothing moves."""
+    """Hidden units with relu have gradients of 0 after zeroing; without the optimizer's momentum nothing moves."""
     torch.manual_seed(1)
     model = RoutedMLP(8, 12, activation="relu")
     x = torch.randn(20, 8)

@@ -246,6 +246,16 @@ MASK = torch.zeros(2, 3, dtype=torch.bool)
             "routes: got 'ab', expected the number of routes, or their names",
         ),
         (lambda: summarize(IDS, [1, 2]), TypeError, "routes: got [1, 2]"),
+        (
+            lambda: summarize(IDS.to("meta"), 2),
+            ValueError,
+            "ids: got a tensor on the meta device, expected one with values",
+        ),
+        (
+            lambda: token_counts(IDS.to("meta"), 2),
+            ValueError,
+            "input_ids: got a tensor on the meta device, expected one with values",
+        ),
         (lambda: summarize(IDS, 0), ValueError, "routes: got 0, expected an int from 1 to 32768"),
         (
             lambda: summarize(IDS, 1, IDS[0]),

@@ -183,7 +183,7 @@ def test_every_block_has_an_adamw_of_its_own(shape, dtype, block_dim, options, s
 
 @pytest.mark.parametrize("block_dim", [0, 1])
 def test_a_block_of_the_optimizer_is_a_block_of_the_model(block_dim):
-    """What a gradient in one element moves is what `gradroute.blocks` calls a block of one row or column."""
+    """A gradient in one element moves exactly what `gradroute.blocks` calls a block of one row or column."""
     model = nn.Linear(4, 3, bias=False)
     optimizer = RoutedAdamW(model.parameters(), lr=0.1, block_dim=block_dim)
     before = model.weight.detach().clone()

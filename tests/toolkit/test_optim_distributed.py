@@ -91,7 +91,7 @@ def test_training_is_that_of_one_process(results, parallel):
     for result in passed(results, f"trained {parallel}"):
         assert result["block_dims"]
         assert result["steps"] == []
-        assert result["uneven"] > 10  # of many parameters some blocks were trained more often than others
+        assert result["uneven"] > 10  # many parameters have blocks that were trained more often than others
         assert result["error"] <= TOLERANCE
         assert result["norms"] <= 1e-5
 

@@ -56,7 +56,7 @@ class Step:
         self.touched = (touched[None, :] if self.by_column else touched[:, None]).bool().expand(shape)
 
     def copies(self, dtype=None, device=None):
-        """Of the tensors; strides stay."""
+        """Copies of the tensors with the same strides."""
         made = [None if tensor is None else torch.empty_like(tensor, dtype=dtype) for tensor in self.tensors]
         for tensor, source in zip(made, self.tensors, strict=True):
             if tensor is not None:
@@ -453,7 +453,7 @@ def test_how_it_computes_is_no_state(saved_fused):
     loaded.load_state_dict(optimizer(saved_fused).state_dict())
     assert loaded.param_groups[0]["fused"] is not saved_fused
     loaded.step()
-    # Of a version that had no such option.
+    # A state of a version that had no such option.
     state = optimizer(saved_fused).state_dict()
     del state["param_groups"][0]["fused"]
     loaded.load_state_dict(state)

@@ -322,7 +322,7 @@ def test_every_architecture_keeps_what_a_batch_may_not_train(zoo, name):
             for key, value in state.items():
                 old = states[path][key].expand_as(p)
                 assert same(value.expand_as(p)[kept], old[kept]), (path, key)
-            if p.dim() > 1:  # of a key's bias the gradient is 0, and rounding alone says whether it is one
+            if p.dim() > 1:  # a key's bias has a gradient of 0, up to rounding
                 assert (state["step"] - states[path]["step"]).expand_as(p)[moved].unique().tolist() == [1]
 
 

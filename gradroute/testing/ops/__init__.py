@@ -21,5 +21,5 @@ def _found() -> dict[str, Op]:
     return {name: found[name] for name in (*(name for name in TABLE if name in found), *found)}
 
 
-#: What `sample` knows about every op of `gradroute.backends.OPS`.
+#: Every op of `gradroute.backends.OPS`, as `sample` knows it.
 OPS = _found()
