@@ -65,9 +65,9 @@ def test_adamw_leaks_and_routed_adamw_does_not(llama, what):
     base = llama.llama()
     route(base, sgtm(base.config, forget_heads=2, forget_units=8))
     options = {"weight_decay": 0.1 if what == "decay" else 0.0}
-    for kind in (torch.optim.AdamW, RoutedAdamW):
+    for optimizer_class in (torch.optim.AdamW, RoutedAdamW):
         model = copy.deepcopy(base)
-        if kind is RoutedAdamW:
+        if optimizer_class is RoutedAdamW:
             optimizer = RoutedAdamW(routed_param_groups(model), 1e-2, **options)
         else:
             optimizer = torch.optim.AdamW(model.parameters(), 1e-2, **options)
@@ -83,12 +83,12 @@ def test_adamw_leaks_and_routed_adamw_does_not(llama, what):
         after = confined(model, llama)
         assert len(after) == 7 * llama.LAYERS
         for name, part in after.items():
-            if kind is RoutedAdamW:
+            if optimizer_class is RoutedAdamW:
                 assert same(part, before[name]), name
             else:
                 assert (part != before[name]).float().mean() > 0.99, name
         for name, p in model.named_parameters():
-            if kind is RoutedAdamW and name in before:
+            if optimizer_class is RoutedAdamW and name in before:
                 state = optimizer.state[p]
                 steps = forget_part(name, state["step"].expand_as(p), llama)
                 assert (steps == (3 if what == "moments" else 0)).all()
@@ -265,23 +265,23 @@ def last(features, count):  # [features]
 
 def forget_masks(zoo, name, model):
     """By parameter that SGTM confines, bool of its shape: what belongs to the forget part, by hand."""
-    kind = zoo.KINDS[name]
-    key_heads = FORGET_HEADS // (zoo.HEADS // kind.kv_heads)
-    query = last(zoo.HEADS, FORGET_HEADS).repeat_interleave(kind.head_dim)
-    key = last(kind.kv_heads, key_heads).repeat_interleave(kind.head_dim)
+    layout = zoo.LAYOUTS[name]
+    key_heads = FORGET_HEADS // (zoo.HEADS // layout.kv_heads)
+    query = last(zoo.HEADS, FORGET_HEADS).repeat_interleave(layout.head_dim)
+    key = last(layout.kv_heads, key_heads).repeat_interleave(layout.head_dim)
     rows = {"separate": [query, key, key], "fused": [torch.cat((query, key, key))]}
-    rows["by_head"] = [last(zoo.HEADS, FORGET_HEADS).repeat_interleave(3 * kind.head_dim)]
+    rows["by_head"] = [last(zoo.HEADS, FORGET_HEADS).repeat_interleave(3 * layout.head_dim)]
     units = last(zoo.HIDDEN, FORGET_UNITS)
     masks = {}
-    for i in range(len(model.get_submodule(kind.layers))):
-        layer = f"{kind.layers}.{i}"
-        inner = dict(zip((f"{kind.attention}.{part}" for part in kind.qkv), rows[kind.layout], strict=True))
-        inner |= dict.fromkeys(kind.inner, units.repeat(2) if kind.fused_gate else units)
+    for i in range(len(model.get_submodule(layout.layers))):
+        layer = f"{layout.layers}.{i}"
+        inner = dict(zip((f"{layout.attention}.{part}" for part in layout.qkv), rows[layout.qkv_layout], strict=True))
+        inner |= dict.fromkeys(layout.inner, units.repeat(2) if layout.fused_gate else units)
         for path, mask in inner.items():
             linear = model.get_submodule(f"{layer}.{path}")
             masks[f"{layer}.{path}.weight"] = linear_mask(linear, mask[:, None])
             masks[f"{layer}.{path}.bias"] = mask
-        for path, mask in ((f"{kind.attention}.{kind.output}", query), (kind.outer, units)):
+        for path, mask in ((f"{layout.attention}.{layout.output}", query), (layout.outer, units)):
             linear = model.get_submodule(f"{layer}.{path}")
             masks[f"{layer}.{path}.weight"] = linear_mask(linear, mask[None, :])
     return {path: mask for path, mask in masks.items() if path in dict(model.named_parameters())}
