@@ -275,7 +275,9 @@ def forget_masks(zoo, name, model):
     masks = {}
     for i in range(len(model.get_submodule(layout.layers))):
         layer = f"{layout.layers}.{i}"
-        inner = dict(zip((f"{layout.attention}.{part}" for part in layout.qkv), rows[layout.qkv_layout], strict=True))
+        inner = dict(
+            zip((f"{layout.attention}.{part}" for part in layout.qkv), rows[layout.qkv_layout], strict=True)
+        )
         inner |= dict.fromkeys(layout.inner, units.repeat(2) if layout.fused_gate else units)
         for path, mask in inner.items():
             linear = model.get_submodule(f"{layer}.{path}")
