@@ -1,4 +1,4 @@
-"""What every public function does at its border: checks, autocast, flattening; and every Function in its backward."""
+"""The checks of every public function, autocast and flattening; the one check of every Function's backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tables import Table
 AnySites = TypeVar("AnySites", bound=Sites)
 
 
-def unrouted(routes: Routes | None, sites: Any, kind: type) -> bool:
+def unrouted(routes: object, sites: object, kind: type) -> bool:
     """Whether the call asks for the ordinary op; raises TypeError where an argument is not what it should be."""
     if routes is not None and not isinstance(routes, Routes):
         raise TypeError(f"routes: got a {type(routes).__name__}, expected gradroute.Routes or None")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
 from .checks import check_shape, flat, refuse_double_backward, unrouted
-from .function import Function
+from .function import Function, RoutedContext
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
@@ -84,6 +84,18 @@ def _checked_row(padding_idx: int, num_embeddings: int) -> int:
     return padding_idx % num_embeddings
 
 
+class EmbeddingContext(RoutedContext[EmbeddingSites], Protocol):
+    """The context of an embedding.
+
+    Attributes:
+        padding_idx: the row that no token updates, or None.
+        num_embeddings: V.
+    """
+
+    padding_idx: int | None
+    num_embeddings: int
+
+
 class EmbeddingFunction(Function):
     """routed_embedding on the primitives of a backend."""
 
@@ -99,16 +111,23 @@ class EmbeddingFunction(Function):
         return F.embedding(tokens, weight, padding_idx)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: EmbeddingContext, inputs: tuple[Any, ...], output: Tensor) -> None:
         tokens, weight, ctx.routes, ctx.sites, ctx.padding_idx, ctx.primitives = inputs
         ctx.num_embeddings = weight.shape[0]
         ctx.save_for_backward(tokens)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: EmbeddingContext, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_embedding")
         (tokens,) = ctx.saved_tensors
         dweight = ctx.primitives.embedding_backward(
             flat(dy), tokens.reshape(-1), ctx.routes, ctx.sites.update, ctx.num_embeddings, ctx.padding_idx
         )
-        return None, dweight, None, None, None, None  # tokens; ..., routes, sites, padding_idx, primitives
+        return (
+            None,  # tokens
+            dweight,
+            None,  # routes
+            None,  # sites
+            None,  # padding_idx
+            None,  # primitives
+        )

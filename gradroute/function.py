@@ -12,27 +12,21 @@ from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Sites
 
-Routed = TypeVar("Routed", bound=Sites)
+SitesT = TypeVar("SitesT", bound=Sites)
 
 
-class Context(Protocol[Routed]):
-    """What autograd hands a Function's setup_context and backward, with what every op of ours keeps there.
+class Context(Protocol):
+    """The context that autograd hands a Function's setup_context and backward.
 
     Attributes:
         needs_input_grad: for each argument of forward, whether its gradient is wanted.
-        routes: the batch's routes.
-        sites: effective sites.
-        primitives: the backend's.
     """
 
     needs_input_grad: tuple[bool, ...]
-    routes: Routes
-    sites: Routed
-    primitives: Primitives
 
     @property
     def saved_tensors(self) -> tuple[Any, ...]:
-        """What was saved, None where None was."""
+        """The tensors that were saved, None where None was."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keeps inputs and outputs for backward."""
@@ -42,6 +36,20 @@ class Context(Protocol[Routed]):
 
     def set_materialize_grads(self, value: bool) -> None:
         """Whether a gradient that never arrives is handed to backward as zeros, or as None."""
+
+
+class RoutedContext(Context, Protocol[SitesT]):
+    """The context of an op's Function.
+
+    Attributes:
+        routes: the batch's routes.
+        sites: effective sites.
+        primitives: the backend's.
+    """
+
+    routes: Routes
+    sites: SitesT
+    primitives: Primitives
 
 
 class Function(torch.autograd.Function):

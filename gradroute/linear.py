@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
 from .checks import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
-from .function import Function
+from .function import Context, Function, RoutedContext
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
@@ -146,18 +146,18 @@ class LinearFunction(Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: RoutedContext[LinearSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, ctx.routes, ctx.sites, ctx.primitives = inputs
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: RoutedContext[LinearSites], dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_linear")
         x, weight = ctx.saved_tensors
         routes, sites, primitives = ctx.routes, ctx.sites, ctx.primitives
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx: Any = None
+        dx: Tensor | None = None
         dweight = dbias = None
         g = primitives.masked_product(flat(dy), routes, sites.output)
         if need_x:
@@ -166,7 +166,14 @@ class LinearFunction(Function):
             dweight = _weight_grad(g, Rows(flat(x)), routes, sites, primitives)
         if need_bias:
             dbias = primitives.bias_grad(g, routes, sites.update_bias)
-        return dx, dweight, dbias, None, None, None  # ..., routes, sites, primitives
+        return (
+            dx,
+            dweight,
+            dbias,
+            None,  # routes
+            None,  # sites
+            None,  # primitives
+        )
 
 
 def _input_grad(
@@ -194,31 +201,49 @@ def _weight_grad(g: Tensor, x: Rows, routes: Routes, sites: LinearSites, primiti
     return dweight
 
 
+class LinearsContext(Context, Protocol):
+    """The context of several linear layers of one x.
+
+    Attributes:
+        routes: the batch's routes.
+        sites: effective sites of each layer.
+        primitives: the backend's.
+    """
+
+    routes: Routes
+    sites: tuple[LinearSites, ...]
+    primitives: Primitives
+
+
 class LinearsFunction(Function):
     """routed_linears on the primitives of a backend."""
 
     @staticmethod
     def forward(
-        x: Tensor, routes: Routes, sites: tuple[LinearSites, ...], primitives: Primitives, *parameters: Any
+        x: Tensor,
+        routes: Routes,
+        sites: tuple[LinearSites, ...],
+        primitives: Primitives,
+        *parameters: Any,  # the weights, then the biases
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(sites)], parameters[len(sites) :]
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: LinearsContext, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, ctx.routes, ctx.sites, ctx.primitives, *parameters = inputs
         need_x, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4 : 4 + len(ctx.sites)]
         weights = parameters[: len(ctx.sites)] if need_x else ()
         ctx.save_for_backward(x if any(need_weights) else None, *weights)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: LinearsContext, *dys: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_linear")
         x, *weights = ctx.saved_tensors
         routes, primitives, count = ctx.routes, ctx.primitives, len(ctx.sites)
         need_weights, need_biases = ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[4 + count :]
         rows = None if x is None else Rows(flat(x))
-        dx: Any = None
+        dx: Tensor | None = None
         dweights: list[Tensor | None] = [None] * count
         dbiases: list[Tensor | None] = [None] * count
         for i, (dy, sites) in enumerate(zip(dys, ctx.sites, strict=True)):
@@ -230,6 +255,13 @@ class LinearsFunction(Function):
                 dweights[i] = _weight_grad(g, rows, routes, sites, primitives)
             if need_biases[i]:
                 dbiases[i] = primitives.bias_grad(g, routes, sites.update_bias)
-        if weights:
+        if dx is not None:
             dx = dx.view(*dys[0].shape[:-1], dx.shape[1])
-        return dx, None, None, None, *dweights, *dbiases  # x; routes, sites, primitives; weights; biases
+        return (
+            dx,
+            None,  # routes
+            None,  # sites
+            None,  # primitives
+            *dweights,
+            *dbiases,
+        )

@@ -20,7 +20,7 @@ from .checks import (
     refuse_double_backward,
     unrouted,
 )
-from .function import Context, Function
+from .function import Function, RoutedContext
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
@@ -75,7 +75,7 @@ class ActivationSites(Sites):
     hidden: Site = site("d_ff")
     forward: Site = site("d_ff")
 
-    # What the middle of an MLP alone does not have: weights.
+    # The middle of an MLP alone has no weights that could be updated.
     update_in: ClassVar[None] = None
     update_out: ClassVar[None] = None
 
@@ -145,8 +145,8 @@ def routed_mlp(
     return y
 
 
-class MLPContext(Context[MLPSites], Protocol):
-    """What an MLP keeps for its backward besides.
+class MLPContext(RoutedContext[MLPSites], Protocol):
+    """The context of an MLP.
 
     Attributes:
         activation: its name.
@@ -201,7 +201,7 @@ class MLPFunction(Function):
         )
 
     @staticmethod
-    def backward(ctx: MLPContext, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: MLPContext, dy: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         x, w_out, *saved = ctx.saved_tensors
         count = len(saved) // 2
         refuse_double_backward("routed_mlp" if count == 1 else "routed_gated_mlp")
@@ -279,8 +279,8 @@ def routed_activation(
     return ActivationFunction.apply(routes, sites.effective, activation, backends.primitives(chosen), a)
 
 
-class ActivationContext(Context[ActivationSites], Protocol):
-    """What the middle of an MLP keeps for its backward besides.
+class ActivationContext(RoutedContext[ActivationSites], Protocol):
+    """The context of the middle of an MLP.
 
     Attributes:
         activation: its name.

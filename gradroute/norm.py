@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
 from .checks import check_features, check_shape, flat, refuse_double_backward, unrouted
-from .function import Function
+from .function import Function, RoutedContext
 from .primitives.arguments import NormArguments
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -138,6 +139,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
 # gradients reach x and the parameters in their own dtypes, whichever dtype autocast computes in.
 
 
+class RMSNormContext(RoutedContext[NormSites], Protocol):
+    """The context of an RMS norm: what the public function was given, and the weight's dtype."""
+
+    eps: float | None
+    offset: float
+    casting_mode: str
+    weight_dtype: torch.dtype
+
+
 class RMSNormFunction(Function):
     """routed_rms_norm on the primitives of a backend."""
 
@@ -155,17 +165,16 @@ class RMSNormFunction(Function):
         return reference.rms_norm_value(x, weight, eps, offset, casting_mode)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: RMSNormContext, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, ctx.routes, ctx.sites, ctx.eps, ctx.offset, ctx.casting_mode, ctx.primitives = inputs
         ctx.weight_dtype = weight.dtype
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_x or need_weight else None, weight if need_x else None)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: RMSNormContext, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_rms_norm")
         x, weight = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad[:2]
         eps = reference.rms_norm_eps(ctx.eps, x)
         dx, dweight, _ = ctx.primitives.norm_backward(
             flat(dy),
@@ -174,23 +183,31 @@ class RMSNormFunction(Function):
             ctx.routes,
             ctx.sites.update,
             NormArguments(eps, ctx.offset, False, ctx.casting_mode == "llama"),
-            want_weight=need_weight,
+            want_weight=ctx.needs_input_grad[1],
             want_bias=False,
         )
-        if need_x:
+        if dx is not None:
             dx = dx.view(x.shape)
-        if need_weight:
+        if dweight is not None:
             dweight = dweight.to(ctx.weight_dtype)
         return (
             dx,
             dweight,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )  # ..., routes, sites, eps, offset, casting_mode, primitives
+            None,  # routes
+            None,  # sites
+            None,  # eps
+            None,  # offset
+            None,  # casting_mode
+            None,  # primitives
+        )
+
+
+class LayerNormContext(RoutedContext[NormSites], Protocol):
+    """The context of a layer norm: what the public function was given, and the dtypes of its parameters."""
+
+    eps: float
+    weight_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
 
 
 class LayerNormFunction(Function):
@@ -209,7 +226,7 @@ class LayerNormFunction(Function):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: LayerNormContext, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.routes, ctx.sites, ctx.eps, ctx.primitives = inputs
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -217,7 +234,7 @@ class LayerNormFunction(Function):
         ctx.save_for_backward(x if need_x or need_weight else None, weight if need_x else None)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: LayerNormContext, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_layer_norm")
         x, weight = ctx.saved_tensors
         routes, update, primitives = ctx.routes, ctx.sites.update, ctx.primitives
@@ -235,10 +252,18 @@ class LayerNormFunction(Function):
             )
         else:
             dx, dweight, dbias = None, None, primitives.bias_grad(flat(dy), routes, update)
-        if need_x:
+        if dx is not None:
             dx = dx.view(x.shape)
-        if need_weight:
+        if dweight is not None:
             dweight = dweight.to(ctx.weight_dtype)
-        if need_bias:
+        if dbias is not None:
             dbias = dbias.to(ctx.bias_dtype)
-        return dx, dweight, dbias, None, None, None, None  # ..., routes, sites, eps, primitives
+        return (
+            dx,
+            dweight,
+            dbias,
+            None,  # routes
+            None,  # sites
+            None,  # eps
+            None,  # primitives
+        )

@@ -9,7 +9,7 @@ documented as `[T, F]`, T being all tokens. `update_*` sites are read with their
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,17 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .checks import flat, refuse_double_backward
+from .function import Context, SitesT
+from .primitives.protocol import ActivationTables
 from .routes import Routes
 from .tables import Table
+
+if TYPE_CHECKING:
+    from .attention import AttentionSites
+    from .embedding import EmbeddingSites
+    from .linear import LinearSites
+    from .mlp import ActivationSites, MLPSites
+    from .norm import NormSites
 
 Masked = Callable[["Table | None", Tensor], Tensor]
 
@@ -54,7 +63,24 @@ def _shaped(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.reshape(*like.shape[:-1], gradient.shape[-1])
 
 
-# --------------------------------------------------------------------------------------------------------------------
+class Kept(Context, Protocol[SitesT]):
+    """The context of an op's Function: the arguments that are no tensors, each where the op has it."""
+
+    routes: Routes
+    sites: SitesT
+    activation: str
+    eps: float
+    offset: float
+    casting_mode: str
+    padding_idx: int | None
+    scale: float
+
+
+class KeptRouteGrad(Context, Protocol):
+    """The context of route_grad's Function."""
+
+    routes: Routes
+    table: Table
 
 
 class RouteGrad(torch.autograd.Function):
@@ -65,31 +91,35 @@ class RouteGrad(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: KeptRouteGrad, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.routes, ctx.table = inputs
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: KeptRouteGrad, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("route_grad")
         masked = masked_by(ctx.routes)
         dx = masked(ctx.table, flat(dy))
-        return _shaped(dx, dy), None, None
+        return (
+            _shaped(dx, dy),
+            None,  # routes
+            None,  # table
+        )
 
 
 class Linear(torch.autograd.Function):
     """y = x Wᵀ + b."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: Any) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: LinearSites) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[LinearSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.routes, ctx.sites = inputs
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[LinearSites], dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_linear")
         x, weight, bias = ctx.saved_tensors
         masked, sites = masked_by(ctx.routes), ctx.sites
@@ -97,49 +127,60 @@ class Linear(torch.autograd.Function):
         dx = masked(sites.input, g @ weight)
         dweight = masked(sites.update_rows, g).T @ masked(sites.update_cols, flat(x))
         dbias = None if bias is None else masked(sites.update_bias, g).sum(0)
-        return _shaped(dx, x), dweight, dbias, None, None
+        return (
+            _shaped(dx, x),
+            dweight,
+            dbias,
+            None,  # routes
+            None,  # sites
+        )
 
 
 class Activation(torch.autograd.Function):
     """z = m_forward ⊙ act(a)."""
 
     @staticmethod
-    def forward(a: Tensor, routes: Routes, sites: Any, activation: str) -> Tensor:
+    def forward(a: Tensor, routes: Routes, sites: ActivationTables, activation: str) -> Tensor:
         masked = masked_by(routes)
         h = ACTIVATIONS[activation].value(a)
         return _shaped(masked(sites.forward, flat(h)), a)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[ActivationSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         a, ctx.routes, ctx.sites, ctx.activation = inputs
         ctx.save_for_backward(a)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[ActivationSites], dz: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_activation")
         (a,) = ctx.saved_tensors
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
         dh = masked(sites.hidden, masked(sites.forward, wide(flat(dz))))
         da = masked(sites.pre, dh * act.derivative(wide(flat(a))))
-        return _shaped(da.to(a.dtype), a), None, None, None
+        return (
+            _shaped(da.to(a.dtype), a),
+            None,  # routes
+            None,  # sites
+            None,  # activation
+        )
 
 
 class GLU(torch.autograd.Function):
     """z = m_forward ⊙ (act(gate) * up)."""
 
     @staticmethod
-    def forward(gate: Tensor, up: Tensor, routes: Routes, sites: Any, activation: str) -> Tensor:
+    def forward(gate: Tensor, up: Tensor, routes: Routes, sites: ActivationTables, activation: str) -> Tensor:
         masked = masked_by(routes)
         h = ACTIVATIONS[activation].value(gate) * up
         return _shaped(masked(sites.forward, flat(h)), gate)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[ActivationSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         gate, up, ctx.routes, ctx.sites, ctx.activation = inputs
         ctx.save_for_backward(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[ActivationSites], dz: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_glu")
         gate, up = ctx.saved_tensors
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
@@ -147,7 +188,13 @@ class GLU(torch.autograd.Function):
         dh = masked(sites.hidden, masked(sites.forward, wide(flat(dz))))
         dgate = masked(sites.pre, dh * up_wide * act.derivative(gate_wide))
         dup = masked(sites.pre, dh * act.value(gate_wide))
-        return _shaped(dgate.to(gate.dtype), gate), _shaped(dup.to(up.dtype), up), None, None, None
+        return (
+            _shaped(dgate.to(gate.dtype), gate),
+            _shaped(dup.to(up.dtype), up),
+            None,  # routes
+            None,  # sites
+            None,  # activation
+        )
 
 
 class MLP(torch.autograd.Function):
@@ -161,19 +208,19 @@ class MLP(torch.autograd.Function):
         w_out: Tensor,
         b_out: Tensor | None,
         routes: Routes,
-        sites: Any,
+        sites: MLPSites,
         activation: str,
     ) -> Tensor:
         z = Activation.forward(F.linear(x, w_in, b_in), routes, sites, activation)
         return F.linear(z, w_out, b_out)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[MLPSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         x, w_in, b_in, w_out, b_out, ctx.routes, ctx.sites, ctx.activation = inputs
         ctx.save_for_backward(x, w_in, b_in, w_out, b_out)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[MLPSites], dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_mlp")
         x, w_in, b_in, w_out, b_out = ctx.saved_tensors
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
@@ -188,7 +235,16 @@ class MLP(torch.autograd.Function):
         da_update = masked(sites.update_in, da)
         dw_in = da_update.T @ flat(x)
         db_in = None if b_in is None else da_update.sum(0)
-        return _shaped(dx, x), dw_in, db_in, dw_out, db_out, None, None, None
+        return (
+            _shaped(dx, x),
+            dw_in,
+            db_in,
+            dw_out,
+            db_out,
+            None,  # routes
+            None,  # sites
+            None,  # activation
+        )
 
 
 class GatedMLP(torch.autograd.Function):
@@ -204,19 +260,19 @@ class GatedMLP(torch.autograd.Function):
         b_up: Tensor | None,
         b_down: Tensor | None,
         routes: Routes,
-        sites: Any,
+        sites: MLPSites,
         activation: str,
     ) -> Tensor:
         z = GLU.forward(F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up), routes, sites, activation)
         return F.linear(z, w_down, b_down)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[MLPSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         *parameters, ctx.routes, ctx.sites, ctx.activation = inputs
         ctx.save_for_backward(*parameters)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[MLPSites], dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_gated_mlp")
         x, w_gate, w_up, w_down, b_gate, b_up, b_down = ctx.saved_tensors
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
@@ -233,10 +289,18 @@ class GatedMLP(torch.autograd.Function):
         dw_gate, dw_up = dgate_update.T @ flat(x), dup_update.T @ flat(x)
         db_gate = None if b_gate is None else dgate_update.sum(0)
         db_up = None if b_up is None else dup_update.sum(0)
-        return _shaped(dx, x), dw_gate, dw_up, dw_down, db_gate, db_up, db_down, None, None, None
-
-
-# --------------------------------------------------------------------------------------------------------------------
+        return (
+            _shaped(dx, x),
+            dw_gate,
+            dw_up,
+            dw_down,
+            db_gate,
+            db_up,
+            db_down,
+            None,  # routes
+            None,  # sites
+            None,  # activation
+        )
 
 
 def rms_norm_value(x: Tensor, weight: Tensor, eps: float | None, offset: float, casting_mode: str) -> Tensor:
@@ -268,7 +332,7 @@ class RMSNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         routes: Routes,
-        sites: Any,
+        sites: NormSites,
         eps: float | None,
         offset: float,
         casting_mode: str,
@@ -276,23 +340,31 @@ class RMSNorm(torch.autograd.Function):
         return rms_norm_value(x, weight, eps, offset, casting_mode)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[NormSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, ctx.routes, ctx.sites, ctx.eps, ctx.offset, ctx.casting_mode = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[NormSites], dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_rms_norm")
         x, weight = ctx.saved_tensors
         masked = masked_by(ctx.routes)
         x_wide, g = wide(flat(x)), wide(flat(dy))
         rstd = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + rms_norm_eps(ctx.eps, x))
         x_hat = x_wide * rstd
-        x_seen = wide(x_hat.to(x.dtype)) if ctx.casting_mode == "llama" else x_hat  # what met the weight
+        x_seen = wide(x_hat.to(x.dtype)) if ctx.casting_mode == "llama" else x_hat  # as it met the weight
         dweight = masked(ctx.sites.update, g * x_seen).sum(0)
         dx_hat = g * (wide(weight) + ctx.offset)
         dx = rstd * (dx_hat - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True))
-        return _shaped(dx.to(x.dtype), x), dweight.to(weight.dtype), None, None, None, None, None
+        return (
+            _shaped(dx.to(x.dtype), x),
+            dweight.to(weight.dtype),
+            None,  # routes
+            None,  # sites
+            None,  # eps
+            None,  # offset
+            None,  # casting_mode
+        )
 
 
 class LayerNorm(torch.autograd.Function):
@@ -300,17 +372,17 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: Any, eps: float
+        x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: NormSites, eps: float
     ) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[NormSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.routes, ctx.sites, ctx.eps = inputs
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[NormSites], dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_layer_norm")
         x, weight, bias = ctx.saved_tensors
         masked, update = masked_by(ctx.routes), ctx.sites.update
@@ -322,7 +394,14 @@ class LayerNorm(torch.autograd.Function):
         dbias = None if bias is None else masked(update, g).sum(0).to(bias.dtype)
         dx_hat = g * wide(weight)
         dx = rstd * (dx_hat - dx_hat.mean(-1, keepdim=True) - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True))
-        return _shaped(dx.to(x.dtype), x), dweight.to(weight.dtype), dbias, None, None, None
+        return (
+            _shaped(dx.to(x.dtype), x),
+            dweight.to(weight.dtype),
+            dbias,
+            None,  # routes
+            None,  # sites
+            None,  # eps
+        )
 
 
 class Embedding(torch.autograd.Function):
@@ -330,17 +409,17 @@ class Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        tokens: Tensor, weight: Tensor, routes: Routes, sites: Any, padding_idx: int | None
+        tokens: Tensor, weight: Tensor, routes: Routes, sites: EmbeddingSites, padding_idx: int | None
     ) -> Tensor:
         return F.embedding(tokens, weight, padding_idx)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[EmbeddingSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         tokens, weight, ctx.routes, ctx.sites, ctx.padding_idx = inputs
         ctx.save_for_backward(tokens, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[EmbeddingSites], dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_embedding")
         tokens, weight = ctx.saved_tensors
         masked = masked_by(ctx.routes)
@@ -350,10 +429,13 @@ class Embedding(torch.autograd.Function):
         )
         if ctx.padding_idx is not None:
             dweight[ctx.padding_idx] = 0
-        return None, dweight.to(weight.dtype), None, None, None
-
-
-# --------------------------------------------------------------------------------------------------------------------
+        return (
+            None,  # tokens
+            dweight.to(weight.dtype),
+            None,  # routes
+            None,  # sites
+            None,  # padding_idx
+        )
 
 
 def visible_keys(
@@ -391,7 +473,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, routes: Routes, sites: Any, visible: Tensor, scale: float
+        q: Tensor, k: Tensor, v: Tensor, routes: Routes, sites: AttentionSites, visible: Tensor, scale: float
     ) -> Tensor:
         masked = Attention.masked_by_head(routes, q)
         _, o = Attention.probabilities_and_output(q, k, v, visible, scale)
@@ -422,12 +504,12 @@ class Attention(torch.autograd.Function):
         return p, p @ v_wide
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[AttentionSites], inputs: tuple[Any, ...], output: Tensor) -> None:
         q, k, v, ctx.routes, ctx.sites, visible, ctx.scale = inputs
         ctx.save_for_backward(q, k, v, visible)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[AttentionSites], dz: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_attention")
         q, k, v, visible = ctx.saved_tensors
         masked, sites, scale = Attention.masked_by_head(ctx.routes, q), ctx.sites, ctx.scale
@@ -442,7 +524,15 @@ class Attention(torch.autograd.Function):
         dk = scale * ds.mT @ wide(q)
         dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
         dk, dv = masked(sites.key, dk), masked(sites.value, dv)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return (
+            dq.to(q.dtype),
+            dk.to(k.dtype),
+            dv.to(v.dtype),
+            None,  # routes
+            None,  # sites
+            None,  # visible
+            None,  # scale
+        )
 
     @staticmethod
     def edged(table: Table | None, routes: Routes, a: Tensor) -> Tensor:
@@ -454,7 +544,6 @@ class Attention(torch.autograd.Function):
         return torch.where(edges == 0, 0, edges * a)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # The ops with the public functions' arguments, less `backend`. Arguments are checked by the public functions.
 
 
@@ -463,17 +552,21 @@ def route_grad(x: Tensor, routes: Routes, table: Table) -> Tensor:
     return RouteGrad.apply(x, routes, table)
 
 
-def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: Any) -> Tensor:
+def routed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: LinearSites
+) -> Tensor:
     """See `gradroute.routed_linear`."""
     return Linear.apply(x, weight, bias, routes, sites.effective)
 
 
-def routed_activation(a: Tensor, routes: Routes, sites: Any, activation: str) -> Tensor:
+def routed_activation(a: Tensor, routes: Routes, sites: ActivationSites, activation: str) -> Tensor:
     """See `gradroute.routed_activation`."""
     return Activation.apply(a, routes, sites.effective, activation)
 
 
-def routed_glu(gate: Tensor, up: Tensor, routes: Routes, sites: Any, activation: str = "silu") -> Tensor:
+def routed_glu(
+    gate: Tensor, up: Tensor, routes: Routes, sites: ActivationSites, activation: str = "silu"
+) -> Tensor:
     """See `gradroute.routed_glu`."""
     return GLU.apply(gate, up, routes, sites.effective, activation)
 
@@ -485,7 +578,7 @@ def routed_mlp(
     w_out: Tensor,
     b_out: Tensor | None,
     routes: Routes,
-    sites: Any,
+    sites: MLPSites,
     activation: str = "gelu",
 ) -> Tensor:
     """See `gradroute.routed_mlp`."""
@@ -498,7 +591,7 @@ def routed_gated_mlp(
     w_up: Tensor,
     w_down: Tensor,
     routes: Routes,
-    sites: Any,
+    sites: MLPSites,
     activation: str = "silu",
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
@@ -512,7 +605,7 @@ def routed_rms_norm(
     x: Tensor,
     weight: Tensor,
     routes: Routes,
-    sites: Any,
+    sites: NormSites,
     eps: float | None = 1e-6,
     offset: float = 0.0,
     casting_mode: str = "torch",
@@ -522,14 +615,14 @@ def routed_rms_norm(
 
 
 def routed_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: Any, eps: float = 1e-5
+    x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: NormSites, eps: float = 1e-5
 ) -> Tensor:
     """See `gradroute.routed_layer_norm`."""
     return LayerNorm.apply(x, weight, bias, routes, sites.effective, eps)
 
 
 def routed_embedding(
-    tokens: Tensor, weight: Tensor, routes: Routes, sites: Any, padding_idx: int | None = None
+    tokens: Tensor, weight: Tensor, routes: Routes, sites: EmbeddingSites, padding_idx: int | None = None
 ) -> Tensor:
     """See `gradroute.routed_embedding`."""
     return Embedding.apply(tokens, weight, routes, sites.effective, padding_idx)
@@ -540,7 +633,7 @@ def routed_attention(
     k: Tensor,
     v: Tensor,
     routes: Routes,
-    sites: Any,
+    sites: AttentionSites,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from . import backends, reference
 from .checks import flat, refuse_double_backward, unrouted
-from .function import Function
+from .function import Context, Function
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import check_table
@@ -49,6 +49,14 @@ def route_grad(
     return RouteGradFunction.apply(x, routes, table, backends.primitives(chosen))
 
 
+class RouteGradContext(Context, Protocol):
+    """The context of route_grad: its arguments, less x."""
+
+    routes: Routes
+    table: Table
+    primitives: Primitives
+
+
 class RouteGradFunction(Function):
     """route_grad on the primitives of a backend."""
 
@@ -57,11 +65,16 @@ class RouteGradFunction(Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: RouteGradContext, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.routes, ctx.table, ctx.primitives = inputs
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: RouteGradContext, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("route_grad")
         dx = ctx.primitives.masked_product(flat(dy), ctx.routes, ctx.table).view(dy.shape)
-        return dx, None, None, None  # x, routes, table, primitives
+        return (
+            dx,
+            None,  # routes
+            None,  # table
+            None,  # primitives
+        )

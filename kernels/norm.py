@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.arguments import NormArguments, tokens_of, wanted, weights_on
+from ..primitives.arguments import NORM_SCHEMA, NormArguments, tokens_of, wanted, weights_on
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
@@ -199,8 +199,8 @@ def norm_bwd_chunked_kernel(
 
 
 @kernel_op(
-    "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor ids, Tensor? strength, Tensor? update, float eps, "
-    "float offset, bool centered, bool round_x_hat, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)"
+    "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor ids, Tensor? strength, Tensor? update, "
+    f"{NORM_SCHEMA}, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)"
 )
 def norm_backward_op(
     dy: Tensor,

@@ -32,12 +32,12 @@ def weights_on(device: torch.device, *tables: Table | None) -> tuple[Tensor | No
 
 
 def tokens_of(routes: Routes) -> tuple[Tensor, Tensor | None]:
-    """What a launcher passes of the routes: ids `[T]` and strength."""
+    """The routing that a launcher passes: ids `[T]` and strength."""
     return routes.ids, routes.strength
 
 
 class ActivationArguments(NamedTuple):
-    """What an op of an activation's backward takes after its matrices: the routing, the masks, and what is wanted.
+    """The arguments of an activation's backward after its matrices: the routing, the masks, and what is wanted.
 
     Attributes:
         ids: `[T]` int32.
@@ -109,7 +109,7 @@ class NormArguments(NamedTuple):
 
 
 class AdamWOptions(NamedTuple):
-    """What a step of AdamW takes that is the same for all elements: β₁, β₂, ε, whether to ascend."""
+    """The options of a step of AdamW, the same for all elements: β₁, β₂, ε, whether to ascend."""
 
     beta1: float
     beta2: float
@@ -117,7 +117,7 @@ class AdamWOptions(NamedTuple):
     maximize: bool
 
 
-#: What a step of AdamW takes, and changes, in a schema of torch.library.
+#: The arguments of a step of AdamW in a schema of torch.library; those that it changes are marked.
 ADAMW_SCHEMA = (
     "(Tensor(a!) parameter, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, "
     "Tensor factors, bool by_column, float beta1, float beta2, float eps, bool maximize) -> ()"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...primitives.arguments import NormArguments, tokens_of, wanted, weights_on
+from ...primitives.arguments import NORM_SCHEMA, NormArguments, tokens_of, wanted, weights_on
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from ...tables import Table
@@ -30,8 +30,7 @@ def norm_backward(
 
 @kernel_op(
     "native_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor ids, Tensor? strength, Tensor? update, "
-    "float eps, float offset, bool centered, bool round_x_hat, bool want_weight, bool want_bias) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"{NORM_SCHEMA}, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)"
 )
 def norm_backward_op(
     dy: Tensor,
