@@ -9,26 +9,23 @@ from ..primitives.arguments import tokens_of, weights_on
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
-from .launch import config_of, launch, route_arguments, strides, table_arguments
-from .tiles import load_strength, masked, rounded
+from .launch import config_of, launch
+from .masks import Routing, Weights, load_tokens, masked
+from .matrices import Matrix, load_tile
+from .rounding import rounded
 
 
 @triton.jit
 def embedding_bwd_kernel(
-    dy,  # [T, D]
+    dy,  # Matrix [T, D]
     out,  # [V, D], zeros
     tokens,  # [T], sorted
     order,  # [T], the row of dy of each sorted token
     ends,  # [T], the position after the last token equal to this one
-    ids,  # [T]
-    strength,
-    strength_stride,
-    update,
-    update_cols: tl.constexpr,
+    routing,
+    update,  # Weights or None
     num_features,
     padding_idx,  # -1: none
-    dy_stride_t,
-    dy_stride_f,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -46,12 +43,9 @@ def embedding_bwd_kernel(
             present = positions < end
             rows = tl.load(order + positions, mask=present, other=0)
             valid = present[:, None] & inside[None, :]
-            routes = tl.load(ids + rows, mask=present, other=0)
-            s = load_strength(strength, strength_stride, rows, present)
-            g = tl.load(
-                dy + rows[:, None] * dy_stride_t + features[None, :] * dy_stride_f, mask=valid, other=0.0
-            )
-            g = masked(g.to(tl.float32), update, update_cols, strength, s, routes, present, features, inside)
+            loaded = load_tokens(routing, rows, present)
+            g = load_tile(dy, rows, features, valid).to(tl.float32)
+            g = masked(g, update, routing, loaded, features, inside)
             total += tl.sum(g, axis=0)
         tl.store(
             out + token * num_features + features,
@@ -95,15 +89,14 @@ def embedding_backward_op(
         embedding_bwd_kernel,
         (tokens.shape[0], triton.cdiv(features, config["BLOCK_F"])),
         config,
-        dy=dy,
+        dy=Matrix.of(dy),
         out=out,
         tokens=ordered,
         order=order,
         ends=torch.searchsorted(ordered, ordered, right=True),
-        **route_arguments(ids, strength),
-        **table_arguments(update=update),
+        routing=Routing.of(ids, strength),
+        update=Weights.of(update),
         num_features=features,
         padding_idx=-1 if padding_idx is None else padding_idx,
-        **strides("dy", dy, "tf"),
     )
     return out

@@ -11,42 +11,28 @@ from ..primitives.arguments import MIDDLE_SCHEMA, Middle, wanted
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .activations import value_and_derivative
-from .launch import config_of, launch, route_arguments, strides, table_arguments
-from .mlp import TOKENS_PER_PARTIAL
-from .tiles import load_strength, masked, rounded
+from .launch import config_of, launch
+from .linear import TOKENS_PER_PARTIAL
+from .masks import Routing, load_tokens, masked
+from .matrices import Matrix, load_tile
+from .mlp import ActivationMasks
+from .rounding import rounded
 
 
 @triton.jit
 def glu_bwd_kernel(
-    dz,  # [T, F] or None
-    gate,  # [T, F]
-    up,  # [T, F]
+    dz,  # Matrix [T, F] or None
+    gate,  # Matrix [T, F]
+    up,  # Matrix [T, F]
     dgate,  # [T, F] or None
     dup,  # [T, F] or None
     z,  # [T, F] or None
     gate_partial,  # [ceil(T / TOKENS), F] fp32 or None
     up_partial,  # [ceil(T / TOKENS), F] fp32 or None
-    ids,  # [T]
-    strength,
-    strength_stride,
-    pre,
-    pre_cols: tl.constexpr,
-    hidden,
-    hidden_cols: tl.constexpr,
-    forward,
-    forward_cols: tl.constexpr,
-    update_out,
-    update_out_cols: tl.constexpr,
-    update_in,
-    update_in_cols: tl.constexpr,
+    routing,
+    masks,  # ActivationMasks
     num_tokens,
     num_features,
-    dz_stride_t,
-    dz_stride_f,
-    gate_stride_t,
-    gate_stride_f,
-    up_stride_t,
-    up_stride_f,
     ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -66,43 +52,26 @@ def glu_bwd_kernel(
         rows = first + start + tl.arange(0, BLOCK_T)
         present = rows < num_tokens
         valid = present[:, None] & inside[None, :]
-        routes = tl.load(ids + rows, mask=present, other=0)
-        s = load_strength(strength, strength_stride, rows, present)
+        tokens = load_tokens(routing, rows, present)
         out = rows[:, None] * num_features + features[None, :]
-        gate_tile = tl.load(
-            gate + rows[:, None] * gate_stride_t + features[None, :] * gate_stride_f, mask=valid, other=0.0
-        )
-        up_tile = tl.load(
-            up + rows[:, None] * up_stride_t + features[None, :] * up_stride_f, mask=valid, other=0.0
-        ).to(tl.float32)
+        gate_tile = load_tile(gate, rows, features, valid)
+        up_tile = load_tile(up, rows, features, valid).to(tl.float32)
         value, derivative = value_and_derivative(gate_tile.to(tl.float32), ACTIVATION)
         if z is not None:
-            z_tile = masked(
-                value * up_tile, forward, forward_cols, strength, s, routes, present, features, inside
-            )
-            z_tile = masked(
-                z_tile, update_out, update_out_cols, strength, s, routes, present, features, inside
-            )
+            z_tile = masked(value * up_tile, masks.forward, routing, tokens, features, inside)
+            z_tile = masked(z_tile, masks.update_out, routing, tokens, features, inside)
             tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
         if dz is not None:
-            dh = tl.load(
-                dz + rows[:, None] * dz_stride_t + features[None, :] * dz_stride_f, mask=valid, other=0.0
-            ).to(tl.float32)
-            dh = masked(dh, forward, forward_cols, strength, s, routes, present, features, inside)
-            dh = masked(dh, hidden, hidden_cols, strength, s, routes, present, features, inside)
-            dgate_tile = masked(
-                dh * up_tile * derivative, pre, pre_cols, strength, s, routes, present, features, inside
-            )
-            dup_tile = masked(dh * value, pre, pre_cols, strength, s, routes, present, features, inside)
+            dh = load_tile(dz, rows, features, valid).to(tl.float32)
+            dh = masked(dh, masks.forward, routing, tokens, features, inside)
+            dh = masked(dh, masks.hidden, routing, tokens, features, inside)
+            dgate_tile = masked(dh * up_tile * derivative, masks.pre, routing, tokens, features, inside)
+            dup_tile = masked(dh * value, masks.pre, routing, tokens, features, inside)
             tl.store(dgate + out, rounded(dgate_tile, dgate.dtype.element_ty), mask=valid)
             tl.store(dup + out, rounded(dup_tile, dup.dtype.element_ty), mask=valid)
             if gate_partial is not None:
-                dgate_tile = masked(
-                    dgate_tile, update_in, update_in_cols, strength, s, routes, present, features, inside
-                )
-                dup_tile = masked(
-                    dup_tile, update_in, update_in_cols, strength, s, routes, present, features, inside
-                )
+                dgate_tile = masked(dgate_tile, masks.update_in, routing, tokens, features, inside)
+                dup_tile = masked(dup_tile, masks.update_in, routing, tokens, features, inside)
                 gate_total += tl.sum(dgate_tile, axis=0)
                 up_total += tl.sum(dup_tile, axis=0)
     if gate_partial is not None:
@@ -157,21 +126,18 @@ def glu_backward_op(
         glu_bwd_kernel,
         (programs, triton.cdiv(features, config["BLOCK_F"])),
         config,
-        dz=dz,
-        gate=gate,
-        up=up,
+        dz=Matrix.of(dz),
+        gate=Matrix.of(gate),
+        up=Matrix.of(up),
         dgate=dgate if want_grad else None,
         dup=dup if want_grad else None,
         z=z if want_z else None,
         gate_partial=gate_partial if want_bias else None,
         up_partial=up_partial if want_bias else None,
-        **route_arguments(middle.ids, middle.strength),
-        **table_arguments(**middle.tables),
+        routing=Routing.of(middle.ids, middle.strength),
+        masks=ActivationMasks.of(middle.tables),
         num_tokens=tokens,
         num_features=features,
-        **strides("dz", gate if dz is None else dz, "tf"),
-        **strides("gate", gate, "tf"),
-        **strides("up", up, "tf"),
         ACTIVATION=middle.activation,
         TOKENS=tokens_per_program,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ from torch import Tensor
 from ..primitives.arguments import has_data
 from .configs import ARCHITECTURES, CONFIGS
 
-# Of the second and third dimension of a grid. CUDA's; the interpreter would take more.
-MOST_BLOCKS = 65535
+# CUDA's limit on a grid's y and z; the interpreter has none.
+MAX_GRID_YZ = 65535
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -71,10 +71,10 @@ def config_of(
 
 def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
     """Runs `kernel` on its tensors' device; nothing for tensors without data or an empty grid."""
-    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    first = next(_tensors(arguments.values()))
     if not has_data(first):
         return
-    assert all(blocks <= MOST_BLOCKS for blocks in grid[1:]), f"{kernel}: a grid of {grid}"
+    assert all(programs <= MAX_GRID_YZ for programs in grid[1:]), f"{kernel}: a grid of {grid}"
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, config, arguments))
     elif 0 not in grid:
@@ -82,29 +82,18 @@ def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **argumen
             kernel[grid](**arguments, **config)
 
 
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments and in their tuples."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
+
+
 def dot_precision() -> str:
     """fp32 products as torch's own: tf32 only where the user allowed it."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def strides(name: str, tensor: Tensor, dimensions: str) -> dict[str, int]:
-    """The stride arguments of a tensor: `{name}_stride_{d}` for each letter d of `dimensions`."""
-    return {f"{name}_stride_{d}": stride for d, stride in zip(dimensions, tensor.stride(), strict=True)}
-
-
-def route_arguments(ids: Tensor | None, strength: Tensor | None) -> dict[str, Any]:
-    """The arguments every routed kernel takes: ids `[T]` or None, strength `[T]`, 0-dim (stride 0) or None."""
-    per_token = strength is not None and strength.dim() > 0
-    return {"ids": ids, "strength": strength, "strength_stride": int(per_token)}
-
-
-def table_arguments(**tables: Tensor | None) -> dict[str, Any]:
-    """For each table `[R, F]` or `[R, 1]`, or None: the pointer and its number of columns."""
-    arguments: dict[str, Any] = {}
-    for name, weights in tables.items():
-        arguments[name] = weights
-        arguments[f"{name}_cols"] = 0 if weights is None else weights.shape[1]
-    return arguments
 
 
 @cache

@@ -13,30 +13,28 @@ from ..primitives.arguments import tokens_of, weights_on
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
-from .launch import config_of, dot_precision, launch, route_arguments, strides, table_arguments
+from .launch import config_of, dot_precision, launch
+from .masks import Routing, Weights, load_tokens, load_weights, masked
+from .matrices import Matrix, load_tile
+from .rounding import dot, rounded
 from .route_grad import masked_product_
-from .tiles import dot, load_strength, load_weights, masked, rounded
 
 # An irregular input table below this density is applied in the GEMM's epilogue, where zero tiles are skipped; above
 # it, the vendor's GEMM and a pass in place do less work. An estimate from tile counts, not yet measured.
 SKIP_BELOW = 0.5
 
-TOKENS_PER_PARTIAL = 512  # of a bias gradient's first stage
+# Tokens that one program of a bias gradient's first stage sums.
+TOKENS_PER_PARTIAL = 512
 
 
 @triton.jit
 def bias_grad_kernel(
-    g,  # [T, F]
+    g,  # Matrix [T, F]
     partial,  # [ceil(T / TOKENS), F] fp32
-    ids,  # [T]
-    strength,
-    strength_stride,
+    routing,
     weights,
-    weights_cols: tl.constexpr,
     num_tokens,
     num_features,
-    g_stride_t,
-    g_stride_f,
     TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -50,15 +48,9 @@ def bias_grad_kernel(
         rows = first + start + tl.arange(0, BLOCK_T)
         present = rows < num_tokens
         valid = present[:, None] & inside[None, :]
-        routes = tl.load(ids + rows, mask=present, other=0)
-        s = load_strength(strength, strength_stride, rows, present)
-        g_tile = tl.load(
-            g + rows[:, None] * g_stride_t + features[None, :] * g_stride_f, mask=valid, other=0.0
-        )
-        g_tile = masked(
-            g_tile.to(tl.float32), weights, weights_cols, strength, s, routes, present, features, inside
-        )
-        total += tl.sum(g_tile, axis=0)
+        tokens = load_tokens(routing, rows, present)
+        g_tile = load_tile(g, rows, features, valid).to(tl.float32)
+        total += tl.sum(masked(g_tile, weights, routing, tokens, features, inside), axis=0)
     partial_row = tl.program_id(0).to(tl.int64) * num_features
     tl.store(partial + partial_row + features, total, mask=inside)
 
@@ -79,13 +71,12 @@ def bias_grad_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tenso
         bias_grad_kernel,
         (partial.shape[0], triton.cdiv(features, config["BLOCK_F"])),
         config,
-        g=g,
+        g=Matrix.of(g),
         partial=partial,
-        **route_arguments(ids, strength),
-        **table_arguments(weights=weights),
+        routing=Routing.of(ids, strength),
+        weights=Weights.of(weights),
         num_tokens=tokens,
         num_features=features,
-        **strides("g", g, "tf"),
         TOKENS=TOKENS_PER_PARTIAL,
     )
     return partial.sum(0).to(g.dtype)
@@ -93,24 +84,16 @@ def bias_grad_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tenso
 
 @triton.jit
 def weight_grad_kernel(
-    g,  # [T, O]
-    x,  # [T, I]
+    g,  # Matrix [T, O]
+    x,  # Matrix [T, I]
     out,  # [O, I]
-    ids,  # [T]
     order,  # [T], tokens sorted by route
-    strength,
-    strength_stride,
-    row_weights,
-    row_weights_cols: tl.constexpr,
-    col_weights,
-    col_weights_cols: tl.constexpr,
+    routing,
+    row_weights,  # Weights or None
+    col_weights,  # Weights or None
     num_tokens,
     num_outputs,
     num_inputs,
-    g_stride_t,
-    g_stride_o,
-    x_stride_t,
-    x_stride_i,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -125,34 +108,25 @@ def weight_grad_kernel(
         positions = start + tl.arange(0, BLOCK_T)
         present = positions < num_tokens
         rows = tl.load(order + positions, mask=present, other=0).to(tl.int64)
-        routes = tl.load(ids + rows, mask=present, other=0)
-        s = load_strength(strength, strength_stride, rows, present)
+        tokens = load_tokens(routing, rows, present)
         g_valid = present[:, None] & outputs_inside[None, :]
         x_valid = present[:, None] & inputs_inside[None, :]
         live = True
         if row_weights is not None:
-            m_rows = load_weights(
-                row_weights, row_weights_cols, strength, s, routes, present, outputs, outputs_inside
-            )
+            m_rows = load_weights(row_weights, routing, tokens, outputs, outputs_inside)
             g_valid = g_valid & (m_rows != 0.0)
             live = tl.max(g_valid.to(tl.int32)) > 0
         if col_weights is not None:
-            m_cols = load_weights(
-                col_weights, col_weights_cols, strength, s, routes, present, inputs, inputs_inside
-            )
+            m_cols = load_weights(col_weights, routing, tokens, inputs, inputs_inside)
             x_valid = x_valid & (m_cols != 0.0)
             live = live & (tl.max(x_valid.to(tl.int32)) > 0)
         if live:
-            g_tile = tl.load(
-                g + rows[:, None] * g_stride_t + outputs[None, :] * g_stride_o, mask=g_valid, other=0.0
-            )
-            x_tile = tl.load(
-                x + rows[:, None] * x_stride_t + inputs[None, :] * x_stride_i, mask=x_valid, other=0.0
-            )
+            g_tile = load_tile(g, rows, outputs, g_valid)
+            x_tile = load_tile(x, rows, inputs, x_valid)
             if row_weights is not None:
-                g_tile = rounded(m_rows * g_tile.to(tl.float32), g.dtype.element_ty)
+                g_tile = rounded(m_rows * g_tile.to(tl.float32), g.pointer.dtype.element_ty)
             if col_weights is not None:
-                x_tile = rounded(m_cols * x_tile.to(tl.float32), x.dtype.element_ty)
+                x_tile = rounded(m_cols * x_tile.to(tl.float32), x.pointer.dtype.element_ty)
             total = dot(tl.trans(g_tile), x_tile, total, PRECISION)
     tl.store(
         out + outputs[:, None] * num_inputs + inputs[None, :],
@@ -189,17 +163,16 @@ def weight_grad_op(
         weight_grad_kernel,
         (triton.cdiv(outputs, config["BLOCK_O"]), triton.cdiv(inputs, config["BLOCK_I"])),
         config,
-        g=g,
-        x=x,
+        g=Matrix.of(g),
+        x=Matrix.of(x),
         out=out,
         order=order,
-        **route_arguments(ids, strength),
-        **table_arguments(row_weights=row_weights, col_weights=col_weights),
+        routing=Routing.of(ids, strength),
+        row_weights=Weights.of(row_weights),
+        col_weights=Weights.of(col_weights),
         num_tokens=g.shape[0],
         num_outputs=outputs,
         num_inputs=inputs,
-        **strides("g", g, "to"),
-        **strides("x", x, "ti"),
         PRECISION=dot_precision(),
     )
     return out
@@ -207,22 +180,15 @@ def weight_grad_op(
 
 @triton.jit
 def input_grad_kernel(
-    g,  # [T, O]
-    weight,  # [O, I]
+    g,  # Matrix [T, O]
+    weight,  # Matrix [O, I]
     out,  # [T, I]
-    ids,  # [T]
     order,  # [T], tokens sorted by route
-    strength,
-    strength_stride,
-    table,
-    table_cols: tl.constexpr,
+    routing,
+    table,  # Weights
     num_tokens,
     num_outputs,
     num_inputs,
-    g_stride_t,
-    g_stride_o,
-    weight_stride_o,
-    weight_stride_i,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -233,22 +199,14 @@ def input_grad_kernel(
     inputs = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
     present, inside = positions < num_tokens, inputs < num_inputs
     rows = tl.load(order + positions, mask=present, other=0).to(tl.int64)
-    routes = tl.load(ids + rows, mask=present, other=0)
-    s = load_strength(strength, strength_stride, rows, present)
-    m = load_weights(table, table_cols, strength, s, routes, present, inputs, inside)
+    m = load_weights(table, routing, load_tokens(routing, rows, present), inputs, inside)
     total = tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32)
     if tl.max((m != 0.0).to(tl.int32)) > 0:
         for start in range(0, num_outputs, BLOCK_O):
             outputs = (start + tl.arange(0, BLOCK_O)).to(tl.int64)
-            g_tile = tl.load(
-                g + rows[:, None] * g_stride_t + outputs[None, :] * g_stride_o,
-                mask=present[:, None] & (outputs < num_outputs)[None, :],
-                other=0.0,
-            )
-            weight_tile = tl.load(
-                weight + outputs[:, None] * weight_stride_o + inputs[None, :] * weight_stride_i,
-                mask=(outputs < num_outputs)[:, None] & inside[None, :],
-                other=0.0,
+            g_tile = load_tile(g, rows, outputs, present[:, None] & (outputs < num_outputs)[None, :])
+            weight_tile = load_tile(
+                weight, outputs, inputs, (outputs < num_outputs)[:, None] & inside[None, :]
             )
             total = dot(g_tile, weight_tile, total, PRECISION)
     total = m * tl.where(m == 0.0, 0.0, total)
@@ -281,17 +239,15 @@ def input_grad_op(
         input_grad_kernel,
         (triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(inputs, config["BLOCK_I"])),
         config,
-        g=g,
-        weight=weight,
+        g=Matrix.of(g),
+        weight=Matrix.of(weight),
         out=out,
         order=order,
-        **route_arguments(ids, strength),
-        **table_arguments(table=table),
+        routing=Routing.of(ids, strength),
+        table=Weights.of(table),
         num_tokens=tokens,
         num_outputs=outputs,
         num_inputs=inputs,
-        **strides("g", g, "to"),
-        **strides("weight", weight, "oi"),
         PRECISION=dot_precision(),
     )
     return out

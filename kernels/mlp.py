@@ -1,6 +1,8 @@
 """The activation's backward with every mask of an MLP folded in, and the bias gradient on the way."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,38 +13,39 @@ from ..primitives.arguments import MIDDLE_SCHEMA, Middle, wanted
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .activations import value_and_derivative
-from .launch import config_of, launch, route_arguments, strides, table_arguments
-from .tiles import load_strength, masked, rounded
+from .launch import config_of, launch
+from .linear import TOKENS_PER_PARTIAL
+from .masks import Routing, Weights, load_tokens, masked
+from .matrices import Matrix, load_tile
+from .rounding import rounded
 
-TOKENS_PER_PARTIAL = 512  # of a bias gradient's first stage
+
+class ActivationMasks(NamedTuple):
+    """The masks of an MLP's activations as kernels take them: Weights or None each."""
+
+    pre: Any
+    hidden: Any
+    forward: Any
+    update_out: Any
+    update_in: Any
+
+    @staticmethod
+    def of(tables: dict[str, Tensor | None]) -> ActivationMasks:
+        """The argument for the tables' weights by name."""
+        return ActivationMasks(**{name: Weights.of(table) for name, table in tables.items()})
 
 
 @triton.jit
 def activation_bwd_kernel(
-    dz,  # [T, F] or None
-    a,  # [T, F]
+    dz,  # Matrix [T, F] or None
+    a,  # Matrix [T, F]
     da,  # [T, F] or None
     z,  # [T, F] or None
     partial,  # [ceil(T / TOKENS), F] fp32 or None
-    ids,  # [T]
-    strength,
-    strength_stride,
-    pre,
-    pre_cols: tl.constexpr,
-    hidden,
-    hidden_cols: tl.constexpr,
-    forward,
-    forward_cols: tl.constexpr,
-    update_out,
-    update_out_cols: tl.constexpr,
-    update_in,
-    update_in_cols: tl.constexpr,
+    routing,
+    masks,  # ActivationMasks
     num_tokens,
     num_features,
-    dz_stride_t,
-    dz_stride_f,
-    a_stride_t,
-    a_stride_f,
     ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -60,30 +63,22 @@ def activation_bwd_kernel(
         rows = first + start + tl.arange(0, BLOCK_T)
         present = rows < num_tokens
         valid = present[:, None] & inside[None, :]
-        routes = tl.load(ids + rows, mask=present, other=0)
-        s = load_strength(strength, strength_stride, rows, present)
+        tokens = load_tokens(routing, rows, present)
         out = rows[:, None] * num_features + features[None, :]
-        a_tile = tl.load(
-            a + rows[:, None] * a_stride_t + features[None, :] * a_stride_f, mask=valid, other=0.0
-        )
+        a_tile = load_tile(a, rows, features, valid)
         value, derivative = value_and_derivative(a_tile.to(tl.float32), ACTIVATION)
         if z is not None:
-            z_tile = masked(value, forward, forward_cols, strength, s, routes, present, features, inside)
-            z_tile = masked(
-                z_tile, update_out, update_out_cols, strength, s, routes, present, features, inside
-            )
+            z_tile = masked(value, masks.forward, routing, tokens, features, inside)
+            z_tile = masked(z_tile, masks.update_out, routing, tokens, features, inside)
             tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
         if dz is not None:
-            g = tl.load(
-                dz + rows[:, None] * dz_stride_t + features[None, :] * dz_stride_f, mask=valid, other=0.0
-            )
-            g = g.to(tl.float32)
-            g = masked(g, forward, forward_cols, strength, s, routes, present, features, inside)
-            g = masked(g, hidden, hidden_cols, strength, s, routes, present, features, inside)
-            g = masked(g * derivative, pre, pre_cols, strength, s, routes, present, features, inside)
+            g = load_tile(dz, rows, features, valid).to(tl.float32)
+            g = masked(g, masks.forward, routing, tokens, features, inside)
+            g = masked(g, masks.hidden, routing, tokens, features, inside)
+            g = masked(g * derivative, masks.pre, routing, tokens, features, inside)
             tl.store(da + out, rounded(g, da.dtype.element_ty), mask=valid)
             if partial is not None:
-                g = masked(g, update_in, update_in_cols, strength, s, routes, present, features, inside)
+                g = masked(g, masks.update_in, routing, tokens, features, inside)
                 total += tl.sum(g, axis=0)
     if partial is not None:
         tl.store(
@@ -130,17 +125,15 @@ def activation_backward_op(
         activation_bwd_kernel,
         (programs, triton.cdiv(features, config["BLOCK_F"])),
         config,
-        dz=dz,
-        a=a,
+        dz=Matrix.of(dz),
+        a=Matrix.of(a),
         da=da if want_grad else None,
         z=z if want_z else None,
         partial=partial if want_bias else None,
-        **route_arguments(middle.ids, middle.strength),
-        **table_arguments(**middle.tables),
+        routing=Routing.of(middle.ids, middle.strength),
+        masks=ActivationMasks.of(middle.tables),
         num_tokens=tokens,
         num_features=features,
-        **strides("dz", a if dz is None else dz, "tf"),
-        **strides("a", a, "tf"),
         ACTIVATION=middle.activation,
         TOKENS=tokens_per_program,
     )

@@ -15,8 +15,10 @@ from ..primitives.arguments import NORM_SCHEMA, NormArguments, tokens_of, wanted
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
-from .launch import config_of, launch, route_arguments, strides, table_arguments
-from .tiles import load_strength, masked, rounded
+from .launch import config_of, launch
+from .masks import Routing, Weights, load_tokens, masked
+from .matrices import Matrix, load_tile
+from .rounding import rounded
 
 # Rows up to this long stay in registers: 16 warps have 128 registers a thread, and compiled for sm_80, sm_90 and sm_100
 # twice as long rows spill on one chip or another. Half of it where x or dy is fp32, where a bias is summed too, and
@@ -24,16 +26,15 @@ from .tiles import load_strength, masked, rounded
 # chunks.
 MAX_ROW_IN_REGISTERS = 8192
 MAX_WARPS = 16
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS_PER_MULTIPROCESSOR = 65536
 
 # Each program costs a row of partial sums, so there are only as many as a chip keeps busy.
 WARPS_PER_MULTIPROCESSOR = 32
 
 
 @triton.jit
-def _load(pointer, stride_t, stride_f, rows, features, valid):  # [BLOCK_T, BLOCK_F] fp32
-    tile = tl.load(pointer + rows[:, None] * stride_t + features[None, :] * stride_f, mask=valid, other=0.0)
-    return tile.to(tl.float32)
+def _load(matrix, rows, features, valid):  # [BLOCK_T, BLOCK_F] fp32
+    return load_tile(matrix, rows, features, valid).to(tl.float32)
 
 
 @triton.jit
@@ -44,25 +45,18 @@ def _load_scale(weight, offset, features, num_features):  # [1, BLOCK_F] fp32
 
 @triton.jit
 def norm_bwd_kernel(
-    dy,  # [T, D]
-    x,  # [T, D]
+    dy,  # Matrix [T, D]
+    x,  # Matrix [T, D]
     weight,  # [D], or None where dx is not wanted
     dx,  # [T, D] or None
     weight_partial,  # [programs, D] fp32 or None
     bias_partial,  # [programs, D] fp32 or None
-    ids,  # [T]
-    strength,
-    strength_stride,
-    update,
-    update_cols: tl.constexpr,
+    routing,
+    update,  # Weights or None
     num_tokens,
     num_features,
     eps,
     offset,
-    dy_stride_t,
-    dy_stride_f,
-    x_stride_t,
-    x_stride_f,
     CENTERED: tl.constexpr,
     ROUND_X_HAT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -78,23 +72,20 @@ def norm_bwd_kernel(
         rows = start + tl.arange(0, BLOCK_T)
         present = rows < num_tokens
         valid = present[:, None] & inside[None, :]
-        routes = tl.load(ids + rows, mask=present, other=0)
-        s = load_strength(strength, strength_stride, rows, present)
-        x_hat = _load(x, x_stride_t, x_stride_f, rows, features, valid)
+        tokens = load_tokens(routing, rows, present)
+        x_hat = _load(x, rows, features, valid)
         if CENTERED:
             x_hat = tl.where(valid, x_hat - tl.sum(x_hat, axis=1)[:, None] / num_features, 0.0)
         rstd = tl.rsqrt(tl.sum(x_hat * x_hat, axis=1)[:, None] / num_features + eps)
         x_hat = tl.where(valid, x_hat * rstd, 0.0)
-        g = _load(dy, dy_stride_t, dy_stride_f, rows, features, valid)
+        g = _load(dy, rows, features, valid)
         if weight_partial is not None:
             x_seen = x_hat
             if ROUND_X_HAT:
-                x_seen = rounded(x_hat, x.dtype.element_ty).to(tl.float32)
-            weight_total += masked(
-                g * x_seen, update, update_cols, strength, s, routes, present, features, inside
-            )
+                x_seen = rounded(x_hat, x.pointer.dtype.element_ty).to(tl.float32)
+            weight_total += masked(g * x_seen, update, routing, tokens, features, inside)
         if bias_partial is not None:
-            bias_total += masked(g, update, update_cols, strength, s, routes, present, features, inside)
+            bias_total += masked(g, update, routing, tokens, features, inside)
         if dx is not None:
             dx_hat = g * _load_scale(weight, offset, features, num_features)
             if CENTERED:
@@ -111,25 +102,18 @@ def norm_bwd_kernel(
 
 @triton.jit
 def norm_bwd_chunked_kernel(
-    dy,  # [T, D]
-    x,  # [T, D]
+    dy,  # Matrix [T, D]
+    x,  # Matrix [T, D]
     weight,  # [D], or None where dx is not wanted
     dx,  # [T, D] or None
     weight_partial,  # [programs, D] fp32 or None
     bias_partial,  # [programs, D] fp32 or None
-    ids,  # [T]
-    strength,
-    strength_stride,
-    update,
-    update_cols: tl.constexpr,
+    routing,
+    update,  # Weights or None
     num_tokens,
     num_features,
     eps,
     offset,
-    dy_stride_t,
-    dy_stride_f,
-    x_stride_t,
-    x_stride_f,
     CENTERED: tl.constexpr,
     ROUND_X_HAT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -140,14 +124,13 @@ def norm_bwd_chunked_kernel(
     for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         present = rows < num_tokens
-        routes = tl.load(ids + rows, mask=present, other=0)
-        s = load_strength(strength, strength_stride, rows, present)
+        tokens = load_tokens(routing, rows, present)
         mean = tl.zeros([BLOCK_T, 1], dtype=tl.float32)
         if CENTERED:
             for chunk in range(0, num_features, BLOCK_F):
                 features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
                 valid = present[:, None] & (features < num_features)[None, :]
-                mean += tl.sum(_load(x, x_stride_t, x_stride_f, rows, features, valid), axis=1)[:, None]
+                mean += tl.sum(_load(x, rows, features, valid), axis=1)[:, None]
             mean = mean / num_features
         squares = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ (x - mean)²
         total = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ dx̂
@@ -156,11 +139,11 @@ def norm_bwd_chunked_kernel(
             features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
             inside = features < num_features
             valid = present[:, None] & inside[None, :]
-            centered = _load(x, x_stride_t, x_stride_f, rows, features, valid) - mean
+            centered = _load(x, rows, features, valid) - mean
             centered = tl.where(valid, centered, 0.0)
             squares += tl.sum(centered * centered, axis=1)[:, None]
             if dx is not None:
-                dx_hat = _load(dy, dy_stride_t, dy_stride_f, rows, features, valid)
+                dx_hat = _load(dy, rows, features, valid)
                 dx_hat *= _load_scale(weight, offset, features, num_features)
                 total += tl.sum(dx_hat, axis=1)[:, None]
                 projection += tl.sum(dx_hat * centered, axis=1)[:, None]
@@ -171,22 +154,20 @@ def norm_bwd_chunked_kernel(
             features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
             inside = features < num_features
             valid = present[:, None] & inside[None, :]
-            centered = _load(x, x_stride_t, x_stride_f, rows, features, valid) - mean
+            centered = _load(x, rows, features, valid) - mean
             x_hat = tl.where(valid, centered * rstd, 0.0)
-            g = _load(dy, dy_stride_t, dy_stride_f, rows, features, valid)
+            g = _load(dy, rows, features, valid)
             partial = tl.program_id(0).to(tl.int64) * num_features + features
             summed = inside & (start > first)  # by the earlier tiles of this program
             if weight_partial is not None:
                 x_seen = x_hat
                 if ROUND_X_HAT:
-                    x_seen = rounded(x_hat, x.dtype.element_ty).to(tl.float32)
-                product = masked(
-                    g * x_seen, update, update_cols, strength, s, routes, present, features, inside
-                )
+                    x_seen = rounded(x_hat, x.pointer.dtype.element_ty).to(tl.float32)
+                product = masked(g * x_seen, update, routing, tokens, features, inside)
                 earlier = tl.load(weight_partial + partial, mask=summed, other=0.0)
                 tl.store(weight_partial + partial, earlier + tl.sum(product, axis=0), mask=inside)
             if bias_partial is not None:
-                product = masked(g, update, update_cols, strength, s, routes, present, features, inside)
+                product = masked(g, update, routing, tokens, features, inside)
                 earlier = tl.load(bias_partial + partial, mask=summed, other=0.0)
                 tl.store(bias_partial + partial, earlier + tl.sum(product, axis=0), mask=inside)
             if dx is not None:
@@ -234,20 +215,18 @@ def norm_backward_op(
         kernel,
         (programs,),
         config,
-        dy=dy,
-        x=x,
+        dy=Matrix.of(dy),
+        x=Matrix.of(x),
         weight=None if weight is None else weight.contiguous(),
         dx=dx if want_dx else None,
         weight_partial=weight_partial if want_weight else None,
         bias_partial=bias_partial if want_bias else None,
-        **route_arguments(ids, strength),
-        **table_arguments(update=update),
+        routing=Routing.of(ids, strength),
+        update=Weights.of(update),
         num_tokens=tokens,
         num_features=features,
         eps=eps,
         offset=offset,
-        **strides("dy", dy, "tf"),
-        **strides("x", x, "tf"),
         CENTERED=centered,
         ROUND_X_HAT=round_x_hat,
     )
@@ -278,7 +257,7 @@ def _whole_rows(features: int, device: torch.device) -> tuple[triton.JITFunction
     block_f = max(16, triton.next_power_of_2(features))
     block_t = max(1, shipped["ELEMENTS"] // block_f)
     num_warps = min(MAX_WARPS, block_t * block_f // shipped["ELEMENTS_PER_WARP"])
-    maxnreg = min(255, REGISTERS // (32 * num_warps))
+    maxnreg = min(255, REGISTERS_PER_MULTIPROCESSOR // (32 * num_warps))
     return norm_bwd_kernel, {
         "BLOCK_T": block_t,
         "BLOCK_F": block_f,

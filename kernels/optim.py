@@ -9,34 +9,25 @@ from torch import Tensor
 
 from ..primitives.arguments import ADAMW_SCHEMA, AdamWOptions
 from ..primitives.registration import kernel_op
-from .launch import config_of, launch, strides
-from .tiles import rounded
+from .launch import config_of, launch
+from .matrices import Matrix, load_tile, pointers
+from .rounding import rounded
 
-# Of a tile, unless it is of one row.
-MOST_COLUMNS = 256
+# Most columns of a tile with several rows.
+MAX_COLUMNS = 256
 
 
 @triton.jit
 def adamw_step_kernel(
-    p,  # [N, M]
-    g,  # [N, M]
-    m,  # [N, M], the mean of g
-    v,  # [N, M], the mean of g²
-    v_max,  # [N, M] or None, the largest v
+    p,  # Matrix [N, M]
+    g,  # Matrix [N, M]
+    m,  # Matrix [N, M], the mean of g
+    v,  # Matrix [N, M], the mean of g²
+    v_max,  # Matrix [N, M] or None, the largest v
     factors,  # [4, blocks]
+    factors_stride,
     num_rows,
     num_cols,
-    p_stride_n,
-    p_stride_m,
-    g_stride_n,
-    g_stride_m,
-    m_stride_n,
-    m_stride_m,
-    v_stride_n,
-    v_stride_m,
-    v_max_stride_n,
-    v_max_stride_m,
-    factors_stride,
     beta2,
     average_weight,  # 1 - β₁
     square_weight,  # 1 - β₂
@@ -64,12 +55,9 @@ def adamw_step_kernel(
     scale = tl.load(factors + 2 * stride + blocks, mask=present, other=1.0)
     touched = here & there & (tl.load(factors + 3 * stride + blocks, mask=present, other=0.0) != 0.0)
 
-    p_at = p + rows[:, None] * p_stride_n + cols[None, :] * p_stride_m
-    g_at = g + rows[:, None] * g_stride_n + cols[None, :] * g_stride_m
-    m_at = m + rows[:, None] * m_stride_n + cols[None, :] * m_stride_m
-    v_at = v + rows[:, None] * v_stride_n + cols[None, :] * v_stride_m
+    p_at, m_at, v_at = pointers(p, rows, cols), pointers(m, rows, cols), pointers(v, rows, cols)
     p_tile = tl.load(p_at, mask=touched, other=0.0).to(tl.float32)
-    g_tile = tl.load(g_at, mask=touched, other=0.0).to(tl.float32) * sign
+    g_tile = load_tile(g, rows, cols, touched).to(tl.float32) * sign
     m_tile = tl.load(m_at, mask=touched, other=0.0).to(tl.float32)
     v_tile = tl.load(v_at, mask=touched, other=0.0).to(tl.float32)
 
@@ -83,16 +71,16 @@ def adamw_step_kernel(
     v_tile = beta2 * v_tile + square_weight * g_tile * g_tile
     square = v_tile
     if v_max is not None:
-        v_max_at = v_max + rows[:, None] * v_max_stride_n + cols[None, :] * v_max_stride_m
+        v_max_at = pointers(v_max, rows, cols)
         square = tl.maximum(
             tl.load(v_max_at, mask=touched, other=0.0).to(tl.float32), square, tl.PropagateNan.ALL
         )
-        tl.store(v_max_at, rounded(square, v_max.dtype.element_ty), mask=touched)
+        tl.store(v_max_at, rounded(square, v_max.pointer.dtype.element_ty), mask=touched)
     denominator = tl.sqrt_rn(square) * scale + eps
     p_tile = p_tile * decay - tl.div_rn(size * m_tile, denominator)
-    tl.store(p_at, rounded(p_tile, p.dtype.element_ty), mask=touched)
-    tl.store(m_at, rounded(m_tile, m.dtype.element_ty), mask=touched)
-    tl.store(v_at, rounded(v_tile, v.dtype.element_ty), mask=touched)
+    tl.store(p_at, rounded(p_tile, p.pointer.dtype.element_ty), mask=touched)
+    tl.store(m_at, rounded(m_tile, m.pointer.dtype.element_ty), mask=touched)
+    tl.store(v_at, rounded(v_tile, v.pointer.dtype.element_ty), mask=touched)
 
 
 def adamw_step(
@@ -129,20 +117,15 @@ def adamw_step_op(
         adamw_step_kernel,
         grid,
         config,
-        p=parameter,
-        g=gradient,
-        m=exp_avg,
-        v=exp_avg_sq,
-        v_max=max_exp_avg_sq,
+        p=Matrix.of(parameter),
+        g=Matrix.of(gradient),
+        m=Matrix.of(exp_avg),
+        v=Matrix.of(exp_avg_sq),
+        v_max=Matrix.of(max_exp_avg_sq),
         factors=factors,
+        factors_stride=factors.stride(0),
         num_rows=rows,
         num_cols=cols,
-        **strides("p", parameter, "nm"),
-        **strides("g", gradient, "nm"),
-        **strides("m", exp_avg, "nm"),
-        **strides("v", exp_avg_sq, "nm"),
-        **strides("v_max", exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq, "nm"),
-        factors_stride=factors.stride(0),
         beta2=options.beta2,
         average_weight=1 - options.beta1,
         square_weight=1 - options.beta2,
@@ -155,6 +138,6 @@ def adamw_step_op(
 
 def _config(rows: int, cols: int, device: torch.device) -> dict[str, int]:
     shipped = config_of(adamw_step_kernel, device)
-    block_m = min(triton.next_power_of_2(cols), shipped["ELEMENTS"] if rows == 1 else MOST_COLUMNS)
+    block_m = min(triton.next_power_of_2(cols), shipped["ELEMENTS"] if rows == 1 else MAX_COLUMNS)
     block_n = max(1, shipped["ELEMENTS"] // block_m)
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "num_warps": shipped["num_warps"]}

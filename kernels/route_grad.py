@@ -8,25 +8,20 @@ from ..primitives.arguments import tokens_of
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
-from .launch import config_of, launch, route_arguments, strides, table_arguments
-from .tiles import load_strength, load_weights, rounded
+from .launch import config_of, launch
+from .masks import Routing, Weights, load_tokens, load_weights
+from .matrices import Matrix, load_tile, pointers
+from .rounding import rounded
 
 
 @triton.jit
 def masked_product_kernel(
-    g,  # [T, F]
-    out,  # [T, F], g itself where IN_PLACE
-    ids,  # [T]
-    strength,
-    strength_stride,
+    g,  # Matrix [T, F]
+    out,  # Matrix [T, F], g itself where IN_PLACE
+    routing,
     weights,
-    weights_cols: tl.constexpr,
     num_tokens,
     num_features,
-    g_stride_t,
-    g_stride_f,
-    out_stride_t,
-    out_stride_f,
     IN_PLACE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -35,17 +30,13 @@ def masked_product_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     present, inside = rows < num_tokens, features < num_features
-    routes = tl.load(ids + rows, mask=present, other=0)
-    s = load_strength(strength, strength_stride, rows, present)
-    m = load_weights(weights, weights_cols, strength, s, routes, present, features, inside)
+    m = load_weights(weights, routing, load_tokens(routing, rows, present), features, inside)
     changed = present[:, None] & inside[None, :]
     if IN_PLACE:
         changed = changed & (m != 1.0)
-    g_tile = tl.load(
-        g + rows[:, None] * g_stride_t + features[None, :] * g_stride_f, mask=changed & (m != 0.0), other=0.0
-    )
-    product = rounded(m * g_tile.to(tl.float32), out.dtype.element_ty)
-    tl.store(out + rows[:, None] * out_stride_t + features[None, :] * out_stride_f, product, mask=changed)
+    g_tile = load_tile(g, rows, features, changed & (m != 0.0))
+    product = rounded(m * g_tile.to(tl.float32), out.pointer.dtype.element_ty)
+    tl.store(pointers(out, rows, features), product, mask=changed)
 
 
 def masked_product(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
@@ -83,13 +74,11 @@ def _launch(
         masked_product_kernel,
         grid,
         config,
-        g=g,
-        out=out,
-        **route_arguments(ids, strength),
-        **table_arguments(weights=weights),
+        g=Matrix.of(g),
+        out=Matrix.of(out),
+        routing=Routing.of(ids, strength),
+        weights=Weights.of(weights),
         num_tokens=tokens,
         num_features=features,
-        **strides("g", g, "tf"),
-        **strides("out", out, "tf"),
         IN_PLACE=in_place,
     )

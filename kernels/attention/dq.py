@@ -1,0 +1,202 @@
+"""dQ: a program sums the gradients of one tile of queries over the keys that it sees."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch
+from ..matrices import Matrix
+from ..rounding import dot, rounded
+from .arguments import Call, Queries
+from .configurations import attention_config, constants, edges_variant
+from .edges import edged
+from .loads import Heads, head_weights, load_rows, masked_rows, of_head, store_rows
+from .softmax import LOG2_E
+from .tiles import TileLists
+from .visibility import is_key, seen_keys, tiles_of_keys
+
+
+def query_gradients(call: Call, queries: Queries, lists: TileLists | None, config: dict[str, int]) -> Tensor:
+    """dQ `[B, H, S, D]`."""
+    batch, heads, length, _ = call.q.shape
+    dq = torch.empty_like(call.q)
+    launch(
+        attention_dq_kernel,
+        (triton.cdiv(length, config["BLOCK_Q"]) * batch * heads,),
+        config,
+        queries=queries,
+        k=Heads.of(call.k),
+        v=Heads.of(call.v),
+        dq=Heads.of(dq),
+        routing=call.routing,
+        query=call.query,
+        score_edges=call.score_edges,
+        lists=lists,
+        visibility=call.visibility,
+        key_mask=call.key_mask,
+        scale=call.scale,
+        num_heads=heads,
+        group=heads // call.k.shape[1],
+        IS_BINARY=call.is_binary,
+        **constants(call.q),
+    )
+    return dq
+
+
+def dq_config(call: Call) -> dict[str, int]:
+    """The configuration by the scores' edges alone."""
+    levels = [] if call.score_edges is None else [call.score_edges.levels.value]
+    return attention_config(attention_dq_kernel, call.q, edges_variant(*levels))
+
+
+@triton.jit
+def attention_dq_kernel(
+    queries,  # Queries
+    k,  # Heads [B, G, S, D]
+    v,  # Heads [B, G, S, D]
+    dq,  # Heads [B, H, S, D]
+    routing,  # Routing of [B * S]
+    query,  # Weights [R, H] or None
+    score_edges,  # Edges or None
+    lists,  # TileLists of tiles of queries, one for all heads, or None
+    visibility,  # Visibility
+    key_mask,  # [B, S] int8 or None
+    scale,
+    num_heads,
+    group,
+    HEAD_DIM: tl.constexpr,
+    IS_BINARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dq = m_query ⊙ scale (E_score ⊙ dS) k of one tile of queries, over the keys it sees."""
+    num_queries, num_keys = visibility.num_queries, visibility.num_keys
+    num_tiles = tl.cdiv(num_queries, BLOCK_Q)
+    entry = tl.program_id(0) // num_tiles
+    start = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_Q
+    batch = (entry // num_heads).to(tl.int64)
+    head = (entry % num_heads).to(tl.int64)
+    rows = start + tl.arange(0, BLOCK_Q)
+    present = rows < num_queries
+    tokens = batch * num_queries + rows
+    row = entry.to(tl.int64) * num_queries + rows
+    m = head_weights(query, routing, tokens, present, head)
+    weight = present.to(tl.float32)
+    if queries.weights is not None:
+        weight = tl.load(queries.weights + row, mask=present, other=0.0)
+    begin, end, whole, rest = tiles_of_keys(start, visibility, BLOCK_Q, BLOCK_K)
+    if key_mask is not None:
+        key_mask += batch * num_keys
+        whole = end
+        rest = end
+    is_live = (tl.max(tl.abs(m)) > 0.0) & (tl.max(tl.abs(weight)) > 0.0)
+    end = tl.where(is_live, end, begin)
+    whole = tl.where(is_live, whole, begin)
+    rest = tl.where(is_live, rest, begin)
+    q_head = Matrix(of_head(queries.q, batch, head), queries.q.stride_s, queries.q.stride_d)
+    dz_head = Matrix(of_head(queries.dz, batch, head), queries.dz.stride_s, queries.dz.stride_d)
+    own = (
+        load_rows(q_head, start, present, HEAD_DIM, BLOCK_Q, BLOCK_D),
+        load_rows(dz_head, start, weight != 0.0, HEAD_DIM, BLOCK_Q, BLOCK_D),
+        tl.load(queries.lse + row, mask=present, other=float("inf")) * LOG2_E,
+        tl.load(queries.delta + row, mask=present, other=0.0),
+        weight,
+        tokens,
+        present,
+        seen_keys(rows, visibility),
+    )
+    other = (
+        Matrix(of_head(k, batch, head // group), k.stride_s, k.stride_d),
+        Matrix(of_head(v, batch, head // group), v.stride_s, v.stride_d),
+        routing.ids,
+        key_mask,
+        batch * num_keys,
+        num_keys,
+    )
+    dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    if lists is None:
+        for tile in range(whole, rest):
+            dq_tile = _add_keys(
+                dq_tile,
+                tile * BLOCK_K,
+                own,
+                other,
+                score_edges,
+                scale,
+                False,
+                HEAD_DIM,
+                IS_BINARY,
+                PRECISION,
+                BLOCK_K,
+                BLOCK_D,
+            )
+        before = whole - begin
+        steps = before + end - rest
+        listed = 0
+    else:
+        listed = batch * num_tiles + start // BLOCK_Q
+        before = 0
+        steps = tl.where(is_live, tl.load(lists.counts + listed), 0)
+        listed *= tl.cdiv(num_keys, BLOCK_K)
+    for index in range(steps):
+        if lists is None:
+            tile = tl.where(index < before, begin + index, rest + index - before)
+        else:
+            tile = tl.load(lists.tiles + listed + index).to(tl.int32)
+        dq_tile = _add_keys(
+            dq_tile,
+            tile * BLOCK_K,
+            own,
+            other,
+            score_edges,
+            scale,
+            True,
+            HEAD_DIM,
+            IS_BINARY,
+            PRECISION,
+            BLOCK_K,
+            BLOCK_D,
+        )
+    dq_head = Matrix(of_head(dq, batch, head), dq.stride_s, dq.stride_d)
+    store_rows(dq_head, start, present, masked_rows(scale * dq_tile, m, query), HEAD_DIM, BLOCK_Q, BLOCK_D)
+
+
+@triton.jit
+def _add_keys(
+    dq,  # [BLOCK_Q, BLOCK_D] fp32, the sum so far
+    start,
+    own,  # the queries: q, dz [BLOCK_Q, BLOCK_D], lse in base 2, delta, weights, tokens, presence, the keys they see
+    other,  # a head's keys: k and v (Matrix [S, D]), ids, key mask, first token, how many keys there are
+    score_edges,
+    scale,
+    PARTIAL: tl.constexpr,  # whether some query may not see some key of the tile
+    HEAD_DIM: tl.constexpr,
+    IS_BINARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds to dq what the keys of one tile give."""
+    q_tile, dz_tile, log_sum, delta, weight, tokens, present, seen = own
+    k, v, ids, key_mask, first_token, num_keys = other
+    first, stop = seen
+    keys = start + tl.arange(0, BLOCK_K)
+    k_tile = load_rows(k, start, keys < num_keys, HEAD_DIM, BLOCK_K, BLOCK_D)
+    v_tile = load_rows(v, start, keys < num_keys, HEAD_DIM, BLOCK_K, BLOCK_D)
+    p = tl.exp2(dot(q_tile, tl.trans(k_tile), None, PRECISION) * (scale * LOG2_E) - log_sum[:, None])
+    if PARTIAL:
+        is_seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < stop[:, None])
+        p = tl.where(is_seen & is_key(key_mask, keys, num_keys)[None, :], p, 0.0)
+    dp = dot(dz_tile, tl.trans(v_tile), None, PRECISION)
+    if not IS_BINARY:
+        dp *= weight[:, None]
+    ds = p * (dp - delta[:, None])
+    if score_edges is not None:
+        key_routes = tl.load(ids + first_token + keys, mask=keys < num_keys, other=0)
+        ds = edged(ds, score_edges, tokens, present, key_routes, False)
+    return dot(rounded(ds, k_tile.dtype), k_tile, dq, PRECISION)

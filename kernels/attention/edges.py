@@ -1,0 +1,84 @@
+"""Edges between routes: the product with a table of edges, by tests of bits or by gathered weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Edges(NamedTuple):
+    """A table of edges as kernels take it, see gradroute's EdgeBits.
+
+    Attributes:
+        bits: `[levels, B * S]` has for each query token a bit per key's route; where a level's bit is set the edge is
+            values[level]. Without levels: the ids `[B * S]`.
+        values: `[levels]`, or None where the only value is 1. Without levels: the table `[R, R]`.
+        levels: a constant, how many levels there are; 0: weights are gathered.
+        num_routes: R.
+        num_tokens: B * S.
+    """
+
+    bits: Any
+    values: Any
+    levels: Any
+    num_routes: Any
+    num_tokens: Any
+
+    @staticmethod
+    def of(
+        bits: Tensor | None, values: Tensor | None, levels: int, num_routes: int, num_tokens: int
+    ) -> Edges | None:
+        """The argument for a table's bits, or None where there are none: every edge is 1."""
+        if bits is None:
+            return None
+        return Edges(bits, values, tl.constexpr(levels), num_routes, num_tokens)
+
+
+@triton.jit
+def edged(
+    x,  # [queries, keys], or [keys, queries] where BY_KEY
+    edges,  # Edges, or None: x itself comes back
+    tokens,  # [queries]
+    present,  # [queries], which of them exist
+    key_routes,  # [keys]
+    BY_KEY: tl.constexpr,
+):
+    """E ⊙ x, exactly 0 where E is 0 whatever x is."""
+    if edges is not None:
+        if edges.levels == 1:
+            row = tl.load(edges.bits + tokens, mask=present, other=0)
+            if edges.values is not None:
+                x *= tl.load(edges.values)
+            x = tl.where(_has_edge(row, key_routes, BY_KEY), x, 0.0)
+        else:
+            e = tl.zeros(x.shape, dtype=tl.float32)
+            if edges.levels == 0:
+                row = tl.load(edges.bits + tokens, mask=present, other=0) * edges.num_routes
+                e = tl.load(edges.values + _outer(row, key_routes, BY_KEY))
+            for level in tl.static_range(edges.levels):
+                row = tl.load(edges.bits + level * edges.num_tokens + tokens, mask=present, other=0)
+                e = tl.where(_has_edge(row, key_routes, BY_KEY), tl.load(edges.values + level), e)
+            x = e * tl.where(e == 0.0, 0.0, x)
+    return x
+
+
+@triton.jit
+def _has_edge(row_bits, key_routes, BY_KEY: tl.constexpr):
+    routes = key_routes.to(row_bits.dtype)
+    if BY_KEY:
+        bit = row_bits[None, :] >> routes[:, None]
+    else:
+        bit = row_bits[:, None] >> routes[None, :]
+    return (bit & 1) != 0
+
+
+@triton.jit
+def _outer(row, key_routes, BY_KEY: tl.constexpr):
+    if BY_KEY:
+        both = row[None, :] + key_routes[:, None]
+    else:
+        both = row[:, None] + key_routes[None, :]
+    return both

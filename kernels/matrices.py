@@ -1,0 +1,45 @@
+"""Matrices as kernels take them: a pointer with its strides.
+
+Kernels take what belongs together as one tuple. Triton specialises each element of a tuple as it does an argument:
+pointers and strides that are multiples of 16 keep their wide accesses, 1 and None become constants. The accesses of
+one kernel with tuples and without are compared in tests/build/test_offline.py. Two rules follow from Triton 3.6: a
+number that must be a constant is wrapped in tl.constexpr on the host, and no device function returns a tuple that
+holds None or a constant, of which Triton 3.6 makes tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Matrix(NamedTuple):
+    """A matrix `[rows, columns]` in memory: the address of its first element and the steps in elements."""
+
+    pointer: Any
+    row_stride: Any
+    col_stride: Any
+
+    @staticmethod
+    def of(tensor: Tensor | None) -> Matrix | None:
+        """The argument for a tensor `[rows, columns]`, or None for none."""
+        return None if tensor is None else Matrix(tensor, *tensor.stride())
+
+
+@triton.jit
+def pointers(
+    matrix,
+    rows,  # [BLOCK_R]
+    columns,  # [BLOCK_C]
+):
+    """The addresses of a tile of a matrix, [BLOCK_R, BLOCK_C]."""
+    return matrix.pointer + rows[:, None] * matrix.row_stride + columns[None, :] * matrix.col_stride
+
+
+@triton.jit
+def load_tile(matrix, rows, columns, valid):
+    """The elements of a tile of a matrix that are `valid`, 0 in place of the others: [BLOCK_R, BLOCK_C]."""
+    return tl.load(pointers(matrix, rows, columns), mask=valid, other=0.0)
