@@ -23,7 +23,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 class Launch(NamedTuple):
     """A recorded launch, for compiling offline what would have run."""
 
-    kernel: Any
+    kernel: triton.JITFunction
     config: dict[str, int]
     arguments: dict[str, Any]
 
@@ -53,7 +53,7 @@ def record(architecture: int) -> Iterator[list[Launch]]:
 
 
 def config_of(
-    kernel: Any, device: torch.device, dtype: torch.dtype | None = None, variant: str = ""
+    kernel: triton.JITFunction, device: torch.device, dtype: torch.dtype | None = None, variant: str = ""
 ) -> dict[str, int]:
     """The shipped configuration of `kernel` for the device's architecture, or for the nearest older one.
 
@@ -69,7 +69,9 @@ def config_of(
     return shipped[ARCHITECTURES[0]]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
+def launch(
+    kernel: triton.JITFunction, grid: tuple[int, ...], config: dict[str, int], **arguments: Any
+) -> None:
     """Runs `kernel` on its tensors' device; nothing for tensors without data or an empty grid."""
     first = next(_tensors(arguments.values()))
     if not has_data(first):

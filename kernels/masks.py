@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,9 +18,9 @@ class Routing(NamedTuple):
         strength_stride: 1 or 0.
     """
 
-    ids: Any
-    strength: Any
-    strength_stride: Any
+    ids: Tensor | None
+    strength: Tensor | None
+    strength_stride: int
 
     @staticmethod
     def of(ids: Tensor | None, strength: Tensor | None) -> Routing:
@@ -36,8 +36,8 @@ class Weights(NamedTuple):
         cols: a constant, 1 (broadcast) or the number of features.
     """
 
-    pointer: Any
-    cols: Any
+    pointer: Tensor
+    cols: tl.constexpr
 
     @staticmethod
     def of(table: Tensor | None) -> Weights | None:
@@ -54,9 +54,9 @@ class Tokens(NamedTuple):
         present: `[BLOCK_T]`, which tokens exist.
     """
 
-    routes: Any
-    strength: Any
-    present: Any
+    routes: tl.tensor
+    strength: tl.tensor
+    present: tl.tensor
 
 
 @triton.jit

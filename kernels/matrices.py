@@ -1,15 +1,19 @@
 """Matrices as kernels take them: a pointer with its strides.
 
 Kernels take what belongs together as one tuple. Triton specialises each element of a tuple as it does an argument:
-pointers and strides that are multiples of 16 keep their wide accesses, 1 and None become constants. The accesses of
-one kernel with tuples and without are compared in tests/build/test_offline.py. Two rules follow from Triton 3.6: a
-number that must be a constant is wrapped in tl.constexpr on the host, and no device function returns a tuple that
-holds None or a constant, of which Triton 3.6 makes tensors.
+pointers and strides that are multiples of 16 keep their wide accesses, 1 and None become constants. A kernel with
+tuples and its twin without have the same accesses and registers, with Triton 3.6 and 3.7
+(tests/build/test_offline.py). On the host Triton 3.7 binds masked_product_kernel in 4.4 µs instead of 3.5, and
+attention_dkdv_kernel, of 22 arguments instead of 67, in 33 instead of 61.
+
+A number that must be a constant is wrapped in tl.constexpr on the host. No device function returns a tuple that holds
+None or a constant, of which Triton 3.6 makes tensors. No field is called `values` or `type`, which are attributes of
+Triton's own tuples.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,9 +23,9 @@ from torch import Tensor
 class Matrix(NamedTuple):
     """A matrix `[rows, columns]` in memory: the address of its first element and the steps in elements."""
 
-    pointer: Any
-    row_stride: Any
-    col_stride: Any
+    pointer: Tensor
+    row_stride: int
+    col_stride: int
 
     @staticmethod
     def of(tensor: Tensor | None) -> Matrix | None:

@@ -21,13 +21,13 @@ from .rounding import rounded
 
 
 class ActivationMasks(NamedTuple):
-    """The masks of an MLP's activations as kernels take them: Weights or None each."""
+    """The masks of an MLP's activations as kernels take them, or None each."""
 
-    pre: Any
-    hidden: Any
-    forward: Any
-    update_out: Any
-    update_in: Any
+    pre: Weights | None
+    hidden: Weights | None
+    forward: Weights | None
+    update_out: Weights | None
+    update_in: Weights | None
 
     @staticmethod
     def of(tables: dict[str, Tensor | None]) -> ActivationMasks:

@@ -14,9 +14,10 @@ import re
 import sys
 
 import cases
-import test_optim_fused
 import torch
 import triton
+import triton.language as tl
+from toolkit import test_optim_fused
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -123,28 +124,51 @@ def recorded(architecture):
 
 
 def compile_arguments(launch):
-    """The signature, constants and attributes with which the runtime would specialise this launch."""
+    """The signature, constants and attributes with which the runtime would specialise this launch.
+
+    Constants and attributes by path: the index of an argument, then those of an element in its tuples.
+    """
     signature, constants, attributes = {}, {}, {}
     values = launch.arguments | {k: v for k, v in launch.config.items() if k not in OPTIONS}
     for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = type_of(value)
-        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if isinstance(address, int) and address % 16 == 0:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        else:
+            signature[parameter.name] = specialised(value, (index,), constants, attributes)
     return signature, constants, attributes
 
 
+def specialised(value, path, constants, attributes):
+    """The type of an argument, or of an element in a tuple, in a signature; adds to constants and attributes."""
+    if isinstance(value, tuple):
+        types = [specialised(own, (*path, i), constants, attributes) for i, own in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if value is None or isinstance(value, tl.constexpr) or (type(value) is int and value == 1):
+        constants[path] = value
+        return "constexpr"
+    address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    if isinstance(address, int) and address % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return type_of(value)
+
+
 def type_of(value):
-    """The type of an argument in a signature."""
+    """The type of a number or a tensor in a signature."""
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def flat(types):
+    """The types of arguments and of the elements in their tuples."""
+    for kind in types:
+        if isinstance(kind, tuple):
+            yield from flat(kind)
+        else:
+            yield kind
 
 
 def runtime_arguments(launch, architecture):
@@ -155,7 +179,6 @@ def runtime_arguments(launch, architecture):
     _, signature, constants, attributes = kernel._pack_args(
         target, launch.config, bound, specialization, options
     )
-    constants = {kernel.arg_names[index]: value for (index,), value in constants.items()}
     return signature, constants, {index: attribute for index, attribute in attributes.items() if attribute}
 
 
@@ -179,7 +202,7 @@ def compiled(architecture, sampled):
         if key in done:
             continue
         done.add(key)
-        dtype = next(kind for kind in signature.values() if kind.startswith("*"))
+        dtype = next(kind for kind in flat(signature.values()) if kind.startswith("*"))
         kind = (launch.kernel.__name__, dtype, repr(launch.config))
         if sampled and kind in kinds and len(done) % 3:
             continue
@@ -190,7 +213,11 @@ def compiled(architecture, sampled):
         )
         yield {
             "kernel": launch.kernel.__name__,
-            "constants": {name: value for name, value in constants.items() if name.isupper()},
+            "constants": {
+                name: constants[(index,)]
+                for index, name in enumerate(launch.kernel.arg_names)
+                if name.isupper()
+            },
             "dtype": dtype,
             "options": options,
             "registers": registers,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ...primitives.attention_pattern import Pattern
 from ..masks import Routing, Weights
 from .edges import Edges
-from .loads import readable
+from .loads import Heads, readable
 from .visibility import Visibility, key_mask_of
 
 
@@ -102,6 +102,7 @@ class Call(NamedTuple):
         """The call that the op's arguments describe."""
         dz, q, k, v = map(readable, (dz, q, k, v))
         counts = (arguments.num_routes, k.shape[0] * k.shape[2])
+        heads, forward_heads, query, key, value = arguments.tables
         score_bits, score_values, value_bits, value_values = arguments.edges
         return Call(
             q,
@@ -109,7 +110,11 @@ class Call(NamedTuple):
             v,
             dz,
             Routing.of(arguments.ids, arguments.strength),
-            *map(Weights.of, arguments.tables),
+            Weights.of(heads),
+            Weights.of(forward_heads),
+            Weights.of(query),
+            Weights.of(key),
+            Weights.of(value),
             Edges.of(score_bits, score_values, arguments.levels[0], *counts),
             Edges.of(value_bits, value_values, arguments.levels[1], *counts),
             Visibility.of(q, k, arguments.pattern),
@@ -123,15 +128,15 @@ class Queries(NamedTuple):
     """What the kernels of dK, dV and dQ read of the queries.
 
     Attributes:
-        q: Heads `[B, H, S, D]`.
-        dz: Heads `[B, H, S, D]`.
+        q: `[B, H, S, D]`.
+        dz: `[B, H, S, D]`.
         lse: `[B, H, S]` fp32.
         delta: `[B, H, S]` fp32, rowsum(do ⊙ o).
         weights: `[B, H, S]` fp32, m_forward_heads ⊙ m_heads; None where all are 1.
     """
 
-    q: Any
-    dz: Any
-    lse: Any
-    delta: Any
-    weights: Any
+    q: Heads
+    dz: Heads
+    lse: Tensor
+    delta: Tensor
+    weights: Tensor | None

@@ -20,7 +20,9 @@ def constants(q: Tensor) -> dict[str, Any]:
     return {"HEAD_DIM": q.shape[3], "PRECISION": dot_precision(), "BLOCK_D": block_d(q)}
 
 
-def attention_config(kernel: Any, q: Tensor, edges: str = "", masked: bool = False) -> dict[str, int]:
+def attention_config(
+    kernel: triton.JITFunction, q: Tensor, edges: str = "", masked: bool = False
+) -> dict[str, int]:
     """The shipped configuration for q's head dimension and dtype, and, of halves, for what else needs registers."""
     variant = f".{max(64, block_d(q))}"
     if q.element_size() == 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,18 +14,18 @@ class Edges(NamedTuple):
 
     Attributes:
         bits: `[levels, B * S]` has for each query token a bit per key's route; where a level's bit is set the edge is
-            values[level]. Without levels: the ids `[B * S]`.
-        values: `[levels]`, or None where the only value is 1. Without levels: the table `[R, R]`.
+            weights[level]. Without levels: the ids `[B * S]`.
+        weights: `[levels]`, or None where the only value is 1. Without levels: the table `[R, R]`.
         levels: a constant, how many levels there are; 0: weights are gathered.
         num_routes: R.
         num_tokens: B * S.
     """
 
-    bits: Any
-    values: Any
-    levels: Any
-    num_routes: Any
-    num_tokens: Any
+    bits: Tensor
+    weights: Tensor | None
+    levels: tl.constexpr
+    num_routes: int
+    num_tokens: int
 
     @staticmethod
     def of(
@@ -50,17 +50,17 @@ def edged(
     if edges is not None:
         if edges.levels == 1:
             row = tl.load(edges.bits + tokens, mask=present, other=0)
-            if edges.values is not None:
-                x *= tl.load(edges.values)
+            if edges.weights is not None:
+                x *= tl.load(edges.weights)
             x = tl.where(_has_edge(row, key_routes, BY_KEY), x, 0.0)
         else:
             e = tl.zeros(x.shape, dtype=tl.float32)
             if edges.levels == 0:
                 row = tl.load(edges.bits + tokens, mask=present, other=0) * edges.num_routes
-                e = tl.load(edges.values + _outer(row, key_routes, BY_KEY))
+                e = tl.load(edges.weights + _outer(row, key_routes, BY_KEY))
             for level in tl.static_range(edges.levels):
                 row = tl.load(edges.bits + level * edges.num_tokens + tokens, mask=present, other=0)
-                e = tl.where(_has_edge(row, key_routes, BY_KEY), tl.load(edges.values + level), e)
+                e = tl.where(_has_edge(row, key_routes, BY_KEY), tl.load(edges.weights + level), e)
             x = e * tl.where(e == 0.0, 0.0, x)
     return x
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,11 +16,11 @@ from ..rounding import rounded
 class Heads(NamedTuple):
     """A tensor `[B, H, S, D]` in memory: the address of its first element and the steps in elements."""
 
-    pointer: Any
-    stride_b: Any
-    stride_h: Any
-    stride_s: Any
-    stride_d: Any
+    pointer: Tensor
+    stride_b: int
+    stride_h: int
+    stride_s: int
+    stride_d: int
 
     @staticmethod
     def of(tensor: Tensor) -> Heads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,9 +25,9 @@ class TileLists(NamedTuple):
             one.
     """
 
-    tiles: Any
-    counts: Any
-    by_head: Any
+    tiles: Tensor
+    counts: Tensor
+    by_head: tl.constexpr
 
 
 def list_tiles(

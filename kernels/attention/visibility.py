@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,12 +24,12 @@ class Visibility(NamedTuple):
         num_keys: S_k.
     """
 
-    starts: Any
-    stops: Any
-    window: Any
-    causal: Any
-    num_queries: Any
-    num_keys: Any
+    starts: Tensor | None
+    stops: Tensor | None
+    window: int | None
+    causal: tl.constexpr
+    num_queries: int
+    num_keys: int
 
     @staticmethod
     def of(q: Tensor, k: Tensor, pattern: Pattern) -> Visibility:

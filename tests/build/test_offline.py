@@ -10,28 +10,30 @@ import pytest
 
 from gradroute.kernels.configs import ARCHITECTURES, CONFIGS
 
-OFFLINE = Path(__file__).parents[1] / "offline.py"
-WHOLE = 90  # what every specialisation is compiled for; for the others a sample
+TESTS = Path(__file__).parents[1]
+WHOLE = 90  # the architecture that every specialisation is compiled for; for the others a sample is
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use
+
+
+def printed(script, *arguments, cache):
+    """The lines that a script of tests/ prints in a process of its own, without Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, TESTS / script, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def reports(request, tmp_path_factory):
-    """What a compilation says, in a process of its own, without the interpreter.
+    """What a compilation says.
 
     All of them for every architecture, `python tests/offline.py ARCHITECTURE`, are five minutes of a core.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [
-        sys.executable,
-        OFFLINE,
-        str(request.param),
-        *(["--sampled"] if request.param != WHOLE else []),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
+    sampled = [] if request.param == WHOLE else ["--sampled"]
+    cache = tmp_path_factory.mktemp("triton")
+    return request.param, printed("offline.py", str(request.param), *sampled, cache=cache)
 
 
 @pytest.mark.slow
@@ -45,3 +47,12 @@ def test_no_kernel_spills_or_exceeds_shared_memory(reports):
     assert not wrong, "\n".join(map(str, wrong))
     assert all(report["as_the_runtime"] for report in compiled)
     assert {report["kernel"] for report in compiled} == {name.partition(".")[0] for name in CONFIGS}
+
+
+def test_tuples_keep_the_width_of_accesses(tmp_path):
+    """A kernel that takes tuples reads and writes global memory as its twin with flat arguments does."""
+    found = printed("offline_tuples.py", cache=tmp_path)
+    for report in found:
+        assert report["tuples"] == report["flat"], report
+    wide = {report["features"]: "st.global.v4.b32" in report["tuples"]["accesses"] for report in found}
+    assert wide == {256: True, 131: False}

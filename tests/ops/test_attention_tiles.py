@@ -7,22 +7,23 @@ import pytest
 import torch
 
 from gradroute import AttentionSites, Routes, backends, testing
+from gradroute.primitives.attention_edges import TileBits
 
-attention = pytest.importorskip("gradroute.kernels.attention")
+attention_tiles = pytest.importorskip("gradroute.kernels.attention.tiles")
 
 
 @pytest.fixture
 def lists(monkeypatch):
     """The lists of every attention_tiles_kernel that runs: its arguments, after it ran."""
     found = []
-    launch = attention.launch
+    launch = attention_tiles.launch
 
     def recorded(kernel, grid, config, **arguments):
         launch(kernel, grid, config, **arguments)
-        if kernel is attention.attention_tiles_kernel:
+        if kernel is attention_tiles.attention_tiles_kernel:
             found.append(arguments)
 
-    monkeypatch.setattr(attention, "launch", recorded)
+    monkeypatch.setattr(attention_tiles, "launch", recorded)
     return found
 
 
@@ -63,8 +64,10 @@ def work(call, edges, rows, cols, by_key=False):
     Routes are known by tiles of TILE tokens.
     """
     seen, pairs = seen_pairs(call), has_edge(call, edges)
-    coarse = tiles_with(pairs, attention.TILE, attention.TILE)
-    pairs = coarse.repeat_interleave(attention.TILE, 0).repeat_interleave(attention.TILE, 1)[:300, :300]
+    coarse = tiles_with(pairs, attention_tiles.TILE, attention_tiles.TILE)
+    pairs = coarse.repeat_interleave(attention_tiles.TILE, 0).repeat_interleave(attention_tiles.TILE, 1)[
+        :300, :300
+    ]
     if by_key:
         seen, pairs = seen.T, pairs.T
     return [
@@ -171,10 +174,11 @@ def test_keys_that_learn_nothing_have_gradients_of_exactly_zero(device):
 def test_lists_are_made_once_a_batch(monkeypatch, device):
     """What depends on ids and tables alone is kept with the routes, for the other layers."""
     cases.require("triton", device)
-    edges = attention.TileBits
     made = []
-    original = edges.of.__globals__["_tile_bits"]
-    monkeypatch.setitem(edges.of.__globals__, "_tile_bits", lambda *args: made.append(1) or original(*args))
+    original = TileBits.of.__globals__["_tile_bits"]
+    monkeypatch.setitem(
+        TileBits.of.__globals__, "_tile_bits", lambda *args: made.append(1) or original(*args)
+    )
     call = cases.make("routed_attention", tokens=5, device=device)
     for _ in range(2):
         call.run("triton")
