@@ -72,7 +72,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_dkdv_kernel.64.gather": {80: _tiles(32, 32, 4, 2), 90: _tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.float32": {
         80: _tiles(32, 32, 8, 2, maxnreg=255),
-        100: _tiles(16, 32, 4, 2, maxnreg=255),
+        90: _tiles(16, 32, 4, 2, maxnreg=255),
     },
     "attention_dkdv_kernel.128": {
         80: _tiles(32, 128, 8, 2),

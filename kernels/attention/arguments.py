@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...primitives.attention_pattern import Pattern
 from ..masks import Routing, Weights
-from .edges import Edges
+from .edges import Edges, EdgeTable
 from .loads import Heads, readable
 from .visibility import Visibility, key_mask_of
 
@@ -72,8 +72,7 @@ class Call(NamedTuple):
         query: the mask of dq.
         key: the mask of dk.
         value: the mask of dv.
-        score_edges: the edges of dS, or None.
-        value_edges: the edges of P in dv, or None.
+        edges: of the scores and of the values.
         visibility: who sees whom.
         key_mask: `[B, S]` int8 or None.
         scale: the factor of the scores.
@@ -90,8 +89,7 @@ class Call(NamedTuple):
     query: Weights | None
     key: Weights | None
     value: Weights | None
-    score_edges: Edges | None
-    value_edges: Edges | None
+    edges: Edges
     visibility: Visibility
     key_mask: Tensor | None
     scale: float
@@ -101,9 +99,9 @@ class Call(NamedTuple):
     def of(dz: Tensor, q: Tensor, k: Tensor, v: Tensor, arguments: BackwardArguments) -> Call:
         """The call that the op's arguments describe."""
         dz, q, k, v = map(readable, (dz, q, k, v))
-        counts = (arguments.num_routes, k.shape[0] * k.shape[2])
         heads, forward_heads, query, key, value = arguments.tables
-        score_bits, score_values, value_bits, value_values = arguments.edges
+        score_edges = EdgeTable.of(*arguments.edges[:2], arguments.levels[0])
+        value_edges = EdgeTable.of(*arguments.edges[2:], arguments.levels[1])
         return Call(
             q,
             k,
@@ -115,8 +113,7 @@ class Call(NamedTuple):
             Weights.of(query),
             Weights.of(key),
             Weights.of(value),
-            Edges.of(score_bits, score_values, arguments.levels[0], *counts),
-            Edges.of(value_bits, value_values, arguments.levels[1], *counts),
+            Edges(score_edges, value_edges, arguments.num_routes, k.shape[0] * k.shape[2]),
             Visibility.of(q, k, arguments.pattern),
             key_mask_of(arguments.pattern),
             arguments.scale,

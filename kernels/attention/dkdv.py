@@ -38,8 +38,7 @@ def key_value_gradients(
         routing=call.routing,
         key=call.key,
         value=call.value,
-        score_edges=call.score_edges,
-        value_edges=call.value_edges,
+        edges=call.edges,
         lists=lists,
         visibility=call.visibility,
         key_mask=call.key_mask,
@@ -54,8 +53,7 @@ def key_value_gradients(
 
 def dkdv_config(call: Call) -> dict[str, int]:
     """Masks, padding, documents, edges of several values or of many routes need more registers than the plain call."""
-    tables = [edges for edges in (call.score_edges, call.value_edges) if edges is not None]
-    levels = [edges.levels.value for edges in tables]
+    levels = call.edges.levels
     variant = edges_variant(*levels)
     others = (
         call.routing.strength,
@@ -69,7 +67,7 @@ def dkdv_config(call: Call) -> dict[str, int]:
     masked = (
         any(other is not None for other in others)
         or max(levels, default=0) > 1
-        or (variant == ".edges" and tables[0].num_routes > 32)
+        or (variant == ".edges" and call.edges.num_routes > 32)
         or call.q.shape[3] < block_d(call.q)
     )
     return attention_config(attention_dkdv_kernel, call.q, variant, masked and variant != ".gather")
@@ -85,8 +83,7 @@ def attention_dkdv_kernel(
     routing,  # Routing of [B * S]
     key,  # Weights [R, G] or None
     value,  # Weights [R, G] or None
-    score_edges,  # Edges or None
-    value_edges,  # Edges or None
+    edges,  # Edges
     lists,  # TileLists of tiles of keys, or None
     visibility,  # Visibility
     key_mask,  # [B, S] int8 or None
@@ -117,7 +114,7 @@ def attention_dkdv_kernel(
     m_key = head_weights(key, routing, tokens, present, kv_head)
     m_value = head_weights(value, routing, tokens, present, kv_head)
     key_routes = keys * 0
-    if score_edges is not None or value_edges is not None:
+    if edges.score is not None or edges.value is not None:
         key_routes = tl.load(routing.ids + tokens, mask=present, other=0)
     is_present = present
     if key_mask is not None:
@@ -166,20 +163,20 @@ def attention_dkdv_kernel(
             else:
                 tile = tl.load(tiles + step % count).to(tl.int32)
         other = (
-            Matrix(q_head + member * queries.q.stride_h, queries.q.stride_s, queries.q.stride_d),
-            Matrix(dz_head + member * queries.dz.stride_h, queries.dz.stride_s, queries.dz.stride_d),
-            first_row + member * num_queries,
-            batch * num_queries,
+            q_head,
+            dz_head,
+            member,
+            first_row,
+            batch,
         )
         dk_tile, dv_tile = _add_queries(
             dk_tile,
             dv_tile,
-            tile * BLOCK_Q,
+            tile,
             own,
             other,
             queries,
-            score_edges,
-            value_edges,
+            edges,
             visibility,
             key_mask,
             scale,
@@ -199,12 +196,11 @@ def attention_dkdv_kernel(
 def _add_queries(
     dk,  # [BLOCK_K, BLOCK_D] fp32, the sum so far
     dv,  # [BLOCK_K, BLOCK_D] fp32, the sum so far
-    start,
+    tile,
     own,  # the keys: k, v [BLOCK_K, BLOCK_D], positions, routes, which are present and not padding
     other,  # a head's queries: q and dz (Matrix [S, D]), their first row of lse, their first token
     queries,
-    score_edges,
-    value_edges,
+    edges,
     visibility,
     key_mask,
     scale,
@@ -216,9 +212,12 @@ def _add_queries(
 ):
     """Adds to dk and dv what the queries of one tile give."""
     k_tile, v_tile, keys, key_routes, is_present = own
-    q, dz, first_row, first_token = other
+    q_head, dz_head, member, first_row, batch = other
+    first_row = first_row + member * visibility.num_queries
+    start = tile * BLOCK_Q
     rows = start + tl.arange(0, BLOCK_Q)
     exists = rows < visibility.num_queries
+    q = Matrix(q_head + member * queries.q.stride_h, queries.q.stride_s, queries.q.stride_d)
     q_tile = load_rows(q, start, exists, HEAD_DIM, BLOCK_Q, BLOCK_D)
     log_sum = tl.load(queries.lse + first_row + rows, mask=exists, other=float("inf")) * LOG2_E
     p = tl.exp2(dot(k_tile, tl.trans(q_tile), None, PRECISION) * (scale * LOG2_E) - log_sum[None, :])
@@ -230,14 +229,15 @@ def _add_queries(
     if queries.weights is not None:
         weight = tl.load(queries.weights + first_row + rows, mask=exists, other=0.0)
         learns = weight != 0.0
+    dz = Matrix(dz_head + member * queries.dz.stride_h, queries.dz.stride_s, queries.dz.stride_d)
     dz_tile = load_rows(dz, start, learns, HEAD_DIM, BLOCK_Q, BLOCK_D)
     dp = dot(v_tile, tl.trans(dz_tile), None, PRECISION)
-    taught = edged(p, value_edges, first_token + rows, exists, key_routes, True)
+    taught = edged(p, edges.value, edges, batch * visibility.num_queries + rows, exists, key_routes, True)
     if not IS_BINARY:
         dp *= weight[None, :]
         taught *= weight[None, :]
     dv = dot(rounded(taught, dz_tile.dtype), dz_tile, dv, PRECISION)
     ds = p * (dp - tl.load(queries.delta + first_row + rows, mask=exists, other=0.0)[None, :])
-    ds = edged(ds, score_edges, first_token + rows, exists, key_routes, True)
+    ds = edged(ds, edges.score, edges, batch * visibility.num_queries + rows, exists, key_routes, True)
     dk = dot(rounded(ds, q_tile.dtype), q_tile, dk, PRECISION)
     return dk, dv

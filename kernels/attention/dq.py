@@ -33,7 +33,7 @@ def query_gradients(call: Call, queries: Queries, lists: TileLists | None, confi
         dq=Heads.of(dq),
         routing=call.routing,
         query=call.query,
-        score_edges=call.score_edges,
+        edges=call.edges._replace(value=None),
         lists=lists,
         visibility=call.visibility,
         key_mask=call.key_mask,
@@ -48,7 +48,7 @@ def query_gradients(call: Call, queries: Queries, lists: TileLists | None, confi
 
 def dq_config(call: Call) -> dict[str, int]:
     """The configuration by the scores' edges alone."""
-    levels = [] if call.score_edges is None else [call.score_edges.levels.value]
+    levels = call.edges._replace(value=None).levels
     return attention_config(attention_dq_kernel, call.q, edges_variant(*levels))
 
 
@@ -60,7 +60,7 @@ def attention_dq_kernel(
     dq,  # Heads [B, H, S, D]
     routing,  # Routing of [B * S]
     query,  # Weights [R, H] or None
-    score_edges,  # Edges or None
+    edges,  # Edges
     lists,  # TileLists of tiles of queries, one for all heads, or None
     visibility,  # Visibility
     key_mask,  # [B, S] int8 or None
@@ -126,7 +126,7 @@ def attention_dq_kernel(
                 tile * BLOCK_K,
                 own,
                 other,
-                score_edges,
+                edges,
                 scale,
                 False,
                 HEAD_DIM,
@@ -153,7 +153,7 @@ def attention_dq_kernel(
             tile * BLOCK_K,
             own,
             other,
-            score_edges,
+            edges,
             scale,
             True,
             HEAD_DIM,
@@ -172,7 +172,7 @@ def _add_keys(
     start,
     own,  # the queries: q, dz [BLOCK_Q, BLOCK_D], lse in base 2, delta, weights, tokens, presence, the keys they see
     other,  # a head's keys: k and v (Matrix [S, D]), ids, key mask, first token, how many keys there are
-    score_edges,
+    edges,
     scale,
     PARTIAL: tl.constexpr,  # whether some query may not see some key of the tile
     HEAD_DIM: tl.constexpr,
@@ -196,7 +196,7 @@ def _add_keys(
     if not IS_BINARY:
         dp *= weight[:, None]
     ds = p * (dp - delta[:, None])
-    if score_edges is not None:
+    if edges.score is not None:
         key_routes = tl.load(ids + first_token + keys, mask=keys < num_keys, other=0)
-        ds = edged(ds, score_edges, tokens, present, key_routes, False)
+        ds = edged(ds, edges.score, edges, tokens, present, key_routes, False)
     return dot(rounded(ds, k_tile.dtype), k_tile, dq, PRECISION)

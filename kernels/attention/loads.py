@@ -45,7 +45,7 @@ def readable(t: Tensor) -> Tensor:
 @triton.jit
 def of_head(heads, batch, head):
     """The address of one head's matrix `[S, D]`."""
-    return heads.pointer + batch * heads.stride_b + head * heads.stride_h
+    return heads.pointer + (batch * heads.stride_b + head * heads.stride_h)
 
 
 @triton.jit
