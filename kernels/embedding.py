@@ -62,7 +62,7 @@ def embedding_backward(
     num_embeddings: int,
     padding_idx: int | None,
 ) -> Tensor:
-    """See `gradroute.backends.composed.embedding_backward`."""
+    """See `gradroute.primitives.protocol.Primitives`."""
     return embedding_backward_op(
         dy, tokens, *tokens_of(routes), *weights_on(dy.device, update), num_embeddings, padding_idx
     )

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives.arguments import MIDDLE_SCHEMA, Middle, wanted
+from ..primitives.protocol import ActivationTables
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .activations import value_and_derivative
@@ -85,14 +86,14 @@ def glu_backward(
     gate: Tensor,
     up: Tensor,
     routes: Routes,
-    sites: Any,
+    sites: ActivationTables,
     activation: str,
     *,
     want_z: bool,
     want_bias: bool,
     overwrite: bool = False,  # torch's allocator for CUDA has new matrices at no cost
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See `gradroute.backends.composed.glu_backward`."""
+    """See `gradroute.primitives.protocol.Primitives`."""
     dgate, dup, z, db_gate, db_up = glu_backward_op(
         dz, gate, up, *Middle.of(gate, routes, sites, activation, want_z, want_bias)
     )

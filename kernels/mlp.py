@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives.arguments import MIDDLE_SCHEMA, Middle, wanted
+from ..primitives.protocol import ActivationTables
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .activations import value_and_derivative
@@ -92,14 +93,14 @@ def activation_backward(
     dz: Tensor | None,
     a: Tensor,
     routes: Routes,
-    sites: Any,
+    sites: ActivationTables,
     activation: str,
     *,
     want_z: bool,
     want_bias: bool,
     overwrite: bool = False,  # torch's allocator for CUDA has new matrices at no cost
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See `gradroute.backends.composed.activation_backward`."""
+    """See `gradroute.primitives.protocol.Primitives`."""
     da, z, db = activation_backward_op(dz, a, *Middle.of(a, routes, sites, activation, want_z, want_bias))
     return wanted((da, dz is not None), (z, want_z), (db, want_bias))
 

@@ -93,7 +93,7 @@ def adamw_step(
     by_column: bool,
     options: AdamWOptions,
 ) -> None:
-    """See `gradroute.backends.composed.adamw_step`."""
+    """See `gradroute.primitives.protocol.Primitives`."""
     adamw_step_op(parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq, factors, by_column, *options)
 
 

@@ -100,8 +100,8 @@ class Call(NamedTuple):
         """The call that the op's arguments describe."""
         dz, q, k, v = map(readable, (dz, q, k, v))
         heads, forward_heads, query, key, value = arguments.tables
-        score_edges = EdgeTable.of(*arguments.edges[:2], arguments.levels[0])
-        value_edges = EdgeTable.of(*arguments.edges[2:], arguments.levels[1])
+        score_bits, score_values, value_bits, value_values = arguments.edges
+        score_levels, value_levels = arguments.levels
         return Call(
             q,
             k,
@@ -113,7 +113,12 @@ class Call(NamedTuple):
             Weights.of(query),
             Weights.of(key),
             Weights.of(value),
-            Edges(score_edges, value_edges, arguments.num_routes, k.shape[0] * k.shape[2]),
+            Edges(
+                EdgeTable.of(score_bits, score_values, score_levels),
+                EdgeTable.of(value_bits, value_values, value_levels),
+                arguments.num_routes,
+                num_tokens=k.shape[0] * k.shape[2],
+            ),
             Visibility.of(q, k, arguments.pattern),
             key_mask_of(arguments.pattern),
             arguments.scale,

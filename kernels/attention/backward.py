@@ -9,6 +9,7 @@ from torch import Tensor
 from ...primitives.arguments import tokens_of, wanted, weights_on
 from ...primitives.attention_edges import EdgeBits, TileBits
 from ...primitives.attention_pattern import PATTERN_SCHEMA, Pattern
+from ...primitives.protocol import AttentionTables
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from .arguments import BackwardArguments, Call, Queries
@@ -27,14 +28,14 @@ def attention_backward(
     z: Tensor,
     saved: tuple[Tensor, ...],
     routes: Routes | None,
-    sites: Any,
+    sites: AttentionTables,
     pattern: Pattern,
     vendor: str | None,
     *,
     want_query: bool,
     want_key_value: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See `gradroute.backends.composed.attention_backward`."""
+    """See `gradroute.primitives.protocol.Primitives`."""
     by_head = (sites.heads, sites.forward_heads)
     strength = None if routes is None else routes.strength
     score_edges, value_edges = (

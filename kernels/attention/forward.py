@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...primitives.arguments import tokens_of, weights_on
 from ...primitives.attention_pattern import PATTERN_SCHEMA, Pattern
+from ...primitives.protocol import AttentionTables
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from ..launch import launch
@@ -47,11 +48,11 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     routes: Routes | None,
-    sites: Any,
+    sites: AttentionTables,
     pattern: Pattern,
     vendor: str | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See `gradroute.backends.composed.attention_forward`. It runs no vendor kernel; saved is the log-sum-exp."""
+    """See `gradroute.primitives.protocol.Primitives`. It runs no vendor kernel; saved is the log-sum-exp."""
     tokens = (None, None) if routes is None else tokens_of(routes)
     z, lse = attention_forward_op(q, k, v, *tokens, *weights_on(q.device, sites.forward_heads), *pattern)
     return z, (lse,)
