@@ -68,7 +68,7 @@ def changes_of(parts: Sequence[Part], sign: int) -> dict[str, tuple[int, int]]:
 def resize(model: nn.Module, parts: Sequence[Part], sign: int) -> None:
     """Updates the recorded numbers of units and heads, in a model's configuration and on its modules."""
     for part in parts:
-        module: Any = model.get_submodule(part.module)
+        module = model.get_submodule(part.module)
         if part.what == "heads":
             named = {"heads": 1, "kv_heads": part.group, "num_key_value_heads": part.group}
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ def _replace(
 ) -> None:
     """Puts a changed parameter in the place of a piece's, in its module and in the optimizer."""
     path, _, name = piece.parameter.rpartition(".")
-    module: Any = model.get_submodule(path)
+    module = model.get_submodule(path)
     old = getattr(module, name)
     new = nn.Parameter(change(old.detach()).contiguous(), old.requires_grad)
     setattr(module, name, new)
@@ -54,10 +53,11 @@ def _replace(
         hand_over(optimizer, old, new, piece.dim, change)
 
 
-def _update_widths(linear: Any) -> None:
+def _update_widths(linear: nn.Module) -> None:
     """Updates a linear layer's recorded widths."""
-    if hasattr(linear, "out_features"):
-        linear.out_features, linear.in_features = linear.weight.shape
-    for name, width in zip(("nx", "nf"), linear.weight.shape, strict=True):
-        if hasattr(linear, name):  # transformers' Conv1D
-            setattr(linear, name, width)
+    shape = linear.get_parameter("weight").shape
+    # transformers' Conv1D stores its weight transposed, and calls its widths otherwise.
+    for names in (("out_features", "in_features"), ("nx", "nf")):
+        for name, width in zip(names, shape, strict=True):
+            if hasattr(linear, name):
+                setattr(linear, name, width)

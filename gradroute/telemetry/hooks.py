@@ -69,7 +69,7 @@ class Hooks:
         """
         measurement = self._measurement
 
-        def watch(module: nn.Module, args: Any, output: Any) -> None:
+        def watch(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             if torch.compiler.is_compiling() or self.is_paused:
                 return  # compiled code would keep this step's hook for all steps
             self.called.add(name)
@@ -84,14 +84,16 @@ class Hooks:
 
         return watch
 
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return  # an evaluation within the step trains nothing
         if self._reads():
             ids = kwargs.get("routes") if kwargs.get("route_ids") is None else kwargs["route_ids"]
             self._measurement.take(None if ids is None else BatchRoutes(ids, self._num_routes))
 
-    def _after_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def _after_forward(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, Any], output: object
+    ) -> None:
         if torch.compiler.is_compiling() or _is_recomputation() or not torch.is_grad_enabled():
             return
         logits, labels = getattr(output, "logits", None), kwargs.get("labels")
@@ -108,11 +110,11 @@ class Hooks:
         return self._measurement.reads_forward and not self.is_paused
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def _first_tensor(output: object) -> Tensor | None:
     """The activation among the things that a module returns: its output, or the first tensor of several."""
     if isinstance(output, Tensor):
         return output
-    values: Sequence[Any] = output if isinstance(output, (tuple, list)) else ()
+    values: Sequence[object] = output if isinstance(output, (tuple, list)) else ()
     values = tuple(output.values()) if isinstance(output, Mapping) else values
     return next((value for value in values if isinstance(value, Tensor)), None)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, TrainerState
 
     from .monitor import Telemetry
     from .report import Writer
@@ -21,23 +21,23 @@ def trainer_callback(telemetry: Telemetry, writer: Writer | None) -> TrainerCall
         ) from error
 
     class TelemetryCallback(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
+        def on_step_begin(self, *_: object, **__: object) -> None:
             telemetry._stop()  # a step that Trainer left without an end
             telemetry._begin()
 
-        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
             telemetry.before_update()
 
-        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        def on_optimizer_step(self, *_: object, **__: object) -> None:
             telemetry.after_update()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
             telemetry._finish()
             telemetry._stop()
             if writer is not None:
                 telemetry.log_to(writer, state.global_step)
 
-        def on_train_end(self, *_: Any, **__: Any) -> None:
+        def on_train_end(self, *_: object, **__: object) -> None:
             telemetry._stop()
 
     return TelemetryCallback()
