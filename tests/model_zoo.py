@@ -120,6 +120,8 @@ class Layout:
         mid: the norm whose input is the residual stream between attention and MLP.
         qk_norm_heads: the dimension of heads where q and k are normalised.
         fused_gate: one linear layer makes gate and up.
+        output_bias: the output projections of attention and of the MLP have biases.
+        tied: the embedding and the head are one parameter.
     """
 
     config: Callable[[], Any]
@@ -137,6 +139,8 @@ class Layout:
     mid: str | None = "post_attention_layernorm"
     qk_norm_heads: int | None = None
     fused_gate: bool = False
+    output_bias: bool = False
+    tied: bool = False
     kv_heads: int = 2
     head_dim: int = WIDTH // HEADS
 
@@ -151,6 +155,8 @@ _GPT = {
     "mid": "ln_2",
     "inner": ("mlp.c_fc",),
     "outer": "mlp.c_proj",
+    "output_bias": True,
+    "tied": True,
     "kv_heads": HEADS,
 }
 _GPT2 = _GPT | {"qkv": ("c_attn",), "qkv_layout": "fused", "output": "c_proj"}
@@ -164,6 +170,7 @@ _NEOX = {
     "output": "dense",
     "inner": ("mlp.dense_h_to_4h",),
     "outer": "mlp.dense_4h_to_h",
+    "output_bias": True,
     "kv_heads": HEADS,
 }
 _SANDWICH = (
@@ -173,11 +180,13 @@ _SANDWICH = (
     "post_feedforward_layernorm",
 )
 LAYOUTS: dict[str, Layout] = {
-    "llama": Layout(_llama),
+    "llama": Layout(_llama, output_bias=True),
     "mistral": Layout(_mistral),
     "qwen2": Layout(_qwen2),
-    "qwen3": Layout(_qwen3, qk_norm_heads=2, head_dim=16),
-    "gemma3": Layout(_gemma3, norms=_SANDWICH, mid="pre_feedforward_layernorm", qk_norm_heads=1, head_dim=16),
+    "qwen3": Layout(_qwen3, tied=True, qk_norm_heads=2, head_dim=16),
+    "gemma3": Layout(
+        _gemma3, tied=True, norms=_SANDWICH, mid="pre_feedforward_layernorm", qk_norm_heads=1, head_dim=16
+    ),
     "phi3": Layout(
         _phi3, qkv=("qkv_proj",), qkv_layout="fused", inner=("mlp.gate_up_proj",), fused_gate=True
     ),

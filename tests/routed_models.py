@@ -14,8 +14,6 @@ from gradroute.models import NANO_GPT, ResidualSites, Shape
 # Two ways to the same fp32 sums, each through some twenty layers of them: a few units in the last place.
 TOLERANCE = 1e-5
 OF_TRANSFORMERS = [name for name in NAMES if name != "nano_gpt"]
-WITH_OUTPUT_BIAS = {"llama", "gpt2", "gpt_neo", "gpt_neox", "gpt_neox_serial", "nano_gpt"}
-TIED = {"qwen3", "gemma3", "gpt2", "gpt_neo", "nano_gpt"}
 
 
 def route(name, model, plan, **options):
@@ -92,7 +90,7 @@ def activation_sites(name, routes=2):
 def update_sites(name, routes=2):
     """Every site of parameters."""
     layout = LAYOUTS[name]
-    bias = table(WIDTH, routes) if name in WITH_OUTPUT_BIAS else None
+    bias = table(WIDTH, routes) if layout.output_bias else None
     return {
         "mlp": MLPSites(
             update_in=table(HIDDEN, routes), update_out=table(HIDDEN, routes), update_output_bias=bias

@@ -27,7 +27,7 @@ class RoutedModule(nn.Module):
     _op_sites: tuple[Any, ...] = ()  # one Sites or None an op
 
     def _widths(self) -> Mapping[str, int | str]:
-        """Each site's number of features, or the reason why this layer cannot honour it."""
+        """The layer's numbers of features, or why it cannot honour a site, by the names that `Sites.check` takes."""
         raise NotImplementedError
 
     @property

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 
 from model_zoo import HEADS, HIDDEN, LAYOUTS, NAMES, WIDTH, fresh, plain
-from routed_models import OF_TRANSFORMERS, WITH_OUTPUT_BIAS, expect, routed, table, tables_of
+from routed_models import OF_TRANSFORMERS, expect, routed, table, tables_of
 
 from gradroute import MLPSites, Table, models
 from gradroute.models import RoutingPlan, Shape
@@ -93,7 +93,7 @@ def test_shape_that_plans_are_given(name):
 
     model = routed(name, RoutingPlan(2, mlp=sites))
     layers = len(model.get_submodule(layout.layers))
-    biased = name in WITH_OUTPUT_BIAS
+    biased = layout.output_bias
     shape = Shape(layers, WIDTH, HIDDEN, HEADS, layout.kv_heads, layout.head_dim, biased, biased)
     assert given == [(index, shape) for index in range(layers)]
     assert isinstance(model.routing_plan, RoutingPlan)

@@ -11,8 +11,6 @@ import model_zoo
 from model_zoo import HEADS, HIDDEN, LAYOUTS, NAMES, VOCABULARY, backward, fresh
 from routed_by_hand import linear_matrix
 from routed_models import (
-    TIED,
-    WITH_OUTPUT_BIAS,
     batch,
     check,
     check_differ,
@@ -122,7 +120,7 @@ def test_sgtm_joint_parts(name):
     norms = [key for key in got if any(f".{norm}." in key for norm in LAYOUTS[name].norms)]
     assert len(norms) >= 4
     assert all((got[key] == 0).all() for key in norms)
-    if name not in TIED:
+    if not LAYOUTS[name].tied:
         assert (got["model.embed_tokens.weight"] == 0).all()
         assert (got["lm_head.weight"] != 0).any()
 
@@ -135,7 +133,7 @@ def test_sgtm_output_biases(name):
     got = backward(routed(name, plan), tokens, targets, route_ids=torch.ones(2, 8, dtype=torch.long))
     layout = LAYOUTS[name]
     biases = [key for key in got if key.endswith((f"{layout.output}.bias", f"{layout.outer}.bias"))]
-    assert bool(biases) == (name in WITH_OUTPUT_BIAS)
+    assert bool(biases) == layout.output_bias
     assert all((got[key] == 0).all() for key in biases)
     for key in got:
         if name == "qwen2" and key.endswith("k_proj.bias"):
