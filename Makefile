@@ -1,6 +1,7 @@
 # Everything runs in .venv, made from constraints.txt; `make gpu` uses the interpreter's own packages instead.
-# Building reads GRADROUTE_CUDA, CMAKE_CUDA_ARCHITECTURES, MAX_JOBS and others, see setup.py.
+# Compiling reads GRADROUTE_NATIVE, GRADROUTE_CUDA, MAX_JOBS and others: setup.py says what they do.
 PYTHON ?= python3
+EXTRAS ?= test
 PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
 GPU_WORKERS ?= 8
@@ -9,22 +10,26 @@ OUT ?= bench/results/local
 
 VENV := .venv
 BUILD_TOOLS := $(VENV)/.build-tools
+NATIVE := $(VENV)/.native
 INSTALLED := $(VENV)/.installed
-NEWEST_WHEEL = $$(ls -t dist/*.whl | head -n 1)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiments test lint sanitize gpu wheel check-wheel clean
+.PHONY: help venv demo experiments test test-all lint sanitize docs gpu wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
-	@echo "make experiments  the experiments of examples/, and the README's paragraphs about them (half an hour)"
-	@echo "make test   lint, then every test this machine can run (PYTEST_WORKERS, PYTEST_ARGS)"
+	@echo "make venv   only the environment .venv, with this checkout in it (EXTRAS=models,bench: those extras alone)"
+	@echo "make test   lint, then the first tier of the tests: every op, backend, dtype, table and site (PYTEST_WORKERS,"
+	@echo "            PYTEST_ARGS)"
+	@echo "make test-all  lint, then both tiers: every test that this machine can run"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make sanitize  the native module's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make docs   the manual in build/site, with every link and reference checked"
+	@echo "make experiments  the experiments of examples/, and the paragraphs about them (half an hour)"
 	@echo "make gpu    tests that need CUDA, the benchmarks on it, the demo; offline, with the packages of PYTHON (OUT,"
 	@echo "            BENCH_ARGS=--resume goes on with benchmarks that were cut short)"
-	@echo "make wheel  one wheel in dist/, for PYTHON; no torch is needed"
+	@echo "make wheel  one wheel in dist/, for PYTHON, with CUDA kernels where there is nvcc; no torch is needed"
 	@echo "make check-wheel  install that wheel into an empty environment, test it there, and see what it links"
 	@echo "make clean  remove what building and testing leave behind; .venv stays"
 
@@ -33,15 +38,34 @@ $(BUILD_TOOLS): constraints.txt
 	$(VENV)/bin/python -m pip install setuptools pybind11 cmake ninja -c constraints.txt
 	touch $@
 
-# Without build isolation, which would bring other headers each time and so compile everything again.
-$(INSTALLED): $(BUILD_TOOLS) pyproject.toml setup.py $(wildcard csrc/*)
-	$(VENV)/bin/python -m pip install --no-build-isolation -e ".[test]" -c constraints.txt
+# The module, into the checkout. Called like this, it says live how far compiling is; pip would show nothing.
+$(NATIVE): $(BUILD_TOOLS) setup.py $(wildcard csrc/*)
+	$(VENV)/bin/python setup.py -q build_ext --inplace
 	touch $@
 
-demo: $(INSTALLED)
+# This checkout and what an extra needs, without the module, which the rule above makes. --no-compile: Python compiles
+# what is imported, which is a small part of what torch, Triton and transformers bring.
+INSTALL = GRADROUTE_NATIVE=0 $(VENV)/bin/python -m pip install --no-compile --no-build-isolation -c constraints.txt -e
+
+$(VENV)/.with-%: $(BUILD_TOOLS) pyproject.toml setup.py
+	$(INSTALL) ".[$*]"
+	touch $@
+
+# Compiles while pip downloads and unpacks.
+IN_PARALLEL := --no-print-directory -j 2
+
+venv:
+	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-$(EXTRAS) $(NATIVE)
+
+$(INSTALLED): $(BUILD_TOOLS) pyproject.toml setup.py $(wildcard csrc/*)
+	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-test $(NATIVE)
+	touch $@
+
+demo:
+	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-demo $(NATIVE)
 	$(VENV)/bin/python examples/demo.py
 
-# One whose effect fails does not cost the others' results; the target fails in the end all the same.
+# An experiment whose effect fails does not cost the others' results; the target fails in the end all the same.
 experiments: $(INSTALLED)
 	status=0; \
 	for name in split_autoencoder era_unlearning sgtm_mixed steering_scalar oversight; do \
@@ -50,9 +74,14 @@ experiments: $(INSTALLED)
 	$(VENV)/bin/python examples/report.py || status=$$?; \
 	exit $$status
 
-# One thread a worker: the workers already fill the cores.
+# Each worker has one thread: the workers already fill the cores.
+RUN_TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(RUN_TESTS) -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint
+	$(RUN_TESTS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check
@@ -60,21 +89,25 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
 
-# The sanitizers' runtimes come before the interpreter's libraries. Leaks are not asked for: Python and torch have some.
+# The sanitizers' runtimes come before the interpreter's libraries. Leaks are not looked for: Python and torch have some.
 SANITIZED := build/sanitized
 sanitize: $(INSTALLED)
 	$(VENV)/bin/cmake -S csrc -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGRADROUTE_SANITIZE=ON \
-		-DGRADROUTE_CUDA=OFF -DPython_EXECUTABLE="$(abspath $(VENV)/bin/python)"
+		-DGRADROUTE_CUDA=OFF -DCMAKE_MAKE_PROGRAM="$(abspath $(VENV)/bin/ninja)" \
+		-DPython_EXECUTABLE="$(abspath $(VENV)/bin/python)"
 	$(VENV)/bin/cmake --build $(SANITIZED)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	$(VENV)/bin/python tests/sanitized.py $(SANITIZED)/_native*.so -q -p no:cacheprovider tests/test_native.py
+	$(VENV)/bin/python tests/sanitized.py $(SANITIZED)/_native*.so -q -p no:cacheprovider tests/build/test_native.py
+
+docs: $(VENV)/.with-docs
+	$(VENV)/bin/mkdocs build --strict
 
 # A failing test does not cost the demo's numbers; the target fails in the end all the same. Most of a test's time is
 # the compilation of its kernels, which goes side by side; tests that need all of the GPU's memory go one by one.
 gpu:
 	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: no CUDA device')"
-	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pip install -v --no-build-isolation --no-deps -e .
 	mkdir -p "$(OUT)"
 	status=0; \
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu -q -n $(GPU_WORKERS) --dist loadgroup --junitxml="$(OUT)/gpu-tests.xml" || status=$$?; \
@@ -85,13 +118,13 @@ gpu:
 # build/lib may hold modules that are gone from the sources, and setuptools would pack them.
 wheel: $(BUILD_TOOLS)
 	rm -rf build/lib* build/bdist*
-	$(VENV)/bin/python -m pip wheel -v --config-settings=quiet=1 --no-build-isolation --no-deps -w dist .
-	@wheel=$(NEWEST_WHEEL); tag=$${wheel#*-*-}; echo "$$wheel: tag $${tag%.whl}, $$(du -k "$$wheel" | cut -f1) kB"
+	GRADROUTE_CUDA=$${GRADROUTE_CUDA-auto} $(VENV)/bin/python -m pip wheel -v --config-settings=quiet=1 \
+		--no-build-isolation --no-deps -w dist .
 
 check-wheel: $(BUILD_TOOLS)
-	@test -d dist || { echo "make check-wheel: no wheel in dist/, make wheel builds one" >&2; exit 1; }
-	$(VENV)/bin/python .ci/check_wheel.py $(NEWEST_WHEEL)
+	$(VENV)/bin/python .ci/check_wheel.py
 
 clean:
-	rm -rf gradroute/_native* $(INSTALLED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf gradroute/_native* $(NATIVE) $(INSTALLED) build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

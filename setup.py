@@ -1,9 +1,18 @@
 """Builds gradroute: its packages, and the native module gradroute._native, which is CMake's work.
 
-It reads GRADROUTE_NATIVE, GRADROUTE_CUDA, CMAKE_ARGS and MAX_JOBS, and CMake the variables of CMAKE_READS: see "Build
-wheels for a cluster" in the README. Everything else is in pyproject.toml and csrc/CMakeLists.txt.
+GRADROUTE_NATIVE decides about the module: 1 makes a missing toolchain an error, 0 leaves the module out; by default it is
+built where there is a toolchain.
+
+GRADROUTE_CUDA decides about its CUDA kernels, which take most of the time to compile and need nvcc: 1 requires them, 0
+leaves them out, auto compiles them where there is nvcc. The default is auto where a CUDA device is visible and inside
+cibuildwheel, and 0 elsewhere; `make wheel` asks for auto.
+
+CMAKE_ARGS and MAX_JOBS (how many compilers run at once) are read too, and by CMake the variables of CMAKE_READS.
+Compiling says how far it is, but pip shows it only with -v: `pip install -v .`. What is compiled stays in build/, and the
+next installation takes it from there. Everything else is in pyproject.toml and csrc/CMakeLists.txt.
 """
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -33,6 +42,12 @@ CMAKE_READS = (
     "CMAKE_CUDA_ARCHITECTURES",
 )
 
+WHAT_IS_COMPILED = {
+    "OFF": "CPU kernels only (GRADROUTE_CUDA=1 compiles the CUDA kernels too)",
+    "AUTO": "with CUDA kernels where there is nvcc (minutes; GRADROUTE_CUDA=0 leaves them out)",
+    "ON": "with CUDA kernels (minutes)",
+}
+
 # Measured peaks of one compiler: 0.42 GiB (g++ 12, bindings.cpp), 0.22 GiB (nvcc 13.0, any .cu, three architectures).
 BYTES_PER_JOB = 1 << 30
 
@@ -40,11 +55,11 @@ BYTES_PER_JOB = 1 << 30
 def main():
     """Runs setuptools, with the native module unless it is not wanted or a tool for it is missing."""
     wanted = switch("GRADROUTE_NATIVE")
-    if wanted is False and switch("GRADROUTE_CUDA"):
+    if wanted is False and cuda() == "ON":
         raise SystemExit("gradroute: GRADROUTE_CUDA=1 contradicts GRADROUTE_NATIVE=0")
     missing = " and ".join([] if wanted is False else missing_tools())
     builds = not BUILD_COMMANDS.isdisjoint(sys.argv)
-    if builds and missing and (wanted or switch("GRADROUTE_CUDA")):
+    if builds and missing and (wanted or cuda() == "ON"):
         raise SystemExit(f"gradroute: the native module is required, but this machine lacks {missing}")
     setup(
         packages=find_namespace_packages(include=["gradroute", "gradroute.*"]),
@@ -60,12 +75,33 @@ def main():
         )
 
 
-def switch(name):
-    """A variable that is 1 (required), 0 (left out) or absent (None: what this machine can do)."""
+def switch(name, also=()):
+    """A variable that is 1 (required: True), 0 (left out: False), one of `also`, or absent (None)."""
     value = os.environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise SystemExit(f"gradroute: {name}: got {value!r}, expected 1 (required), 0 (left out) or nothing")
-    return None if value == "" else value == "1"
+    if value not in ("", "0", "1", *also):
+        expected = ", ".join(["1 (required)", "0 (left out)", *also])
+        raise SystemExit(f"gradroute: {name}: got {value!r}, expected {expected} or nothing")
+    return {"": None, "1": True, "0": False}.get(value, value)
+
+
+def cuda():
+    """CMake's GRADROUTE_CUDA: ON, OFF, or AUTO (where there is nvcc)."""
+    chosen = switch("GRADROUTE_CUDA", also=("auto",))
+    if chosen is None:
+        chosen = "auto" if "CIBUILDWHEEL" in os.environ or sees_cuda_device() else False
+    return {True: "ON", False: "OFF", "auto": "AUTO"}[chosen]
+
+
+def sees_cuda_device():
+    """Whether NVIDIA's driver lists a device for this process."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(name)
+        except OSError:
+            continue
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return False
 
 
 def missing_tools():
@@ -93,26 +129,28 @@ class CMakeBuild(build_ext):
     """Has CMake build the module and install it where setuptools expects an extension."""
 
     def build_extension(self, ext):
-        folder = configure()
+        which = cuda()
+        print(f"gradroute: compiling the native module, {WHAT_IS_COMPILED[which]}", flush=True)
+        folder = configure(which)
         cmake("--build", folder, "--parallel", jobs())
         cmake("--install", folder, "--prefix", Path(self.get_ext_fullpath(ext.name)).resolve().parents[1])
 
 
-def configure():
-    """Configures the build folder of these settings and compilers: CMake would keep what it found under others."""
+def configure(which):
+    """The build folder of these settings and compilers, configured: CMake would keep what it found under others."""
     import pybind11
 
     ninja = find_tool("ninja")
     settings = [
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DGRADROUTE_CUDA={ {None: 'AUTO', True: 'ON', False: 'OFF'}[switch('GRADROUTE_CUDA')] }",
+        f"-DGRADROUTE_CUDA={which}",
         *(["-G", "Ninja"] if ninja else []),
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     compilers = [shutil.which("nvcc"), *map(os.environ.get, CMAKE_READS)]
     key = hashlib.sha256(repr([settings, compilers]).encode()).hexdigest()[:8]
     folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{key}"
-    # Not part of the key: pip's build isolation puts these two elsewhere each time.
+    # These two are not part of the key: pip's build isolation puts them elsewhere each time.
     tools = [
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         *([f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),

@@ -1,4 +1,6 @@
-"""Checks a wheel as a cluster meets it: `make check-wheel`, or `python .ci/check_wheel.py WHEEL`.
+"""Checks a wheel as a cluster meets it: `make check-wheel`, or `python .ci/check_wheel.py [WHEEL]`.
+
+By default it is the newest wheel in dist/ that this Python can install.
 
 The wheel goes into an empty environment, beside the torch of constraints.txt, on a machine that seems to have no CUDA
 toolkit; the report and a smoke test run there. Then the native module is taken apart: it must need nothing of torch, of
@@ -21,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
 MEGABYTES = 20
-# What the module may need: the C and C++ runtimes, and the OpenMP runtime that torch brings along.
+# The libraries that the module may need: the C and C++ runtimes, and the OpenMP runtime that torch brings along.
 RUNTIMES = re.compile(
     r"(libc|libm|libstdc\+\+|libgcc_s|libgomp|libpthread|libdl|librt|ld-linux-[\w-]+)\.so(\.\d+)*"
 )
@@ -33,8 +35,8 @@ TORCH_HEADER = re.compile(r"/torch/include/|/torch/csrc/|/ATen/|/c10/")
 def main():
     """Stops at the first thing that is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("wheel", type=Path)
-    wheel = parser.parse_args().wheel.resolve()
+    parser.add_argument("wheel", type=Path, nargs="?")
+    wheel = (parser.parse_args().wheel or newest_wheel(ROOT / "dist")).resolve()
     print(f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -51,6 +53,17 @@ def main():
         check_architectures(modules[0], built, folder)
 
 
+def newest_wheel(folder):
+    """The newest wheel for this Python: for its own version, or pure Python."""
+    python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    wheels = [
+        *folder.glob(f"gradroute-*-{python}-{python}-*.whl"),
+        *folder.glob("gradroute-*-py3-none-any.whl"),
+    ]
+    check(f"dist/ has a wheel for {python}; make wheel builds one", wheels, "none")
+    return max(wheels, key=lambda wheel: wheel.stat().st_mtime)
+
+
 def check(what, holds, found=""):
     """Prints what holds, or stops with what does not and what was found instead."""
     if not holds:
@@ -59,9 +72,9 @@ def check(what, holds, found=""):
 
 
 def use(wheel, folder):
-    """Installs the wheel with what it depends on into an empty environment and uses it there.
+    """Installs the wheel and its dependencies into an empty environment and uses it there.
 
-    Returns: what its report says about the native module.
+    Returns: the native module's part of the report.
     """
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
@@ -73,7 +86,7 @@ def use(wheel, folder):
 
 
 def run(*command, **options):
-    """What a program prints where that is captured; stops where it fails."""
+    """Runs a program, whose output it returns where that is captured; stops where the program fails."""
     done = subprocess.run([str(c) for c in command], text=True, **options)
     check(" ".join(map(str, command[1:])), done.returncode == 0, f"exit code {done.returncode}")
     return done.stdout
@@ -88,7 +101,7 @@ def without_toolkit():
 
 
 def check_links(module, wheel):
-    """What the module links, what it leaves undefined, and what lies beside it."""
+    """Checks the libraries that the module links, the symbols that it leaves undefined, and its neighbours."""
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "-d", module))
     foreign = [name for name in needed if not RUNTIMES.fullmatch(name)]
     check(f"it needs the runtimes of C, C++ and OpenMP only: {' '.join(needed)}", not foreign, foreign)
@@ -103,7 +116,7 @@ def check_links(module, wheel):
 
 
 def check_headers():
-    """What the compilers read, as ninja recorded it in the build folders."""
+    """Checks the headers that the compilers read, as ninja recorded them in the build folders."""
     folders = [file.parent for file in ROOT.glob("build/native-*/build.ninja")]
     scripts = sysconfig.get_path("scripts")
     ninja = shutil.which("ninja", path=os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]))
@@ -115,7 +128,7 @@ def check_headers():
 
 
 def check_size(module):
-    """A wheel should stay small."""
+    """Checks that the module stays small."""
     size = module.stat().st_size / 1e6
     check(f"the module has {size:.1f} MB, less than {MEGABYTES}", size < MEGABYTES)
 
@@ -136,7 +149,7 @@ def check_architectures(module, built, folder):
 
 
 def output(*command):
-    """What a program prints."""
+    """A program's standard output."""
     return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
 
 

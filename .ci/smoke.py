@@ -24,7 +24,7 @@ def main():
 
 
 def check_backends(device):
-    """Every backend that can run on a device."""
+    """Compares every backend that can run on a device with the idiom."""
     torch.manual_seed(0)
     shapes = [(TOKENS, D_MODEL), (D_FF, D_MODEL), (D_FF, D_MODEL), (D_MODEL, D_FF), (TOKENS, D_MODEL)]
     *tensors, upstream = [torch.randn(shape, device=device) / shape[-1] ** 0.5 for shape in shapes]
@@ -40,7 +40,7 @@ def check_backends(device):
 
 
 def gradients(function, tensors, upstream):
-    """Those of the function's output, times the upstream gradient, with respect to the tensors."""
+    """The gradients of the function's output, times the upstream gradient, with respect to the tensors."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     return torch.autograd.grad(function(*leaves), leaves, upstream)
 
@@ -52,7 +52,7 @@ def detach_idiom(x, w_gate, w_up, w_down, m):
 
 
 def check_openmp():
-    """The threads of two OpenMP runtimes would spin against each other."""
+    """Checks that there is one OpenMP runtime: the threads of two would spin against each other."""
     maps = Path("/proc/self/maps")
     if maps.exists():
         runtimes = set(re.findall(r"/\S*lib(?:gomp|omp|iomp5)[-.\w]*", maps.read_text()))

@@ -1,4 +1,4 @@
-// Blocks of features: conversions, masks and activations, in fp32 and fp64.
+// Blocks of features: conversions and activations, in fp32 and fp64.
 #include "cpu.h"
 
 namespace gradroute::GRADROUTE_CPU {
@@ -106,42 +106,11 @@ void activate(Activation activation, int64_t n, const C* a, C* value, C* derivat
   GRADROUTE_SWITCH_ACTIVATION(activation, activate<ACTIVATION>(n, a, value, derivative));
 }
 
-template <class C>
-void scale(C m, int64_t n, C* values) {
-  if (m == C(1)) return;
-  if (m == C(0)) {
-    std::fill(values, values + n, C(0));
-    return;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) values[i] *= m;
-}
-
-template <class C>
-void apply_table(const Table& table, const Token<C>& token, int64_t first, int64_t n, C* values) {
-  if (table.cols == 1) {
-    scale(token.weight(table, 0), n, values);
-    return;
-  }
-  const float* own = table.weights + token.route * table.cols + first;
-  if (!token.has_strength) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) values[i] = masked(C(own[i]), values[i]);
-    return;
-  }
-  const float* base = table.weights + first;
-  const C strength = token.strength;  // a copy, which stores to `values` cannot change
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) values[i] = masked(interpolated(C(base[i]), C(own[i]), strength), values[i]);
-}
-
 #define GRADROUTE_INSTANTIATE(C)                                                \
   template void convert(const Matrix&, int64_t, int64_t, int64_t, C*);          \
   template void round_into(const Matrix&, int64_t, int64_t, int64_t, const C*); \
   template void round_to(Dtype, int64_t, C*);                                   \
-  template void activate(Activation, int64_t, const C*, C*, C*);                \
-  template void scale(C, int64_t, C*);                                          \
-  template void apply_table(const Table&, const Token<C>&, int64_t, int64_t, C*);
+  template void activate(Activation, int64_t, const C*, C*, C*);
 
 GRADROUTE_INSTANTIATE(float)
 GRADROUTE_INSTANTIATE(double)

@@ -43,10 +43,12 @@ void round_into(const Matrix& m, int64_t row, int64_t first, int64_t n, const C*
 // Stores n values at [row, first .. first + n), each rounded to m's dtype.
 template <class C>
 inline void store(const Matrix& m, int64_t row, int64_t first, int64_t n, const C* values) {
-  if (sizeof(C) == sizeof(float) && m.dtype == Dtype::float32 && m.col_stride == 1)
-    std::copy(values, values + n, reinterpret_cast<C*>(address(m, row, first, sizeof(C))));
-  else
-    round_into(m, row, first, n, values);
+  if (sizeof(C) != sizeof(float) || m.dtype != Dtype::float32 || m.col_stride != 1)
+    return round_into(m, row, first, n, values);
+  C* to = reinterpret_cast<C*>(address(m, row, first, sizeof(C)));
+  // A loop: std::copy calls memmove, with which a gated MLP's backward took 1.2 times as long (fp32, 512 × 1536, AVX2).
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = values[i];
 }
 
 // Rounds values to a dtype and back.
@@ -82,16 +84,34 @@ struct Token {
 
 // values = m values; exactly 0 where m is 0.
 template <class C>
-void scale(C m, int64_t n, C* values);
+inline void scale(C m, int64_t n, C* values) {
+  if (m == C(1)) return;
+  if (m == C(0)) {
+    std::fill(values, values + n, C(0));
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) values[i] *= m;
+}
 
-// values = m ⊙ values for the features [first, first + n) of a token.
-template <class C>
-void apply_table(const Table& table, const Token<C>& token, int64_t first, int64_t n, C* values);
-
-// Applies a mask as apply_table does; nothing without a table.
+// values = m ⊙ values for the features [first, first + n) of a token; nothing without a table.
 template <class C>
 inline void apply_mask(const Table& table, const Token<C>& token, int64_t first, int64_t n, C* values) {
-  if (table.weights != nullptr) apply_table(table, token, first, n, values);
+  if (table.weights == nullptr) return;
+  if (table.cols == 1) {
+    scale(token.weight(table, 0), n, values);
+    return;
+  }
+  const float* own = table.weights + token.route * table.cols + first;
+  if (!token.has_strength) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) values[i] = masked(C(own[i]), values[i]);
+    return;
+  }
+  const float* base = table.weights + first;
+  const C strength = token.strength;  // a copy, which stores to `values` cannot change
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) values[i] = masked(interpolated(C(base[i]), C(own[i]), strength), values[i]);
 }
 
 // Adds n values to a row of sums, which hold C.

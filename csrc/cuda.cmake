@@ -1,4 +1,4 @@
-# The CUDA kernels, where there is a compiler for them. The runtime is linked statically: the module loads without a
+# The CUDA kernels, unless GRADROUTE_CUDA is OFF. The runtime is linked statically: the module loads without a
 # driver, and beside any torch.
 set(CUDA_VERSION_BUILT "")
 set(CUDA_ARCHITECTURES_BUILT "")
@@ -20,7 +20,8 @@ if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
   endif()
 endif()
 
-# Before CMake would choose the oldest that nvcc knows. 100 without -real: PTX, which newer chips compile for themselves.
+# Set before CMake would choose the oldest architecture that nvcc knows. The entry 100, without -real, is also kept as
+# PTX, which newer chips compile for themselves.
 set(ARCHITECTURES "$ENV{CMAKE_CUDA_ARCHITECTURES}")
 if(ARCHITECTURES STREQUAL "")
   set(ARCHITECTURES 80-real 90a-real 100)
@@ -31,7 +32,7 @@ if(ARCHITECTURES STREQUAL "")
 endif()
 set(CMAKE_CUDA_ARCHITECTURES "${ARCHITECTURES}" CACHE STRING "What the CUDA kernels are compiled for")
 
-# An nvcc that fails is an error, even where none would do: CMake's own words for it say nothing.
+# An nvcc that fails is an error, even where kernels are optional: CMake's own message for it does not say what is wrong.
 include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
@@ -54,7 +55,7 @@ endif()
 set_target_properties(
   _native PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
                      CUDA_EXTENSIONS OFF CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
-# Or the loader would bind the runtime's functions to those of a libcudart that torch has loaded.
+# Without this, the loader would bind the runtime's functions to those of a libcudart that torch has loaded.
 target_link_options(_native PRIVATE "LINKER:--exclude-libs,ALL")
 
 set(CUDA_VERSION_BUILT "${CMAKE_CUDA_COMPILER_VERSION}")

@@ -19,12 +19,9 @@ void glu_rows(const GluOperands& p) {
         const Token<C> t(masks.routing, token);
         activate(p.activation, n, load(p.gate, token, first, n, gate_scratch), to_up, to_gate);
         const C* up = load(p.up, token, first, n, up_scratch);
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          product[i] = to_up[i] * up[i];
-          to_gate[i] *= up[i];
-        }
         if (p.z.data != nullptr) {
+#pragma omp simd
+          for (int64_t i = 0; i < n; ++i) product[i] = to_up[i] * up[i];
           apply_mask(masks.forward, t, first, n, product);
           apply_mask(masks.update_out, t, first, n, product);
           store(p.z, token, first, n, product);
@@ -33,7 +30,7 @@ void glu_rows(const GluOperands& p) {
         const C* g = load(p.dz, token, first, n, g_scratch);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-          to_gate[i] *= g[i];
+          to_gate[i] = to_gate[i] * up[i] * g[i];
           to_up[i] *= g[i];
         }
         for (C* branch : {to_gate, to_up})

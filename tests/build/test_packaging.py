@@ -25,7 +25,7 @@ SOURCES = (
 )
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
 NO_NVCC = {"CMAKE_ARGS": "-DGRADROUTE_NVCC=0"}  # what csrc/cuda.cmake looks for, in system folders too
-# Unoptimised: 15 s of one core instead of 120.
+# An unoptimised build takes half the time.
 QUICK = {"GRADROUTE_CUDA": "0", "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Debug"}
 
 
@@ -146,7 +146,7 @@ def test_pure_python_on_purpose_is_silent(sources, tmp_path):
         ),
         (
             {"GRADROUTE_CUDA": "yes"},
-            "GRADROUTE_CUDA: got 'yes', expected 1 (required), 0 (left out) or nothing",
+            "GRADROUTE_CUDA: got 'yes', expected 1 (required), 0 (left out), auto or nothing",
         ),
     ],
 )
@@ -178,10 +178,17 @@ def test_a_compile_error_is_loud(sources, tmp_path):
 # The native module
 
 
+@pytest.fixture(scope="module")
+def native_wheel(sources, tmp_path_factory):
+    """A wheel with CPU kernels, and what building it said."""
+    return built(sources, tmp_path_factory.mktemp("native"), **QUICK)
+
+
 @needs_toolchain
-def test_native_wheel(sources, tmp_path):
-    wheel, said = built(sources, tmp_path / "wheels", **QUICK)
+def test_native_wheel(native_wheel, tmp_path):
+    wheel, said = native_wheel
     assert "WARNING" not in said
+    assert "Deprecat" not in said
     python, platform = f"cp{sys.version_info[0]}{sys.version_info[1]}", sysconfig.get_platform()
     tag = f"{python}-{python}-{platform.replace('-', '_').replace('.', '_')}"
     assert wheel.stem.endswith(f"-{tag}")
@@ -195,7 +202,57 @@ def test_native_wheel(sources, tmp_path):
     check_wheel.check_links(tmp_path / name, wheel)
 
 
-# What `make check-wheel` would not let pass
+@needs_toolchain
+@pytest.mark.skipif(setup.find_tool("ninja") is None, reason="there is no ninja, which says what it compiles")
+def test_another_installation_compiles_nothing_again(sources, native_wheel, tmp_path):
+    """pip's build isolation installs pybind11 elsewhere each time: here it is a copy in a new folder."""
+    assert "Building CXX object" in native_wheel[1]
+    package = Path(importlib.util.find_spec("pybind11").origin).parent
+    shutil.copytree(package, tmp_path / "isolated" / "pybind11")
+    _, said = built(sources, tmp_path / "wheels", PYTHONPATH=str(tmp_path / "isolated"), **QUICK)
+    assert f"{tmp_path}/isolated" in said
+    assert "Building CXX object" not in said
+    assert "no work to do" in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "asked"),
+    [
+        ({}, False, "OFF"),
+        ({}, True, "AUTO"),
+        ({"CIBUILDWHEEL": "1"}, False, "AUTO"),
+        ({"GRADROUTE_CUDA": "auto"}, False, "AUTO"),
+        ({"GRADROUTE_CUDA": "1"}, False, "ON"),
+        ({"GRADROUTE_CUDA": "0", "CIBUILDWHEEL": "1"}, True, "OFF"),
+    ],
+)
+def test_cuda_is_compiled_for_a_device_and_for_wheels(monkeypatch, environment, device, asked):
+    for name in ("CIBUILDWHEEL", "GRADROUTE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setup, "sees_cuda_device", lambda: device)
+    assert setup.cuda() == asked
+
+
+def test_a_device_is_seen_where_torch_sees_one():
+    torch = pytest.importorskip("torch")
+    assert setup.sees_cuda_device() == torch.cuda.is_available()
+
+
+def test_check_wheel_takes_the_newest_wheel_of_this_python(tmp_path):
+    own = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    with pytest.raises(SystemExit, match=f"dist/ has a wheel for {own}; make wheel builds one"):
+        check_wheel.newest_wheel(tmp_path)
+    for age, tag in enumerate([f"{own}-{own}-linux_x86_64", "cp399-cp399-linux_x86_64"], start=1):
+        (tmp_path / f"gradroute-0.1.0-{tag}.whl").touch()
+        os.utime(tmp_path / f"gradroute-0.1.0-{tag}.whl", (age, age))
+    assert check_wheel.newest_wheel(tmp_path).name == f"gradroute-0.1.0-{own}-{own}-linux_x86_64.whl"
+    (tmp_path / "gradroute-0.1.0-py3-none-any.whl").touch()
+    assert check_wheel.newest_wheel(tmp_path).name == "gradroute-0.1.0-py3-none-any.whl"
+
+
+# The mistakes that `make check-wheel` finds
 
 USES_TORCH = 'namespace c10 { void warn(int); }\nextern "C" void f() { c10::warn(1); }\n'
 
