@@ -1,15 +1,15 @@
 """Builds gradroute: its packages, and the native module gradroute._native, which is CMake's work.
 
-GRADROUTE_NATIVE decides about the module: 1 makes a missing toolchain an error, 0 leaves the module out; by default it is
-built where there is a toolchain.
+GRADROUTE_NATIVE decides about the module: 1 makes a missing toolchain an error, 0 leaves the module out; by default it
+is built where there is a toolchain.
 
 GRADROUTE_CUDA decides about its CUDA kernels, which take most of the time to compile and need nvcc: 1 requires them, 0
 leaves them out, auto compiles them where there is nvcc. The default is auto where a CUDA device is visible and inside
 cibuildwheel, and 0 elsewhere; `make wheel` asks for auto.
 
 CMAKE_ARGS and MAX_JOBS (how many compilers run at once) are read too, and by CMake the variables of CMAKE_READS.
-Compiling says how far it is, but pip shows it only with -v: `pip install -v .`. What is compiled stays in build/, and the
-next installation takes it from there. Everything else is in pyproject.toml and csrc/CMakeLists.txt.
+Compiling says how far it is, but pip shows it only with -v: `pip install -v .`. What is compiled stays in build/, and
+the next installation takes it from there. Everything else is in pyproject.toml and csrc/CMakeLists.txt.
 """
 
 import ctypes
@@ -105,7 +105,7 @@ def sees_cuda_device():
 
 
 def missing_tools():
-    """What the native module needs and this machine lacks, in words."""
+    """The tools that the native module needs and this machine lacks, in words."""
     missing = []
     compilers = shlex.split(os.environ.get("CXX", ""))[:1] or CXX_COMPILERS
     if "CMAKE_CXX_COMPILER" not in os.environ.get("CMAKE_ARGS", "") and not any(map(shutil.which, compilers)):

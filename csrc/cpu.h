@@ -2,8 +2,8 @@
 // cache, converted to fp32 (fp64 for fp64) on the way in and rounded once on the way out. The loops are written for the
 // compiler's vectoriser, and every source is compiled once per instruction set.
 //
-// The functions that work on a block are compiled in cpu.cpp alone. A call costs nothing beside 256 elements, and
-// inlined wherever they are called, they took nine tenths of the compilers' time.
+// Conversions and activations are compiled in cpu.cpp alone. A call costs nothing beside 256 elements, and inlined
+// wherever they are called, they made compiling take six times as long.
 #pragma once
 
 #include <algorithm>

@@ -213,8 +213,8 @@ __device__ __forceinline__ void add_to(float (&total)[N], const float (&values)[
   for (int i = 0; i < N; ++i) total[i] += values[i];
 }
 
-// A row of `sums` over the tile of features that begins at `first`: the totals of the tile's rows of threads, added in
-// order. Called by every thread of a block.
+// Stores a row of `sums` over the tile of features that begins at `first`: the totals of the tile's rows of threads,
+// added in order. Every thread of a block calls it.
 template <int N>
 __device__ __forceinline__ void store_sums(const Matrix& sums, int64_t run, int64_t first, const float (&total)[N]) {
   __shared__ float totals[TILE_ROWS][TILE_LANES * N];
@@ -227,7 +227,7 @@ __device__ __forceinline__ void store_sums(const Matrix& sums, int64_t run, int6
     for (int row = 0; row < TILE_ROWS; ++row) sum += totals[row][feature];
     if (first + feature < sums.cols) *address<float, 1>(sums, run, first + feature) = sum;
   }
-  __syncthreads();  // before the next sums, which use the same memory
+  __syncthreads();  // the next sums use the same memory
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -8,14 +8,14 @@ constexpr int WARPS = 12;  // how many a block has, each with a position; all of
 constexpr int ROWS = 4;    // how many a warp handles at once: their loads do not wait for each other
 static_assert(WARPS < WARP, "no two runs longer than a warp's window begin in a block");
 
-// A window of positions from `start` on, one a lane: how many of them belong to the run of `token`.
+// How many positions of a window from `start` on, one a lane, belong to the run of `token`.
 __device__ __forceinline__ int window_length(const EmbeddingOperands& p, int64_t start, int64_t token) {
   const int64_t position = start + threadIdx.x;
   const bool belongs = position < p.dy.rows && __ldg(p.tokens + position) == token;
   return __popc(__ballot_sync(WHOLE_WARP, belongs));
 }
 
-// total += m ⊙ dy over `length` positions from `start` on, at one vector of features. Called by whole warps.
+// total += m ⊙ dy over `length` positions from `start` on, at one vector of features. Whole warps call it.
 template <class Access>
 __device__ __forceinline__ void add_window(const EmbeddingOperands& p, int64_t start, int length, int64_t first,
                                            float (&total)[Access::WIDTH]) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void add_window(const EmbeddingOperands& p, int64_t s
 }
 
 // out[token] of a run that begins at `position`: the warps take its windows in turn and add their totals in order.
-// Called by every thread of a block.
+// Every thread of a block calls it.
 template <class Access>
 __device__ __forceinline__ void sum_long_run(const EmbeddingOperands& p, int64_t position, int64_t first) {
   constexpr int N = Access::WIDTH;

@@ -1,5 +1,5 @@
-// The arithmetic that CPU and CUDA kernels share: masks, activations, rounding. In an unnamed namespace, because files
-// compiled for different instruction sets must not share its instances.
+// The arithmetic that CPU and CUDA kernels share: masks, activations, rounding. The namespace has no name, because
+// files compiled for different instruction sets must not share its instances.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@
 namespace gradroute {
 namespace {
 
-// As torch.lerp does, so that a strength of 1 is exactly no strength.
+// Interpolates as torch.lerp does, so that a strength of 1 is exactly no strength.
 template <class C>
 GRADROUTE_INLINE C interpolated(C base, C weight, C strength) {
   const C difference = weight - base;
@@ -25,7 +25,7 @@ GRADROUTE_INLINE C interpolated(C base, C weight, C strength) {
                                                    : weight - difference * (C(1) - strength);
 }
 
-// m ⊙ g: exactly 0 where m is 0, whatever g is.
+// m g, which is exactly 0 where m is 0, whatever g is.
 template <class C>
 GRADROUTE_INLINE C masked(C m, C g) {
   return m == C(0) ? C(0) : m * g;
@@ -41,7 +41,7 @@ GRADROUTE_INLINE To bits_as(From from) {
 
 GRADROUTE_INLINE float from_bfloat16(uint16_t bits) { return bits_as<float>(uint32_t(bits) << 16); }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 GRADROUTE_INLINE uint16_t to_bfloat16(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -57,7 +57,7 @@ GRADROUTE_INLINE float from_float16(uint16_t half) {
   return bits_as<float>(sign | (magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : finite));
 }
 
-// To the nearest, ties to even; what is too large becomes infinity, NaN stays NaN.
+// Rounds to the nearest, ties to even; a number that is too large becomes infinity, and NaN stays NaN.
 GRADROUTE_INLINE uint16_t to_float16(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -72,12 +72,11 @@ GRADROUTE_INLINE uint16_t to_float16(float x) {
 
 #if defined(__CUDA_ARCH__)
 GRADROUTE_INLINE float exponential(float x) { return expf(x > 88.3f ? 88.3f : x); }
-// To 2 units in the last place, without the branches of an exact division; 0 from 2^126 on.
+// 1 / x to 2 units in the last place, without the branches of an exact division; 0 from 2^126 on.
 GRADROUTE_INLINE float reciprocal(float x) { return __fdividef(1.0f, x); }
 #else
 GRADROUTE_INLINE float reciprocal(float x) { return 1.0f / x; }
-// e^x to 2 units in the last place, by operations that a compiler can vectorise. Outside [-87.3, 88.3]: its ends'
-// values.
+// e^x to 2 units in the last place, by operations that a compiler can vectorise; x is clamped to [-87.3, 88.3].
 GRADROUTE_INLINE float exponential(float x) {
   x = x < -87.3f ? -87.3f : x;
   x = x > 88.3f ? 88.3f : x;
@@ -115,7 +114,7 @@ GRADROUTE_INLINE float standard_normal_cdf(float a) {
   const float x = a * 0.70710678118654752440f;
   const float size = x < 0.0f ? -x : x;
   const float square = size * size;
-  // Both polynomials: least squares at Chebyshev nodes, of erf(x) / x in x² and of log(erfc(x)) in x.
+  // Both polynomials are least-squares fits at Chebyshev nodes, to erf(x) / x in x² and to log(erfc(x)) in x.
   float near = 7.882497448e-05f;
   near = near * square - 8.018855006e-04f;
   near = near * square + 5.189312156e-03f;
@@ -167,7 +166,7 @@ GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
   }
 }
 
-// Runs the statements with ACTIVATION a constant, for the activation that is only known when running.
+// Runs the statements with the constant ACTIVATION, which stands for an activation that is only known at run time.
 #define GRADROUTE_SWITCH_ACTIVATION(activation, ...)           \
   switch (activation) {                                        \
     case Activation::silu: {                                   \

@@ -1,5 +1,5 @@
 // The backward of RMS norm and layer norm, the update mask folded in: dx and the sums of dW and db in one launch.
-// Rows of up to 16 KB stay in registers, while the next ones are on their way; longer ones, and those that take no
+// Rows of up to 16 KB stay in registers, while the next ones are being loaded; longer rows, and rows that take no
 // vectors, are read again from the cache.
 #include "cuda.cuh"
 
@@ -11,13 +11,13 @@ constexpr int MAX_THREADS = 512;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int THREADS = 256;  // a block's threads where it handles several short rows at a time
 
-// Shared memory of the longest rows, in fp32: what a block has without asking for more, less some for sums over rows.
+// The longest rows in fp32 fit into the shared memory that a block has without asking for more, beside sums over rows.
 static_assert(MAX_THREADS * VECTORS * (BYTES_PER_ACCESS / 2) * 4 <= 47 * 1024,
               "half-precision rows have most features");
 
 constexpr int CHUNK_ROWS = 4;  // rows that are handled at once where they do not stay in registers
 
-// Rows of a block that makes no sums.
+// How many rows a block has where it makes no sums.
 constexpr int64_t TOKENS_WITHOUT_SUMS = 16;
 
 // The operands, with their numbers as the kernels use them.
@@ -75,7 +75,7 @@ __device__ __forceinline__ float rounded(float x) {
   return to_float(element);
 }
 
-// x rounded to the dtype of m and back.
+// Rounds x to the dtype of m and back.
 template <class E>
 __device__ __forceinline__ float rounded_as(const Matrix& m, float x) {
   if constexpr (std::is_same_v<E, Any>) {
@@ -95,8 +95,7 @@ __device__ __forceinline__ void load_scale(const NormArguments& p, int64_t first
   for (int i = 0; i < N; ++i) scale[i] = weight.at[i] + p.offset;
 }
 
-// Sums K values over the threads of a row, which are blockDim.x; each threadIdx.y has its row. Called by every thread
-// of a block.
+// Sums K values over the blockDim.x threads of a row; each threadIdx.y has its row. Every thread of a block calls it.
 template <int K>
 __device__ __forceinline__ void sum_over_row(float (&values)[K]) {
   __shared__ float scratch[MAX_WARPS][K];
@@ -106,7 +105,7 @@ __device__ __forceinline__ void sum_over_row(float (&values)[K]) {
     for (int distance = WARP / 2; distance > 0; distance /= 2)
       values[k] += __shfl_xor_sync(WHOLE_WARP, values[k], distance);
   const int warps = blockDim.x / WARP, first = threadIdx.y * warps;
-  __syncthreads();  // the sums before have been read
+  __syncthreads();  // every thread has read the sums before these
   if (threadIdx.x % WARP == 0) {
 #pragma unroll
     for (int k = 0; k < K; ++k) scratch[first + threadIdx.x / WARP][k] = values[k];
@@ -122,7 +121,7 @@ __device__ __forceinline__ void sum_over_row(float (&values)[K]) {
 
 // A row's mean and so on, which dx and the sums need beside the row itself.
 struct Statistics {
-  float mean = 0.0f, rstd = 0.0f;         // x's
+  float mean = 0.0f, rstd = 0.0f;         // mean and 1 / root mean square of x
   float total = 0.0f, projection = 0.0f;  // the means of dx̂ and of dx̂ ⊙ x̂
 };
 
@@ -149,7 +148,7 @@ __device__ __forceinline__ void add_second_moments(const float (&x)[N], const fl
   }
 }
 
-// dx of a vector is stored, and what its row adds to the sums of dW and db added to them.
+// Stores dx of a vector, and adds the vector's part to the sums of dW and db.
 template <class X, int N>
 __device__ __forceinline__ void finish_vector(const NormArguments& p, const Token& token, int64_t row, int64_t first,
                                               const Statistics& s, const float (&x)[N], const float (&g)[N],
@@ -218,7 +217,7 @@ __device__ __forceinline__ void for_vectors(const NormArguments& p, const Row<G,
   }
 }
 
-// Called by every thread of a block.
+// Every thread of a block calls it.
 template <class G, class X, int N>
 __device__ __forceinline__ Statistics statistics_of(const NormArguments& p, const Row<G, X, N>& row,
                                                     const float* scales) {
@@ -243,8 +242,8 @@ __device__ __forceinline__ Statistics statistics_of(const NormArguments& p, cons
   return s;
 }
 
-// A row of sums: the totals of the block's rows of threads, added in order. Called by every thread of a block, whose
-// `memory` holds a row for each of them.
+// Stores a row of sums: the totals of the block's rows of threads, added in order. Every thread of a block calls it;
+// `memory` holds one row for each row of threads.
 template <int N>
 __device__ __forceinline__ void store_row_sums(const NormArguments& p, const Matrix& sums, float* memory,
                                                const float (&totals)[VECTORS][N]) {
@@ -320,7 +319,7 @@ __device__ __forceinline__ void for_chunks(const NormArguments& p, int64_t start
   }
 }
 
-// Called by every thread of a block.
+// Every thread of a block calls it.
 template <class G, class X, int N>
 __device__ __forceinline__ void chunk_statistics(const NormArguments& p, int64_t start, int64_t last,
                                                  Statistics (&s)[CHUNK_ROWS]) {
@@ -361,7 +360,7 @@ __device__ __forceinline__ void chunk_statistics(const NormArguments& p, int64_t
   }
 }
 
-// Adds to a row of sums, which one thread has for itself; the block's first rows begin it.
+// Adds to a row of sums, of which each feature belongs to one thread; the block's first rows overwrite it.
 template <int N>
 __device__ __forceinline__ void add_to_sums(const Matrix& sums, int64_t first, bool begins, const float (&total)[N]) {
   if (sums.data == nullptr) return;
@@ -413,7 +412,7 @@ void launch_rows(const NormArguments& p, const Stream& stream) {
          {blocks, threads, threads.y * p.x.cols * sizeof(float)}, stream, p);
 }
 
-// Vectors where every matrix takes them, kept in registers where they fit.
+// Launches with vectors where every matrix takes them, and keeps rows in registers where they fit.
 template <class G, class X>
 void launch_typed(const NormArguments& p, const Stream& stream) {
   constexpr int N = features_per_vector<G, X>;
@@ -426,7 +425,7 @@ void launch_typed(const NormArguments& p, const Stream& stream) {
     launch_chunks<G, X, N>(p, stream);
 }
 
-// Dtypes that meet in models: dy has x's, or is fp32 where an fp32 weight met a half-precision x.
+// Launches for the dtypes that meet in models: dy has x's, or is fp32 where an fp32 weight met a half-precision x.
 void launch_norm(const NormArguments& p, const Stream& stream) {
   const Dtype g = p.dy.dtype, x = p.x.dtype;
   if (g == Dtype::float32 && x == Dtype::float32) return launch_typed<float, float>(p, stream);

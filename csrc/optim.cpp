@@ -88,7 +88,7 @@ struct Step {
     if (has_largest) store(largest, row, first, n, largest_new);
   }
 
-  // One instance, however often it is called: inlined, it doubled the time that this file takes to compile.
+  // It has one instance, however often it is called: inlined, it doubled the time that this file takes to compile.
   template <int64_t stride>
   __attribute__((noinline)) void update(int64_t row, int64_t first, int64_t n, int64_t block) const {
     if (largest.data == nullptr)

@@ -34,7 +34,7 @@ class Report(NamedTuple):
 
 
 def missing_tools():
-    """What compiling needs and this machine lacks, in words; empty where nothing is missing."""
+    """The tools that compiling needs and this machine lacks, in words; empty where nothing is missing."""
     missing = [name for name, found in (("nvcc", find_nvcc()), ("cmake", find_tool("cmake"))) if not found]
     return missing + ([] if importlib.util.find_spec("pybind11") else ["pybind11"])
 
@@ -50,7 +50,7 @@ def find_tool(name):
 
 
 def commands(folder):
-    """Source → how the build compiles it for the architectures of a wheel. Runs CMake in `folder`."""
+    """Each source's command, as the build compiles it for a wheel's architectures. Runs CMake in `folder`."""
     environment = {name: value for name, value in os.environ.items() if name != "CMAKE_CUDA_ARCHITECTURES"}
     ninja = find_tool("ninja")
     done = subprocess.run(

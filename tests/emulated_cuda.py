@@ -25,12 +25,12 @@ FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-iquote", CSRC, "
 # Misaligned vectors and indices outside of arrays end a launch with an error, see emulate.cpp.
 KERNEL_FLAGS = ("-fsanitize=alignment,bounds",)
 
-# What bindings.cpp defines as the CPU's baseline are the functions of namespace cuda.
+# bindings.cpp then binds the functions of namespace cuda as those of the CPU's baseline.
 BINDINGS_FLAGS = ("-Dcpu_baseline=cuda", '-DGRADROUTE_BUILD="{}"')
 
 
 def missing_tools():
-    """What building needs and this machine lacks, in words; empty where nothing is missing."""
+    """The tools that building needs and this machine lacks, in words; empty where nothing is missing."""
     missing = [] if sys.platform == "linux" else ["Linux"]  # makecontext
     missing += [] if shutil.which("g++") else ["g++"]
     missing += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h"]
@@ -71,13 +71,13 @@ def build_changed(folder, built, name, old, new):
 
 
 def kernel_command(kernel, folder):
-    """Writes the kernel's adapted source to `folder`; how that is compiled."""
+    """Writes the kernel's adapted source to `folder`, and returns the command that compiles it."""
     (folder / kernel.name).write_text(adapted(kernel, kernel.read_text()))
     return compile_command(folder / kernel.name, folder, *KERNEL_FLAGS)
 
 
 def adapted(source, text):
-    """The text of a source, with variables in shared memory as C++: what no header can give a meaning to."""
+    """A source's text with variables in shared memory as C++, because no header can give them a meaning."""
     text = re.sub(
         r"\bextern __shared__ (\w+) (\w+)\[\];",
         r"\1* const \2 = static_cast<\1*>(emulation::dynamic_shared_memory());",

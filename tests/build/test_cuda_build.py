@@ -5,7 +5,7 @@ import pytest
 
 ARCHITECTURES = {"sm_80", "sm_90a", "sm_100"}
 
-# What a block has without asking for more, which no launcher does: so dynamic shared memory is within it, too.
+# The limit of a block that asks for no more, which no launcher does: so dynamic shared memory is within it, too.
 SHARED_MEMORY = 48 * 1024
 
 needs_compiler = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-// What csrc/*.cu use of CUDA, on the CPU: tests/emulated_cuda.py compiles them with g++ against these headers.
+// The part of CUDA that csrc/*.cu use, on the CPU: tests/emulated_cuda.py compiles them with g++ against these headers.
 //
 // Emulated: grids, one block after the other; the threads of a block, as fibers that run in another random order in
 // each block until they wait for each other; barriers, shuffles and ballots; shared memory, poisoned at the start of

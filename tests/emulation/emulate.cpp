@@ -1,4 +1,4 @@
-// Blocks of threads as fibers of one thread of the CPU, see cuda_runtime.h.
+// Emulates blocks of threads as fibers of one thread of the CPU; cuda_runtime.h says how.
 #include <ucontext.h>
 
 #include <array>
@@ -19,8 +19,8 @@ namespace {
 constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 512;  // the largest launch bounds of the kernels
 constexpr unsigned MAX_GRID_YZ = 65535;
-constexpr size_t MAX_SHARED = 48 * 1024;  // of a block that asks for no more
-constexpr size_t STACK = 128 * 1024;      // of a fiber
+constexpr size_t MAX_SHARED = 48 * 1024;  // the shared memory of a block that asks for no more
+constexpr size_t STACK = 128 * 1024;      // a fiber's
 constexpr uint32_t POISON = 0x7FFFFFFF;   // NaN, and the largest integer
 
 enum class State { ready, at_barrier, at_exchange, done };
@@ -30,10 +30,10 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[STACK]};
   State state;
   dim3 index;
-  unsigned exchanges;  // that it took part in
+  unsigned exchanges;  // how many it took part in
 };
 
-// The values of a warp's lanes. A lane may begin the next exchange before others have read this one, so two in turn.
+// The values of a warp's lanes, twice: a lane may begin the next exchange before others have read this one.
 struct Mailbox {
   char values[2][WARP * sizeof(float4)];
 };
@@ -43,12 +43,12 @@ struct Memory {
   size_t bytes;
 };
 
-std::mutex mutex;  // one launch at a time has all that follows
+std::mutex mutex;  // held by the launch that uses the variables below
 std::vector<Fiber> fibers;
 std::array<Mailbox, MAX_THREADS / WARP> mailboxes;
 std::vector<Memory> static_memory;
 std::vector<float4> dynamic_memory;
-std::mt19937 generator;  // of the orders of threads: goes on from launch to launch, alike in every process
+std::mt19937 generator;  // draws the orders of threads, from launch to launch, alike in every process
 const std::function<void()>* body;
 ucontext_t scheduler;
 unsigned current;  // the fiber that runs
@@ -59,7 +59,7 @@ void poison(void* data, size_t bytes) {
   for (size_t i = 0; i < bytes; i += sizeof(POISON)) memcpy(to + i, &POISON, std::min(sizeof(POISON), bytes - i));
 }
 
-// Back to the scheduler, until it finds that the fiber may go on.
+// Returns to the scheduler, until it finds that the fiber may go on.
 void wait(State state) {
   const unsigned self = current;
   fibers[self].state = state;
@@ -188,8 +188,8 @@ void add_shared_memory(void* memory, size_t bytes) {
 
 }  // namespace emulation
 
-// What g++ -fsanitize=alignment,bounds calls, in place of its library, which would end the process. All that it hands
-// over begins with where in the source it happened.
+// The functions that g++ -fsanitize=alignment,bounds calls, in place of its library's, which would end the process.
+// Everything that it hands over begins with the place in the source.
 
 namespace {
 
