@@ -25,7 +25,7 @@ from gradroute.optim import RoutedAdamW, routed_param_groups
 INTEGERS = {4: torch.int32, 8: torch.int64}
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1}
 
-# Rows and columns that two ranks cannot divide evenly, and that one of them has nothing of.
+# Two ranks cannot divide these rows and columns evenly, and one rank gets none of some.
 SHAPES = ((5, 3), (4, 6), (1, 7), (6, 1), (3, 2, 5), (7,), (1,), ())
 
 
@@ -39,7 +39,7 @@ def whole(tensor):
 
 
 def differing(ours, exact, optimizer, expected):
-    """Names of what is not the same, bit for bit, as in one process: parameters and their state."""
+    """The names of parameters and states that differ in some bit from those of one process."""
     wrong = [name for name in exact if not same(whole(ours[name]), exact[name])]
     for name in exact:
         states = optimizer.state[ours[name]], expected.state[exact[name]]
@@ -49,9 +49,9 @@ def differing(ours, exact, optimizer, expected):
 
 
 def sharded(rank, placements, shape, block_dim, norm_type=None, fused=False):
-    """Parameters that are sharded in some way, given the shards of gradients that every rank makes alike.
+    """Steps of parameters that are sharded in some way, by shards of gradients that every rank makes alike.
 
-    Returns what differs from one process, and the number of collectives of a step.
+    Returns the differences to one process, and the number of collectives of a step.
     """
     mesh = init_device_mesh("cpu", shape)
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def sharded(rank, placements, shape, block_dim, norm_type=None, fused=False):
 
 
 def partial_gradients(rank):
-    """A gradient whose sum over the ranks is still to be made, of a parameter that every rank has."""
+    """A gradient that has yet to be summed over the ranks, for a parameter that every rank has."""
     mesh = init_device_mesh("cpu", (worker.RANKS,))
     p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate()]))
     local = torch.zeros(4, 3)
@@ -102,7 +102,7 @@ def partial_gradients(rank):
 
 
 def not_finite(rank, value):
-    """A row of which one rank has a half that is not finite; the norm is of all ranks and all kinds of gradients."""
+    """One rank has half of a row that is not finite; the norm is over all ranks and ordinary and sharded gradients."""
     mesh = init_device_mesh("cpu", (worker.RANKS,))
     gradient = torch.zeros(3, 4)
     gradient[1, 0] = value
@@ -114,11 +114,8 @@ def not_finite(rank, value):
     return {"norm": norm, "columns": whole(columns.grad), "plain": plain.grad}
 
 
-# A routed model
-
-
 def make_model():
-    """With a forget part whose hidden units do not end where a rank's half does."""
+    """A routed model with a forget part whose hidden units do not end where a rank's half does."""
     sizes = (worker.D_MODEL, worker.D_FF, worker.HEADS, worker.KV_HEADS, worker.HEAD_DIM)
     return worker.make_model(sgtm(Shape(2, *sizes), forget_heads=2, forget_units=20))
 
@@ -134,7 +131,7 @@ def batches():
 
 
 def make_optimizer(model):
-    # A large eps, because gradients are sums in another order, and small ones divided by their size are not.
+    # eps is large, because gradients are summed in another order, and small gradients over their size would differ.
     return RoutedAdamW(routed_param_groups(model, weight_decay=0.1), lr=1e-2, eps=1e-2)
 
 
@@ -163,7 +160,7 @@ def named(model):
 
 
 def trained(rank, parallel):
-    """The same steps in one process and in two: the largest error, and whose counts of steps differ."""
+    """Takes the same steps in one process and in two; returns the largest error, and differences in counts of steps."""
     exact = make_model()
     model = copy.deepcopy(exact)
     expected = make_optimizer(exact)

@@ -138,7 +138,8 @@ def _unknown_token(tokenizer: Any) -> int | None:
         return known
     if hasattr(inner.model, "unk_token"):
         return None if inner.model.unk_token is None else inner.token_to_id(inner.model.unk_token)
-    return json.loads(inner.to_str())["model"].get("unk_id")  # a Unigram's, which has no attribute for it
+    # A Unigram has no attribute for its unknown token.
+    return json.loads(inner.to_str())["model"].get("unk_id")
 
 
 def _inner_tokenizer(tokenizer: Any) -> Any:
@@ -268,7 +269,7 @@ class _Trie(NamedTuple):
         keys = torch.tensor([state * size + token for state, token in steps], device="cpu")
         keys, order = keys.sort()
         after = torch.tensor(list(steps.values()), device="cpu")[order]
-        of_first = keys < size  # steps from state 0: the key is the token
+        of_first = keys < size  # the key of a step from state 0 is its token
         states = torch.zeros(size, dtype=torch.int64, device="cpu")
         states[keys[of_first]] = after[of_first]
         slots = torch.zeros(SLOTS, dtype=torch.bool, device="cpu")

@@ -118,9 +118,7 @@ def _masked_share(layers: Sequence[_Layer], dim: int, size: int) -> float:
 def _layers_of(model: nn.Module) -> dict[int, list[_Layer]]:
     """All layers that have a parameter, by the parameter's id."""
     modules = list(model.modules())
-    known: dict[
-        int, _Layer
-    ] = {}  # by the id of a module, where another module's sites or adapters mask its weight
+    known: dict[int, _Layer] = {}  # id of a module → the masks that other modules put on its weight
     for module in modules:
         if isinstance(module, RoutedModule) and isinstance(module.sites, (MLPSites, AttentionSites)):
             names: Any = module.names

@@ -1,4 +1,4 @@
-"""Parameters whose shards several processes have: DTensors, as FSDP2 and tensor parallelism make them."""
+"""Parameters that are sharded over processes: DTensors, as FSDP2 and tensor parallelism make them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..routes import Routes
 
-#: Integers of the shape of the tokens, flat ones, or one a sample.
+#: Route ids: integers of the shape of the tokens, flat integers, or one integer a sample.
 RouteIds = Routes | Tensor | np.ndarray | Sequence[object]
 
 

@@ -28,9 +28,9 @@ class Measurement:
         self.batch: BatchRoutes | None = None
         self.snapshot: list[tuple[int, Tensor]] | None = None
         self._routes = routes
-        self._present: list[Tensor] = []  # each [R], of one batch
-        self._squares: dict[str, list[Tensor]] = {name: [] for name in modules}  # each [R], of one backward
-        self._losses: list[tuple[Tensor, Tensor]] = []  # each [R] and [R], of one forward
+        self._present: list[Tensor] = []  # one [R] a batch
+        self._squares: dict[str, list[Tensor]] = {name: [] for name in modules}  # one [R] a backward
+        self._losses: list[tuple[Tensor, Tensor]] = []  # sums [R] and counts [R], a pair a forward
         self._gradient: tuple[Tensor, Tensor] | None = None  # squares [K + 2], nonzeros [K]
         self._before: Tensor | None = None  # squares [K + 2]
         self._update: Tensor | None = None  # squares [K + 2]

@@ -1,4 +1,4 @@
-"""Telemetry: which steps are measured, what of them, and what is said of it."""
+"""Telemetry: it measures steps of training, and reports what it measured."""
 
 from __future__ import annotations
 

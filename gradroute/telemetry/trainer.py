@@ -22,7 +22,7 @@ def trainer_callback(telemetry: Telemetry, writer: Writer | None) -> TrainerCall
 
     class TelemetryCallback(TrainerCallback):
         def on_step_begin(self, *_: object, **__: object) -> None:
-            telemetry._stop()  # a step that Trainer left without an end
+            telemetry._stop()  # Trainer may have left a step without its end
             telemetry._begin()
 
         def on_pre_optimizer_step(self, *_: object, **__: object) -> None:

@@ -30,7 +30,7 @@ def perturbed_units(model, block):
 @pytest.mark.parametrize("name", model_zoo.NAMES)
 @pytest.mark.parametrize("what", ["units", "heads"])
 def test_a_block_holds_what_makes_its_units_and_what_reads_them(name, what):
-    """With its columns at zero, anything in its rows leaves the output as it was; and nothing else is in it."""
+    """With a block's columns at zero, anything in its rows leaves the output as it was; and nothing else is in it."""
     model, architecture = built(name)
     tokens = torch.randint(3, model_zoo.VOCABULARY, (2, 8))
     block = getattr(Block, what)(model, 2, architecture=architecture)
@@ -54,7 +54,7 @@ def test_blocks_of_all_units_and_heads_cover_the_layers_once(name):
     for what in ("units", "heads"):
         sizes = {part.size for part in getattr(Block, what)(model, 1, architecture=architecture).parts}
         for index in range(min(sizes)):
-            # A head of its own leaves out k and v of a group: take whole groups.
+            # A block of one head lacks k and v of its group, so whole groups are taken.
             group = getattr(Block, what)(model, 1).parts[0].group
             if index % group == 0:
                 block = getattr(Block, what)(model, range(index, index + group))
@@ -62,7 +62,7 @@ def test_blocks_of_all_units_and_heads_cover_the_layers_once(name):
                     covered[parameter] = covered.get(parameter, 0) + mask.int()
     for parameter, count in covered.items():
         assert (count == 1).all(), parameter
-    biases_of_outputs = {"llama": 4, "gpt2": 4, "phi3": 0, "gpt_neox": 4}  # nobody's
+    biases_of_outputs = {"llama": 4, "gpt2": 4, "phi3": 0, "gpt_neox": 4}  # belongs to no block
     inner = [n for n, _ in model.named_parameters() if ".mlp." in n or "attn" in n or "attention." in n]
     inner = [n for n in inner if "norm" not in n]
     assert len(inner) - len(covered) == biases_of_outputs[name], sorted(set(inner) - set(covered))

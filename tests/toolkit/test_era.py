@@ -33,7 +33,7 @@ def assert_bits(model, before):
 
 
 def assert_same(got, expected):
-    """The same products, with zeros among them: fp32 roundings apart."""
+    """Sums of the same products, with zeros among them, differ by roundings of fp32."""
     assert model_zoo.error(got, expected) < 1e-5
 
 
@@ -49,7 +49,7 @@ def tokens():
 
 
 class Own(nn.Module):
-    """gradroute's own layers, in a residual stream."""
+    """A residual stream through gradroute's own layers."""
 
     def __init__(self):
         super().__init__()
@@ -252,7 +252,7 @@ def test_a_gate_scales_what_the_block_adds(name, tokens):
         assert not torch.allclose(model_zoo.logits_of(model, tokens), whole, atol=1e-4)
         gate.scale = 0.0
         off = model_zoo.logits_of(model, tokens)
-    assert_bits(model, before)  # from 0 too
+    assert_bits(model, before)  # also from weights of 0
     era.ablate(model, block)
     assert_same(off, model_zoo.logits_of(model, tokens))
 
@@ -360,7 +360,7 @@ def test_refusals(tokens):
 
 
 def test_joined_blocks_of_one_layer_are_one(tokens):
-    """Indices of the second count in the model of before the first was taken out."""
+    """The second block has the indices of the model before the first block was taken out."""
     model, _ = built("phi3")
     whole, _ = built("phi3")
     whole.load_state_dict(model.state_dict())
@@ -473,7 +473,7 @@ def test_state_may_come_in_any_order(tokens):
     model, _ = built("llama")
     before = bits(model)
     block = Block.units(model, 4) | Block.heads(model, 2)
-    state = dict(sorted(block.state_dict(model).items()))  # as safetensors does, "10." before "2."
+    state = dict(sorted(block.state_dict(model).items()))  # safetensors sorts the names, "10." before "2."
     era.ablate(model, block, how="slice")
     era.merge(model, block, state)
     assert_bits(model, before)

@@ -67,7 +67,7 @@ def test_weights_are_the_papers(ratios):
 
     got = soft_weights(ratios)
     assert got.dtype == torch.float32
-    assert got.tolist() == pytest.approx([weight(r) for r in ratios], abs=2**-24)  # half of fp32's ulp, twice
+    assert got.tolist() == pytest.approx([weight(r) for r in ratios], abs=2**-24)  # twice half an ulp of fp32
 
 
 def test_weights_of_other_slopes():
@@ -79,7 +79,7 @@ def test_weights_of_other_slopes():
 
 
 def test_the_mask_of_the_original_parameters_is_the_papers_weight(device):
-    """Exactly: the chain of `frequency_strength`'s docstring, through Routes, a table and a gradient."""
+    """The chain of `frequency_strength`'s docstring, through Routes, a table and a gradient, is exact."""
     vocabulary, features, block = 4000, 8, slice(6, 8)
     forget, retain = torch.randint(0, 40, (2, vocabulary), device=device)
     weights = soft_weights(frequency_ratio(forget, retain))

@@ -32,12 +32,12 @@ def test_samples(device):
     assert got.tolist() == [[2, 2, 2], [0, 0, 0]]
     assert samples([0.5, 1.0], torch.Size([2])).tolist() == [0.5, 1.0]
     assert samples([True, False], (2, 1, 2)).tolist() == [[[True, True]], [[False, False]]]
-    got[0, 0] = 1  # memory of its own
+    got[0, 0] = 1  # the result has memory of its own
     assert got.tolist() == [[1, 2, 2], [0, 0, 0]]
 
 
 def numbered(dones):
-    """[time][environment] → episode: what follows a done begins a new one."""
+    """The number of the episode by [time][environment]; the step after a done begins a new one."""
     numbers, number = [[0] * len(dones[0]) for _ in dones], -1
     for environment in range(len(dones[0])):
         for time in range(len(dones)):

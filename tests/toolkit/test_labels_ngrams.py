@@ -36,7 +36,7 @@ def test_arrays_of_files_are_read():
 
 
 def matched(row, sequences, mark):
-    """One row or document, by comparing every sequence at every place."""
+    """The marks of one row or document, by comparing every sequence at every place."""
     marked = [False] * len(row)
     for sequence in sequences:
         for start in range(len(row) - len(sequence) + 1):
@@ -71,7 +71,7 @@ def test_ngrams_in_documents(tokens, sequences, mark, data):
 
 
 def test_ngrams_do_not_rest_on_their_hashes(monkeypatch):
-    """Where every step has the same hash, the search in the keys decides all."""
+    """If every step has the same hash, the search in the keys decides alone."""
     ids = torch.randint(0, 5, (2, 300))
     sequences = [[0, 1, 2], [1, 1], [4, 3, 2, 1], [2]]
     got = match_ngrams(ids, sequences)

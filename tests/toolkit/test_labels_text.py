@@ -33,7 +33,7 @@ def byte_level():
 
 @pytest.fixture(scope="module")
 def wrapped(byte_level):
-    """As a tokenizer of transformers, which adds <s> before a text."""
+    """The same tokenizer as one of transformers, which adds <s> before a text."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     own = tokenizers.Tokenizer.from_str(byte_level.to_str())
@@ -50,7 +50,7 @@ def test_words_of_a_real_tokenizer_are_found_in_text(kind, request, byte_level):
     encoding = byte_level.encode(text, add_special_tokens=False)
     sequences = token_sequences(tokenizer, WORDS)
     found = match_ngrams(torch.tensor(encoding.ids), sequences)
-    # Every word, in any case, wherever it stands; and nothing outside of them.
+    # Every word is found, in any case and at any place, and nothing outside of words.
     covered = {place for match in re.finditer("|".join(WORDS), text, re.I) for place in range(*match.span())}
     for is_found, (start, stop) in zip(found.tolist(), encoding.offsets, strict=True):
         word = [place in covered for place in range(start, stop) if text[place] != " "]
@@ -104,7 +104,7 @@ def test_the_unknown_token_of_a_unigram():
 
 
 def bpe(*texts, alphabet=(), pre_tokenizer=None, normalizer=None):
-    """Without an unknown token: it drops characters that it does not know."""
+    """A BPE without an unknown token, which drops characters that it does not know."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     if pre_tokenizer is not None:
@@ -123,7 +123,9 @@ def test_forms_of_which_a_tokenizer_drops_characters_are_left_out():
     own = bpe("nave nave")
     nave = own.token_to_id("nave")
     for tokenizer in (own, transformers.PreTrainedTokenizerFast(tokenizer_object=own)):
-        assert token_sequences(tokenizer, ["nave"], leading_space=False) == [(nave,)]  # not "Nave" as "ave"
+        assert token_sequences(tokenizer, ["nave"], leading_space=False) == [
+            (nave,)
+        ]  # "Nave" is not taken for "ave"
         message = (
             f"words[0]: got 'naïve', which the tokenizer turns into [{nave}], expected a word of which the"
         )
@@ -255,7 +257,7 @@ def test_examples_in_context():
         " [8] 9 10 …",
         "…  13 14 [15]",
     )
-    assert summary.examples[0][0] == " [0 1] …"  # the beginning of a long run
+    assert summary.examples[0][0] == " [0 1] …"  # a long run is cut
     assert len(summary.examples[0]) == 3
     assert summarize(ids, 2, tokens, examples=2, context=2).examples[1] == (
         "…  1 2 [3 4] 5 6 …",

@@ -138,7 +138,7 @@ def test_a_parameter_without_a_gradient_is_left_out():
 
 
 def blocks_of(tensor, block_dim):
-    """Views of every block."""
+    """The views of a tensor's blocks."""
     if block_dim is None or tensor.dim() == 0:
         return [tensor]
     return [tensor.select(block_dim, index) for index in range(tensor.shape[block_dim])]
@@ -153,7 +153,7 @@ def blocks_of(tensor, block_dim):
     st.floats(0, 1),
 )
 def test_every_block_has_an_adamw_of_its_own(shape, dtype, block_dim, options, share):
-    """Against one torch.optim.AdamW a block, which steps only when its gradient is not 0."""
+    """A step is that of one torch.optim.AdamW a block, which steps only when its gradient is not 0."""
     if len(shape) < 2 and block_dim == 1:
         block_dim = 0
     weight = parameter(*shape, dtype=dtype)
@@ -197,7 +197,7 @@ def test_a_block_of_the_optimizer_is_a_block_of_the_model(block_dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.5, 0.9)])
 def test_untouched_blocks_keep_every_bit(dtype, betas):
-    """Whatever is in them: zeros of both signs, infinities, NaN, numbers without a normal exponent."""
+    """Any bits are kept: zeros of both signs, infinities, NaN, numbers without a normal exponent."""
     tiny = torch.finfo(dtype).smallest_normal
     strange = [0.0, -0.0, math.inf, -math.inf, math.nan, tiny / 4, -tiny / 4, 1.0]
     weight = nn.Parameter(torch.tensor([strange] * 3, dtype=dtype))
@@ -338,7 +338,7 @@ def test_on_the_meta_device_only_shapes_are_made():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_step(dtype):
-    """Whole, without a break. Dynamo decomposes addcmul, which then rounds once more, and no two ways cancel."""
+    """A step compiles whole, without a break. Dynamo decomposes addcmul, which then rounds once more."""
     ours, theirs = parameter(5, 3, dtype=dtype), parameter(4, dtype=dtype)
     optimizer = RoutedAdamW([ours, theirs], torch.tensor(0.1))
     fill_gradients(optimizer)

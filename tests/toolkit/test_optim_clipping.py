@@ -43,7 +43,7 @@ def test_a_norm_that_is_not_finite_touches_nothing_else(value):
     nn.utils.clip_grads_with_norm_([weight], 1.0, nn.utils.get_total_norm([torchs]))
     assert torch.isnan(weight.grad).sum() == (
         6 if math.isnan(value) else 1
-    )  # torch's touches every row by NaN
+    )  # torch's clipping touches every row by NaN
     weight.grad = torchs
     with pytest.raises(RuntimeError, match=rf"error_if_nonfinite: got gradients of norm {value}"):
         optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By the name of a cell, of both ranks."""
+    """The results of both ranks, by the name of a cell."""
     multiprocessing.set_forkserver_preload(["optim_worker"])
     directory = tmp_path_factory.mktemp("optim")
     context = torch.multiprocessing.start_processes(
@@ -55,7 +55,7 @@ def passed(results, name):
     "name", [name for name in optim_worker.CELLS if "block_dim" in name or "clipped" in name]
 )
 def test_shards_are_those_of_one_process(results, name):
-    """Bit for bit; ranks talk only where they share blocks, and then once."""
+    """Shards agree bit for bit; ranks talk only where they share blocks, and then once."""
     how, _, block_dim = name.partition(" block_dim=")
     shares = (how, block_dim) in {("rows", "1"), ("columns", "0"), ("rows, then columns", "0")}
     shares |= (how, block_dim) == ("rows, whole columns", "1") or (block_dim == "None" and how != "whole")
@@ -77,7 +77,7 @@ def test_partial_gradients_are_summed_first(results):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_norm_that_is_not_finite_touches_nothing_else(results, value):
-    """One rank has the entry; the other half of its row is of the same block."""
+    """One rank has the entry that is not finite; the other rank's half of the row belongs to the same block."""
     for result in passed(results, value):
         torch.testing.assert_close(result["norm"], torch.tensor(float(value)), equal_nan=True)
         assert (result["columns"][[0, 2]] == 0).all()

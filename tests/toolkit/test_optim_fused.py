@@ -67,7 +67,7 @@ class Step:
         """The tensors after the step."""
         tensors = self.copies(device=device)
         computed = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-        # Not alone in their memory, as in the optimizer: rows are further apart than they are long.
+        # The tensors are views of larger memory, as in the optimizer: rows are further apart than they are long.
         factors = torch.cat([self.factors, self.factors], 1).to(device, computed)[:, : self.factors.shape[1]]
         kernel(*tensors, factors, self.by_column, self.options)
         return [None if tensor is None else tensor.cpu() for tensor in tensors]
@@ -79,10 +79,10 @@ class Step:
         return tensors
 
     def bounds(self, exact):
-        """By how much a right result may differ, of parameter, m, v, and the largest v.
+        """The bounds of the error of a right result, for parameter, m, v, and the largest v.
 
-        From rounding: of every operation in what is computed in, four at most in a row before the change of the
-        parameter is made and six in that, and once in what is stored.
+        They count roundings: one for every operation in the dtype of the computation, at most four in a row before the
+        change of the parameter and six in the change, and one in the dtype that is stored.
         """
         dtype = self.tensors[0].dtype
         computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -113,7 +113,7 @@ class Step:
 
 
 def take_steps(kernel, device=None):
-    """With and without amsgrad, for what looks at calls."""
+    """Steps with and without amsgrad, for tests that look at calls."""
     for amsgrad in (False, True):
         Step((3, 7), torch.float32, "columns", amsgrad).take(kernel, device)
 
@@ -123,7 +123,7 @@ BLOCKS = ("rows", "columns", "one")
 
 
 def check_kernel(kernel, dtype, device=None, shapes=SHAPES):
-    """All kinds of blocks, with and without amsgrad, matrices that are transposed; and a step where all is touched."""
+    """Steps of rows, columns and whole matrices, with and without amsgrad, transposed; and one where all is touched."""
     for shape in shapes:
         for index, blocks in enumerate(BLOCKS):
             for amsgrad in (False, True):
@@ -143,7 +143,7 @@ def test_composed(dtype):
 def test_native(dtype, instruction_set, monkeypatch):
     monkeypatch.setattr(native.loading, "instruction_set", instruction_set)
     check_kernel(native.adamw_step, dtype)
-    # Large enough to be shared among threads.
+    # This matrix is large enough to be shared among threads.
     check_kernel(native.adamw_step, dtype, shapes=((200, 300),))
 
 
@@ -161,7 +161,7 @@ def test_cuda(dtype):
 
 
 def strange_numbers(dtype):
-    """Zeros of both signs, infinities, NaN, numbers without a normal exponent."""
+    """Blocks that are not touched keep zeros of both signs, infinities, NaN, numbers without a normal exponent."""
     tiny = torch.finfo(dtype).smallest_normal
     numbers = torch.tensor(
         [0.0, -0.0, torch.inf, -torch.inf, torch.nan, tiny / 4, -tiny / 4, 1.0], dtype=dtype
@@ -244,7 +244,7 @@ def test_nan_is_not_hidden(backend):
 @pytest.mark.skipif("triton" not in backends._PRIMITIVES, reason="the package triton is not installed")
 @pytest.mark.parametrize("shape", [(1, 2**27), (2**27, 1), (8, 2**24)])
 def test_grids_of_large_matrices(shape):
-    """Within what CUDA launches, which the interpreter would not mind; the matrices have no memory of that size."""
+    """A grid is within the limits of CUDA, which the interpreter lacks; the matrices have no memory of that size."""
     with backends.triton.record(90) as launches:
         large = torch.zeros(1, 1).expand(shape)
         options = AdamWOptions(0.9, 0.99, 1e-8, False)
@@ -270,7 +270,7 @@ def test_grids_of_large_matrices(shape):
     ),
 )
 def test_it_is_the_loop_in_other_words(shape, block_dim, tensor_lr, options):
-    """In fp64, where rounding is far below what is compared; blocks that are not touched keep every bit."""
+    """Both ways agree in fp64, up to rounding, and blocks that are not touched keep every bit."""
     block_dim = block_dim if len(shape) >= 2 else 0
     loop = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     fused = copy.deepcopy(loop)
@@ -312,7 +312,7 @@ def test_untouched_parameters_of_a_group_and_empty_ones():
 
 @needs_native
 def test_elements_out_of_order_are_left_to_the_loop():
-    """With a warning; what is transposed is not out of order, and a gradient may be."""
+    """The loop steps with a warning. A transposed matrix is not out of order, and a gradient may be out of order."""
     transposed = nn.Parameter(torch.randn(3, 4).T)
     ordered = nn.Parameter(torch.randn(2, 3, 4, 5))
     for weight in (transposed, ordered):
@@ -376,7 +376,7 @@ def test_a_parameter_of_another_shape_is_refused(fused):
 
 @needs_native
 def test_the_largest_square_counts_with_amsgrad_only():
-    """Also where the option changes between steps."""
+    """States are the same both ways, also where the option changes between steps."""
     weights = [nn.Parameter(torch.ones(3, 2, dtype=torch.float64)) for _ in range(2)]
     loop, fused = (RoutedAdamW([w], amsgrad=True, fused=w is weights[1]) for w in weights)
     for step, amsgrad in enumerate((True, False)):
@@ -424,7 +424,7 @@ def test_a_step_that_is_refused_is_not_counted(monkeypatch):
 
 
 def test_the_backend_that_is_chosen_for_the_process(monkeypatch):
-    """It computes there, or is refused there."""
+    """The backend that is asked for computes the step, or is refused with a reason."""
     called = []
     monkeypatch.setattr(composed, "adamw_step", lambda *arguments: called.append(arguments))
     weight = nn.Parameter(torch.zeros(2))
@@ -465,7 +465,7 @@ def test_how_it_computes_is_no_state(saved_fused):
 
 @needs_native
 def test_a_compiled_step():
-    """Whole, without a break, with the same bits: the kernel is an operation of torch.library."""
+    """A step compiles whole and with the same bits, because the kernel is an operation of torch.library."""
     weights = [nn.Parameter(torch.randn(size)) for size in ((5, 3), (4,), (2, 3, 4))]
     optimizer = RoutedAdamW(weights, torch.tensor(0.1), fused=True)
     other = copy.deepcopy(optimizer)

@@ -98,7 +98,7 @@ def test_adamw_leaks_and_routed_adamw_does_not(llama, what):
 
 
 def test_negative_weights_touch():
-    """They unlearn (ERA's negative learning rate), so they are gradients like any other."""
+    """Negative weights unlearn (ERA's negative learning rate), and give gradients like any other."""
     table = localize(2, 6, {1: slice(4, 6)}, off=-0.75)
     layer = RoutedLinear(3, 6, sites=LinearSites(update_rows=table))
     optimizer = RoutedAdamW(routed_param_groups(layer), weight_decay=0.0)
@@ -112,7 +112,7 @@ def test_negative_weights_touch():
 
 
 def block_dims(model, **options):
-    """By the name of a parameter."""
+    """The `block_dim` of each parameter, by its name."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = routed_param_groups(model, **options)
     found = [(names[id(p)], group["block_dim"]) for group in groups for p in group["params"]]
@@ -137,7 +137,7 @@ ALL = [[1.0], [0.0]]
         (MLPSites(forward=localize(2, 8, {0: slice(0, 6)})), 1),
         (MLPSites(output=WIDTH), 0),
         (MLPSites(update=ALL), 0),
-        (MLPSites(update_out=UNITS, output=WIDTH), 0),  # 6 of 8 against 5 of 6
+        (MLPSites(update_out=UNITS, output=WIDTH), 0),  # 6 of 8 rows against 5 of 6 columns
         (MLPSites(update_out=UNITS, output=localize(2, 6, {1: slice(0, 3)})), 1),
         (MLPSites(update=localize(2, 8, {1: slice(6, 8)}, off=-0.75)), 0),
     ],
@@ -209,7 +209,7 @@ def test_blocks_of_the_rest():
             WIDTH,
             {"update_cols": localize(2, 6, {1: slice(1, 6)})},
             0,
-        ),  # none of them masks what the other does
+        ),  # neither layer masks what the other one masks
         (WIDTH, None, 0),
     ],
 )
@@ -264,7 +264,7 @@ def last(features, count):  # [features]
 
 
 def forget_masks(zoo, name, model):
-    """By parameter that SGTM confines, bool of its shape: what belongs to the forget part, by hand."""
+    """The elements of the forget part by hand, a bool tensor for each parameter that SGTM confines."""
     layout = zoo.LAYOUTS[name]
     key_heads = FORGET_HEADS // (zoo.HEADS // layout.kv_heads)
     query = last(zoo.HEADS, FORGET_HEADS).repeat_interleave(layout.head_dim)
@@ -348,7 +348,7 @@ def test_transposed_weights_have_transposed_blocks(zoo):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters(llama):
-    """A by columns and B by rows, which is what masks of hidden units and heads leave of them."""
+    """A is divided into columns and B into rows, as the masks of hidden units and heads are."""
     peft = pytest.importorskip("peft")
     from gradroute.models import route, sgtm
 

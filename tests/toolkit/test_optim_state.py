@@ -115,7 +115,7 @@ def test_a_state_of_other_shapes_is_refused_whole():
     state = saved.state_dict()
     for shapes, message in (
         (((4, 3), (6, 2)), r"got steps of shape \[5, 1\] for a parameter of shape \[6, 2\]"),
-        # The steps fit, of rows as many as before.
+        # The steps fit, because there are as many rows as before.
         (((4, 3), (5, 7)), r"got exp_avg of shape \[5, 2\] for a parameter of shape \[5, 7\], expected the"),
     ):
         optimizer = RoutedAdamW([parameter(*shape) for shape in shapes], lr=0.1)

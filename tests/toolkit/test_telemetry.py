@@ -107,7 +107,7 @@ def test_a_checkpoint_of_the_whole_model_is_not_counted_twice():
     batch = batch_of()
     squares, want = llama_squares(model, batch), losses_by_hand(model, batch)
     with telemetry.step() as record:
-        with set_checkpoint_early_stop(False):  # the second forward runs to its end
+        with set_checkpoint_early_stop(False):  # so that the second forward runs to its end
             loss = checkpoint(lambda: model(**batch).loss, use_reentrant=False)
         loss.backward()
     assert_shares(record, squares)
@@ -178,7 +178,7 @@ def test_steps_between_have_no_hooks_and_no_record():
             assert (record is None) == (hooks[-1] == 0)
         latest.append(telemetry.latest)
         assert hooks_of(model) + len(optimizer._optimizer_step_post_hooks) == 0
-    # Two layers, the model's forward before and after, and the optimizer.
+    # There are hooks of two layers, of the model's forward before and after, and of the optimizer.
     assert hooks == [5, 0, 0, 5, 0]
     assert [record and record["step"] for record in latest] == [0.0, None, None, 3.0, None]
     assert [record["step"] for record in telemetry.history] == [0.0, 3.0]
@@ -186,7 +186,7 @@ def test_steps_between_have_no_hooks_and_no_record():
 
 @pytest.fixture
 def compiled():
-    """A compiled Net, and what counts its graphs."""
+    """A compiled Net, and the counter of its graphs."""
     torch._dynamo.reset()
     graphs = CompileCounter()
     yield torch.compile(Net(), backend=graphs, fullgraph=True), graphs
@@ -236,7 +236,7 @@ def test_nothing_is_read_before_somebody_asks(monkeypatch):
     step = telemetry.step(ids, optimizer=optimizer)
     record = step.__enter__()
     with NoReads(), monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "tolist", refuse)  # on the CPU no operation
+        patch.setattr(torch.Tensor, "tolist", refuse)  # no operation is seen on the CPU
         logits = model(x)
         telemetry.losses(logits, ids, shift=False)
         logits.sum().backward()

@@ -36,7 +36,7 @@ from gradroute.telemetry import Telemetry
 def test_a_plan_confines_what_it_says():
     _, telemetry = llama_telemetry()
     values = telemetry.leakage(batch_of())
-    # Exact: forget tokens teach nothing outside of the forget part but what is joint, retain tokens nothing inside.
+    # Forget tokens teach exactly nothing outside of the forget part but what is joint, retain tokens nothing inside.
     assert values["leakage/outside_routed/forget"] == 0
     assert values["leakage/inside_routed/forget/forget"] == 1
     assert values["leakage/inside/forget/retain"] == values["leakage/inside_routed/forget/retain"] == 0
@@ -98,7 +98,7 @@ def test_leakage_with_a_loss_of_ones_own_and_two_blocks():
             norms_by_hand(blocks[other], model, found)[0] / total
         )
     assert values["leakage/outside_routed/forget"] == close(values["leakage/inside_routed/first/forget"])
-    # Retain tokens train all units but their plan is that of route 0; forget ones the last of both MLPs.
+    # Retain tokens take route 0 and train all units; forget tokens train the last units of both MLPs.
     assert values["leakage/protected/first"] == values["leakage/protected/second"] == 0
 
 
@@ -135,7 +135,7 @@ def test_the_probe_leaves_the_model_as_it_was():
     model.train().model.layers[0].eval()
     model(**batch_of()).loss.backward()
     found, modes = gradients(model), [module.training for module in model.modules()]
-    assert telemetry.leakage(batch_of()) == want  # without dropout
+    assert telemetry.leakage(batch_of()) == want  # the probe runs without dropout
     assert [module.training for module in model.modules()] == modes
     assert_gradients_equal(gradients(model), found)
 

@@ -35,7 +35,7 @@ def test_losses_by_route(align):
     with telemetry.step(batch["route_ids"]) as record:
         telemetry.losses(model(**batch).logits, batch["labels"])
     assert_losses(record, want)
-    with telemetry.step() as record:  # from the model's forward
+    with telemetry.step() as record:  # losses come from the model's forward
         model(**batch)
     assert_losses(record, want)
 

@@ -79,7 +79,7 @@ def _visible(
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """Which key a query sees, bool `[B or 1, 1, S_q, S_k]`."""
+    """Whether a query sees a key, bool `[B or 1, 1, S_q, S_k]`."""
     key = torch.arange(keys, device=device)
     query = key[keys - queries :].unsqueeze(1)
     far = query - key

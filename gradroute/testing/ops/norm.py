@@ -32,7 +32,7 @@ def _rms_norm(
         if copies is weight:
             return F.rms_norm(x, x.shape[-1:], weight + offset if offset else weight, eps)
         return F.rms_norm(x, x.shape[-1:], eps=eps) * (copies + offset)
-    # LlamaRMSNorm and GemmaRMSNorm of transformers.
+    # These are the operations of LlamaRMSNorm and GemmaRMSNorm of transformers.
     assert eps is not None
     wide = torch.promote_types(x.dtype, torch.float32)
     normalised = x.to(wide) * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)
