@@ -26,7 +26,13 @@ MODES = {"cpu": (FULL,), "cuda": (FORWARD, FULL)}
 
 
 def plans(device: torch.device, lengths: tuple[int, ...] = (), with_compiled: bool = True) -> list[Plan]:
-    """Every case of a device at its shape, or without targets at other sequence lengths."""
+    """Every case of a device at its shape, or without targets at other sequence lengths.
+
+    Raises:
+        ValueError: a sequence of one token, which attends to itself alone, so that q and k have no gradient.
+    """
+    if lengths and min(lengths) < 2:
+        raise ValueError(f"tokens: got {min(lengths)}, expected at least 2 for the suite attention")
     shape = SHAPES[device.type]
     shapes = [shape._replace(length=length) for length in lengths] or [shape]
     dtype = str(DTYPES[device.type]).removeprefix("torch.")

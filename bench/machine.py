@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Iterable
 from functools import partial
@@ -25,6 +26,8 @@ class Ceilings(TypedDict):
 
 
 ROUNDS = 7
+PROBE = (256, 256, 256)  # a product that tells whether larger ones would take too long
+MOST_SECONDS = 0.5  # a CPU without instructions for fp16 would take minutes for the products below
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # read and written
 SOURCES = (
     *(f":/{name}" for name in ("gradroute", "kernels", "csrc", "bench", "examples")),
@@ -83,12 +86,20 @@ def copy_rate(device: torch.device) -> float:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a matrix product in the fastest of the shapes."""
-    rates = []
-    for m, n, k in GEMM_SHAPES[device.type]:
-        a, b = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((m, k), (k, n)))
-        rates.append(2 * m * n * k / _milliseconds(device, partial(torch.mm, a, b)) / 1e9)
-    return max(rates)
+    """TFLOP/s of a matrix product in the fastest of the shapes, smaller ones where a product would take seconds."""
+    rate = _product_rate(device, dtype, PROBE)
+    for shape in GEMM_SHAPES[device.type]:
+        while 2 * math.prod(shape) / rate / 1e12 > MOST_SECONDS:
+            shape = tuple(-(-side // 2) for side in shape)
+        rate = max(rate, _product_rate(device, dtype, shape))
+    return rate
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
+    """TFLOP/s of a product (m, n, k)."""
+    m, n, k = shape
+    a, b = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (k, n)))
+    return 2 * m * n * k / _milliseconds(device, partial(torch.mm, a, b)) / 1e9
 
 
 def _milliseconds(device: torch.device, step: Step) -> float:

@@ -48,6 +48,7 @@ def quick_bench(monkeypatch):
     from bench import machine, memory
 
     monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 10})
+    monkeypatch.setattr(machine, "PROBE", (8, 8, 8))
     monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": ((8, 8, 8),)})
     monkeypatch.setattr(memory, "on_cpu", lambda make: 10**6)
 

@@ -518,6 +518,10 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch, capsys):
             ["run", "attention", "--dtype", "int8"],
             "dtype: got an axis that the suite attention lacks, expected tokens",
         ),
+        (
+            ["run", "attention", "--tokens", "64", "1"],
+            "tokens: got 1, expected at least 2 for the suite attention",
+        ),
         (["run", "labels", "--tokens", "9"], "tokens: got 9, expected at least 100 for the suite labels"),
         (["run", "gated_mlp", "--dtype", "int8"], "dtype: got 'int8', expected one of float32, bfloat16"),
         (["run", "mlp", "--tables", "quarters"], "tables: got 'quarters', expected one of block, refuse"),
@@ -715,6 +719,21 @@ def test_a_command_is_there_before_its_imports(command, first, tmp_path):
     assert said[0] == first
     assert said[-1].partition(";")[0].endswith(": interrupted")
     assert len(said) <= 3
+
+
+def test_ceilings_of_slow_dtypes_take_no_minutes(monkeypatch):
+    shapes = []
+
+    def rate(device, dtype, shape):
+        shapes.append(shape)
+        return 1e-3  # a thousandth of what fp32 has
+
+    monkeypatch.setattr(machine, "_product_rate", rate)
+    monkeypatch.setattr(machine, "GEMM_SHAPES", {"cpu": ((2048, 2048, 2048), (64, 64, 64))})
+    assert machine.gemm_rate(CPU, torch.float16) == 1e-3
+    assert shapes == [machine.PROBE, (512, 512, 512), (64, 64, 64)]
+    seconds = 2 * 512**3 / 1e-3 / 1e12
+    assert seconds < machine.MOST_SECONDS < 8 * seconds
 
 
 def test_ceilings_are_the_highest_rates(monkeypatch):
