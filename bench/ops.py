@@ -123,7 +123,7 @@ def ways(calls: Sequence[Sample], with_compiled: bool = True) -> dict[str, Way]:
     if dtype.itemsize < 4 and any(not site.startswith("update") for site in call.tables):
         made["detach, fp32 mask"] = Way(calls, rivals.detach(call, torch.float32))
     made["hook"] = Way(calls, rivals.hook(call))
-    if any(site.startswith("update") for site in call.tables) and call.op in rivals.UPDATES:
+    if any(site.startswith("update") for site in call.tables) and OP_TABLE[call.op].updates:
         assert call.routes is not None
         if call.routes.strength is None:
             steps = rivals.HomogeneousSteps(call)

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from torch import Tensor
 from gradroute.testing import OPS, Marks, Sample
 
 from . import memory
+from .op_table import OPS as OP_TABLE
+from .op_table import SHORTHANDS
 
 Forward = Callable[..., Tensor]  # (**tensors) → the op's output, differentiable
 
@@ -88,33 +90,6 @@ def _marked(call: Sample, marks: Marks) -> Forward:
     return lambda **tensors: formula(marks, **tensors, **keywords)
 
 
-class Rows(NamedTuple):
-    """The sites that decide which tokens update a parameter's rows and its columns; "": all do."""
-
-    rows: str = ""
-    columns: str = ""
-
-
-_INPUT, _OUTPUT = Rows(rows="update_in"), Rows(columns="update_out")
-
-#: The parameters that update sites confine, by op.
-UPDATES: dict[str, dict[str, Rows]] = {
-    "routed_linear": {"weight": Rows("update_rows", "update_cols"), "bias": Rows("update_bias")},
-    "routed_mlp": {"w_in": _INPUT, "b_in": _INPUT, "w_out": _OUTPUT, "b_out": Rows("update_output_bias")},
-    "routed_gated_mlp": {
-        "w_gate": _INPUT,
-        "w_up": _INPUT,
-        "b_gate": _INPUT,
-        "b_up": _INPUT,
-        "w_down": _OUTPUT,
-        "b_down": Rows("update_output_bias"),
-    },
-    "routed_rms_norm": {"weight": Rows("update")},
-    "routed_layer_norm": {"weight": Rows("update"), "bias": Rows("update")},
-}
-_SHORTHANDS = {"update_in": "update", "update_out": "update", "update_bias": "update_rows"}
-
-
 #: The outputs and the activations' gradients by route, and the sums of the parameters' gradients.
 Gradients = tuple[list[Tensor], list[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -137,7 +112,8 @@ class HomogeneousSteps:
         self.routes = [route for route, index in enumerate(self.indices) if len(index)]
         self.formulas = {route: self._formula(route) for route in self.routes}
         self.masks = {
-            route: {name: self._mask(name, route) for name in UPDATES[call.op]} for route in self.routes
+            route: {name: self._mask(name, route) for name in OP_TABLE[call.op].updates}
+            for route in self.routes
         }
 
     def step(self, tensors: dict[str, Tensor | None], upstream: Tensor) -> Callable[[], Gradients]:
@@ -211,18 +187,16 @@ class HomogeneousSteps:
 
     def _mask(self, parameter: str, route: int) -> list[Tensor]:
         """The factors of a parameter's gradient that are not one everywhere."""
-        sites, tables, factors = UPDATES[self.call.op][parameter], self.call.tables, []
+        sites, tables, factors = OP_TABLE[self.call.op].updates[parameter], self.call.tables, []
+        is_norm = OP_TABLE[self.call.op].suite == "norm"  # whose weight has one dimension
         for dimension, site in enumerate(sites):
-            table = tables.get(site, tables.get(_SHORTHANDS.get(site, "")))
+            table = tables.get(site, tables.get(SHORTHANDS.get(site, "")))
             if table is None or bool((table.weights[route] == 1).all()):
                 continue
             row = table.weights[route].to(self.call.upstream)
-            of_rows = dimension == 0 and parameter.startswith("w") and self.call.op not in NORMS
+            of_rows = dimension == 0 and parameter.startswith("w") and not is_norm
             factors.append(row.unsqueeze(-1) if of_rows else row)
         return factors
-
-
-NORMS = ("routed_rms_norm", "routed_layer_norm")
 
 
 LIGER_MISSING = None if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"

@@ -7,6 +7,7 @@ weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,13 +17,13 @@ from gradroute import Table
 from gradroute.testing import Sample
 
 from .cases import BACKWARD, FORWARD, FULL, Work
-from .op_table import OPS
+from .op_table import OPS, SHORTHANDS
 
 
 def work_of(call: Sample) -> dict[str, Work]:
     """The work of a call by pass."""
-    if call.op in _FLOPS:
-        return _whole({mode: Work(*flops) for mode, flops in _FLOPS[call.op](call).items()})
+    if OPS[call.op].products:
+        return _whole({mode: Work(*flops) for mode, flops in _flops(call).items()})
     moved = _moved_bytes(call)
     return _whole({mode: Work(0.0, 0.0, number) for mode, number in moved.items()})
 
@@ -49,8 +50,7 @@ def left(call: Sample, *sites: str) -> Tensor:  # [R]
 
 
 def _site(tables: Mapping[str, Table], site: str) -> Table | None:
-    shorthand = {"update_in": "update", "update_out": "update"}.get(site, site)
-    return tables.get(site, tables.get(shorthand))
+    return tables.get(site, tables.get(SHORTHANDS.get(site, site)))
 
 
 def _tokens(call: Sample) -> Tensor:  # [R]
@@ -58,36 +58,20 @@ def _tokens(call: Sample) -> Tensor:  # [R]
     return call.routes.ids.cpu().long().bincount(minlength=call.routes.num_routes).double()
 
 
-def _linear_flops(call: Sample) -> dict[str, tuple[float, float]]:
-    weight = call.tensors["weight"]
+def _flops(call: Sample) -> dict[str, tuple[float, float]]:
+    """FLOPs by pass: those of the unmasked op, and those that masks leave."""
+    op = OPS[call.op]
+    weight = call.tensors[op.matrix]
     assert weight is not None
     tokens, product = _tokens(call), 2.0 * weight.numel()
     total = float(product * tokens.sum())
-    rows, columns = left(call, "output"), left(call, "input")
-    updated = left(call, "output", "update_rows") * left(call, "update_cols")
+    useful = torch.zeros(len(tokens))
+    for groups in op.backward:
+        useful = useful + math.prod(left(call, *sites) for sites in groups)
     return {
-        FORWARD: (total, total),
-        BACKWARD: (2 * total, float(product * (tokens * (rows * columns + updated)).sum())),
+        FORWARD: (op.products * total, op.products * total),
+        BACKWARD: (len(op.backward) * total, float(product * (tokens * useful).sum())),
     }
-
-
-def _mlp_flops(call: Sample) -> dict[str, tuple[float, float]]:
-    w_out = call.tensors["w_out" if call.op == "routed_mlp" else "w_down"]
-    assert w_out is not None
-    branches = 1 if call.op == "routed_mlp" else 2
-    tokens, product = _tokens(call), 2.0 * w_out.numel()
-    total = float(product * tokens.sum())
-    output, hidden = left(call, "output"), left(call, "hidden", "forward")
-    inner = left(call, "hidden", "forward", "pre")
-    useful = output * hidden + output * left(call, "update_out", "forward")
-    useful = useful + branches * (inner + left(call, "hidden", "forward", "pre", "update_in"))
-    return {
-        FORWARD: ((branches + 1) * total, (branches + 1) * total),
-        BACKWARD: (2 * (branches + 1) * total, float(product * (tokens * useful).sum())),
-    }
-
-
-_FLOPS = {"routed_linear": _linear_flops, "routed_mlp": _mlp_flops, "routed_gated_mlp": _mlp_flops}
 
 
 def _moved_bytes(call: Sample) -> dict[str, float]:
@@ -95,8 +79,7 @@ def _moved_bytes(call: Sample) -> dict[str, float]:
     if call.op == "route_grad":  # where the mask is 0 nothing is read
         share = float((_tokens(call) * left(call, "table")).sum() / _tokens(call).sum())
         return {FORWARD: 0, BACKWARD: size * (1 + share)}
-    passes = OPS[call.op].passes
-    assert passes is not None
-    forward, backward = passes
-    weight = call.tensors.get("weight") if call.op == "routed_embedding" else None
+    op = OPS[call.op]
+    forward, backward = op.passes
+    weight = call.tensors.get("weight") if op.weight_moved else None
     return {FORWARD: forward * size, BACKWARD: backward * size + (0 if weight is None else weight.nbytes)}

@@ -387,7 +387,7 @@ def measure(files: list[File]) -> dict[str, Measurement]:
 
 
 #: What uses an op or a site that exists, and would be written after it, if at all.
-USERS = ("gradroute/layers", "gradroute/models", "gradroute/optim", "gradroute/skipping")
+USERS = ("gradroute/layers", "gradroute/models", "gradroute/optim")
 
 
 def naming(checkout: Checkout, pattern: str, folders: Sequence[str], aside: Sequence[str] = ()) -> list[str]:
@@ -404,14 +404,17 @@ PRODUCT = ("gradroute", "kernels", "csrc", "bench")
 
 
 def places_of_op(checkout: Checkout) -> Measurement:
+    """Files that name the op; those that bear its stem are new for a new op, and the others are edited."""
     pattern = (
         r"\b(routed_embedding|EmbeddingSites|EmbeddingFunction|embedding_backward|embedding\.(cpp|cu)\b)"
     )
-    return counted(naming(checkout, pattern, PRODUCT, USERS[:3]))
+    found = naming(checkout, pattern, PRODUCT, USERS)
+    own = sum(Path(file).stem == "embedding" for file in found)
+    return Measurement(f"{len(found)}: {own} new, {len(found) - own} edited", found)
 
 
 def places_of_site(checkout: Checkout) -> Measurement:
-    return counted(naming(checkout, r"\bupdate_in\b", PRODUCT, USERS[:3]))
+    return counted(naming(checkout, r"\bupdate_in\b", PRODUCT, USERS))
 
 
 def places_of_backend(checkout: Checkout) -> Measurement:
@@ -462,7 +465,7 @@ RULES = """\
 A place to touch for something new is a place that names something like it, which exists; comments and docstrings are no
 places, and tests find by themselves what is new, but for an architecture's tiny model.
 - op: `routed_embedding`, its sites, Function and primitive, and its stem in the build: the files of gradroute, kernels,
-  csrc and bench that name one, without those that use the op (layers, models, optim).
+  csrc and bench that name one, without those that use the op (layers, models, optim); new ones bear its stem.
 - site: `update_in`, of the MLPs: likewise.
 - backend: `triton`: the lines of the package that name it, outside of kernels/ and of files of that name; and the
   primitives that it has to implement.
