@@ -131,7 +131,8 @@ class RoutingPlan:
         embedding: EmbeddingSites of the token embedding and, where positions are learnt, of theirs.
         lm_head: LinearSites of the output head. Where it is tied to the embedding, both write to one parameter.
         adapters: by the name of a LoRA adapter the routes that may train it, such as `{"retain": [0], "forget": [1]}`;
-            tokens of others leave no gradient in its A and B, and nothing else changes. See `lora.LoRALinear`.
+            tokens of others leave no gradient in its A and B, and nothing else changes. See
+            `gradroute.models.lora.LoRALinear`.
 
     Raises:
         TypeError: an entry is not of the sites' type.
