@@ -28,6 +28,16 @@ KEY_VALUE_SHARE = 4 / 7
 MAX_HEAD_DIM = 256
 
 
+# Backends whose attention is all their own; the others mask around a vendor's kernel.
+OWN = ("triton", "reference")
+# Backends that compute in tiles of torch's products where no vendor's kernel does what a call asks for.
+TILED = ("cpu", "torch")
+
+# In which order the automatic choice tries the backends.
+OWN_FIRST = backends.OPS["routed_attention"]
+VENDOR_FIRST = tuple(sorted(OWN_FIRST, key=OWN.__contains__))
+
+
 class Plan(NamedTuple):
     """The kernels that run a call.
 
@@ -59,7 +69,7 @@ def plan(call: AttentionCall, requested: str | None) -> Plan:
     order = OWN_FIRST if own_first else VENDOR_FIRST
     reasons = refused(call.q, vendor, vendor_reason, has_edges, call.pattern)
     backend = backends.choose("routed_attention", requested, call.q, reasons, order)
-    if backend in ("reference", "triton"):
+    if backend in OWN:
         why = "it was asked for"
         if has_edges:
             why = "edges between routes need own kernels"
@@ -71,11 +81,6 @@ def plan(call: AttentionCall, requested: str | None) -> Plan:
     if has_edges and vendor is not None:
         return Plan(backend, vendor, f"{vendor_reason}; edges between routes need a backward in tiles")
     return Plan(backend, vendor, vendor_reason)
-
-
-# In which order the automatic choice tries the backends.
-OWN_FIRST = ("triton", "cuda", "cpu", "torch", "reference")
-VENDOR_FIRST = ("cuda", "cpu", "torch", "triton", "reference")
 
 
 def refused(
@@ -93,11 +98,11 @@ def refused(
         )
     if pattern.dropout > 0:
         own = "own kernels do not drop out; only vendors' kernels on CUDA do"
-        reasons |= dict.fromkeys(("reference", "triton"), own)
+        reasons |= dict.fromkeys(OWN, own)
         if has_edges:
-            reasons |= dict.fromkeys(("cpu", "torch"), f"edges between routes need own kernels, and {own}")
+            reasons |= dict.fromkeys(TILED, f"edges between routes need own kernels, and {own}")
         elif vendor is None:
-            reasons |= dict.fromkeys(("cpu", "torch"), f"{own}, and none can run the call: {vendor_reason}")
+            reasons |= dict.fromkeys(TILED, f"{own}, and none can run the call: {vendor_reason}")
     return reasons
 
 

@@ -51,7 +51,7 @@ def dtypes(backend):
 
 
 def sites_on(backend, sites=SITES):
-    """Those of them that the backend has kernels for."""
+    """The sites, of these, that the backend has kernels for."""
     return tuple(site for site in sites if backend != "cuda" or site not in EDGES)
 
 
@@ -92,7 +92,7 @@ def make_call(
     seed=0,
     **keywords,
 ):
-    """A call with random tables at `sites` and the given ones by site; ids [batch, queries] are random by default."""
+    """A call with random tables at `sites` and given ones by site; ids [batch, queries] are random by default."""
     generator = torch.Generator().manual_seed(seed)
     queries = length if queries is None else queries
 
@@ -126,7 +126,7 @@ def array(value):
 
 
 def stated(call):
-    """What the statement gives for a call, on the CPU in fp64."""
+    """The statement's result of a call, on the CPU in fp64."""
     q, k, v, dz = (array(tensor) for tensor in (*call.tensors.values(), call.upstream))
     routing = None
     if call.routes is not None:
@@ -185,7 +185,7 @@ def assert_as_stated(call, backend):
 
 
 def without_cancelled(result):
-    """Less the gradients through the softmax of one score: it is 1, and they are what two equal sums differ by.
+    """The result less the gradients through the softmax of one score, which is 1: they are differences of equal sums.
 
     The sums are of order one, so an eps of the dtype is their rounding. Plain PyTorch subtracts the very same sum and
     gets 0: twice its error is no budget.

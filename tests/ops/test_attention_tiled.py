@@ -354,7 +354,7 @@ def test_same_inputs_same_bits_and_inputs_are_not_written(way, take):
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
-# What is left of the work
+# The work that is left
 
 
 @pytest.fixture
@@ -402,7 +402,7 @@ def test_rows_without_gradient_and_padding_cost_nothing(take, multiply_adds):
     take("picked")
     call = make(lengths=(64, 64), causal=False)
     whole = multiply_adds(call)
-    d_o = call.d_o.index_fill(1, torch.tensor([1, 3]), 0)  # of half of the heads
+    d_o = call.d_o.index_fill(1, torch.tensor([1, 3]), 0)  # no gradient in half of the heads
     half = dataclasses.replace(call, d_o=d_o)
     half.assert_within_budget()
     assert multiply_adds(half) == whole / 2
@@ -413,7 +413,7 @@ def test_rows_without_gradient_and_padding_cost_nothing(take, multiply_adds):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_tiles_that_are_not_seen_are_skipped(way, take, multiply_adds):
-    """Of 2048 keys each query sees 32, and visits those of at most two tiles more."""
+    """Each query sees 32 of 2048 keys, and visits at most two more tiles of them."""
     take(way)
     call = make(lengths=(2048, 2048), heads=(1, 1), window=32, head_dim=1)
     assert multiply_adds(call) <= 5 * 2048 * (32 + 24 + 16)

@@ -1,4 +1,4 @@
-"""What a vendor's kernel is to gradroute; each module of this package that has one satisfies `VendorKernel`."""
+"""The contract of a vendor's kernel: each module of this package that has one satisfies `VendorKernel`."""
 
 from __future__ import annotations
 

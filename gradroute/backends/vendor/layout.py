@@ -10,7 +10,7 @@ from ...primitives.attention_pattern import Pattern
 
 
 def is_causal(q: Tensor, pattern: Pattern) -> bool:
-    """What to tell a kernel whose causal mask is aligned at the top left: a single query sees every key."""
+    """Whether a kernel whose mask is aligned at the top left is to be causal: a single query sees every key."""
     return pattern.causal and q.shape[2] != 1
 
 

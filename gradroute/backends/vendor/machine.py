@@ -1,4 +1,4 @@
-"""What a choice of kernel reads of the process and the machine, which traced code cannot read itself."""
+"""The state of the process and the machine that a choice of kernel depends on, and traced code cannot read itself."""
 
 from __future__ import annotations
 
