@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from types import TracebackType
@@ -18,29 +19,44 @@ from . import composed, native
 #: Every backend there is, by name.
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 
+_FASTEST_FIRST = ("triton", "cuda", "cpu", "torch", "reference")
+
 # op → the backends that implement it, in the order in which the automatic choice tries them.
 OPS: dict[str, tuple[str, ...]] = {
-    "route_grad": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_linear": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_activation": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_glu": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_mlp": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_gated_mlp": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_rms_norm": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_layer_norm": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_embedding": ("triton", "cuda", "cpu", "torch", "reference"),
-    "routed_attention": ("triton", "cuda", "cpu", "torch", "reference"),
+    "route_grad": _FASTEST_FIRST,
+    "routed_linear": _FASTEST_FIRST,
+    "routed_activation": _FASTEST_FIRST,
+    "routed_glu": _FASTEST_FIRST,
+    "routed_mlp": _FASTEST_FIRST,
+    "routed_gated_mlp": _FASTEST_FIRST,
+    "routed_rms_norm": _FASTEST_FIRST,
+    "routed_layer_norm": _FASTEST_FIRST,
+    "routed_embedding": _FASTEST_FIRST,
+    "routed_attention": _FASTEST_FIRST,
 }
+
+# The backends that run on CUDA devices and nowhere else, fastest first.
+_ON_CUDA = ("triton", "cuda")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# What each backend implements. Triton's are imported eagerly, because traced code cannot import; they are absent where
-# the package triton is (macOS, Windows).
 _PRIMITIVES: dict[str, Primitives] = {"torch": composed, "cpu": native, "cuda": native}
-if importlib.util.find_spec("triton") is not None:
+
+_triton_is_installed = importlib.util.find_spec("triton") is not None
+
+
+def _load_triton() -> None:
     from . import triton
 
     _PRIMITIVES["triton"] = triton
+
+
+# Where Triton's kernels can run they are imported now, because traced code cannot import. Elsewhere they wait until
+# somebody asks for them: they are 0.6 of the 0.85 s that importing gradroute takes after torch.
+if _triton_is_installed and (
+    torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"
+):
+    _load_triton()
 
 _process_wide: str | None = os.environ.get("GRADROUTE_BACKEND") or None
 
@@ -164,11 +180,11 @@ def with_kernels(what: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         BackendError: none can run it; the message says what, and names every backend with the reason.
     """
-    chosen = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    chosen = _ON_CUDA if device.type == "cuda" else ("cpu",)
     names = chosen if _process_wide is None else (_process_wide,)
     reasons: dict[str, str] = {}
     for name in names:
-        reason = _why_not(None, name, device, dtype) if name in _PRIMITIVES else "it has no kernels"
+        reason = _why_not(None, name, device, dtype) if name != "reference" else "it has no kernels"
         if reason is None:
             return name
         reasons[name] = reason
@@ -176,7 +192,9 @@ def with_kernels(what: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def primitives(backend: str) -> Primitives:
-    """What a backend implements, for the autograd.Functions to call."""
+    """The primitives of a backend, for the autograd.Functions to call."""
+    if backend not in _PRIMITIVES:
+        _load_triton()
     return _PRIMITIVES[backend]
 
 
@@ -202,11 +220,12 @@ def _why_not(
 
 
 def _why_not_triton(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-    if "triton" not in _PRIMITIVES:
+    if not _triton_is_installed:
         return "the package triton is not installed"
     if dtype == torch.float64:
         return "float64 runs on the backends reference, torch and cpu"
-    if triton.INTERPRETED or triton.recording():
+    kernels = sys.modules.get(f"{__name__}.triton")
+    if kernels is not None and (kernels.INTERPRETED or kernels.recording()):
         return None
     if device is None:
         return (
@@ -235,8 +254,8 @@ def _why_not_native(name: str, device: torch.device | None, dtype: torch.dtype |
 
 
 def _is_elsewhere(name: str, x: Tensor) -> bool:
-    """Whether the automatic choice passes a backend over without a word: to say why took 2 µs of a call on the CPU."""
-    return x.device.type == "cpu" and name in ("triton", "cuda")
+    """Whether the automatic choice skips a backend without building a reason, which took 2 µs of a call on the CPU."""
+    return x.device.type == "cpu" and name in _ON_CUDA
 
 
 def _why_not_automatic(op: str, name: str, x: Tensor, refused: Mapping[str, str] | None) -> str | None:

@@ -127,7 +127,7 @@ def test_triton_without_a_gpu_is_refused(without_interpreter):
 
 
 def test_triton_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.delitem(backends._PRIMITIVES, "triton")
+    monkeypatch.setattr(backends, "_triton_is_installed", False)
     with expect(BackendError, "cannot run it: the package triton is not installed"):
         choose("route_grad", "triton", X)
     assert "triton" not in available_backends("route_grad")
@@ -214,7 +214,7 @@ def test_on_the_gpu_another_choice_gives_its_reasons():
 
 
 def test_no_backend_at_all_lists_every_reason(monkeypatch):
-    monkeypatch.delitem(backends._PRIMITIVES, "triton")
+    monkeypatch.setattr(backends, "_triton_is_installed", False)
     monkeypatch.setitem(backends.OPS, "route_grad", ("triton", "cuda"))
     x = torch.zeros(2).to(torch.float8_e4m3fn)
     with expect(
@@ -263,6 +263,19 @@ def test_importing_gradroute_does_not_need_triton(tmp_path):
     )
     assert run.stdout.startswith("('cpu', 'torch', 'reference')")
     assert "'triton': 'the package triton is not installed'" in run.stdout
+
+
+@pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="its kernels can run here")
+def test_triton_is_not_imported_where_its_kernels_cannot_run(monkeypatch):
+    """Until somebody asks for them: it takes longer than all the rest of the package."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code = (
+        "import sys, gradroute\n"
+        "print(gradroute.available_backends(), 'triton' in sys.modules)\n"
+        "print(gradroute.backends.primitives('triton').glu_backward.__name__, 'triton' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["('cpu', 'torch', 'reference') False", "glu_backward True"]
 
 
 def test_public_names_are_importable():
