@@ -33,6 +33,8 @@ from .route_grad import route_grad
 from .routes import Routes
 from .tables import Table
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = [
     "ActivationSites",
     "AttentionSites",
@@ -67,7 +69,7 @@ __all__ = [
     "use_backend",
 ]
 
-# What stands around the layers is imported when it is asked for: torch.distributed.tensor alone takes two seconds.
+# Submodules around the layers are imported when they are asked for: torch.distributed.tensor alone takes two seconds.
 _SUBMODULES = ("blocks", "era", "labels", "models", "optim", "telemetry")
 
 

@@ -1,4 +1,4 @@
-"""What runs on this machine: `python -m gradroute [--json]`.
+"""A report of what runs on this machine: `python -m gradroute [--json]`.
 
 Versions, devices, how the native module was built, and every op on every backend: either the reason why it cannot run
 here, or one masked backward on each device, checked against the fp64 reference within the tests' error budget. The exit
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import backends, testing
+from . import __version__, backends, testing
 from .backends import native
 
 AGREES = "ok"
@@ -57,9 +57,9 @@ def report() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of gradroute and of what it runs on; None: not installed."""
+    """The versions of gradroute and of the packages it runs on; None: not installed."""
     return {
-        "gradroute": version("gradroute"),
+        "gradroute": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # its metadata may lack the build, such as "+cu130"
         "triton": version("triton"),

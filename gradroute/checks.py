@@ -18,7 +18,10 @@ AnySites = TypeVar("AnySites", bound=Sites)
 def unrouted(routes: object, sites: object, kind: type) -> bool:
     """Whether the call asks for the ordinary op; raises TypeError where an argument is not what it should be."""
     if routes is not None and not isinstance(routes, Routes):
-        raise TypeError(f"routes: got a {type(routes).__name__}, expected gradroute.Routes or None")
+        raise TypeError(
+            f"routes: got a {type(routes).__name__}, expected gradroute.Routes or None; "
+            "gradroute.Routes.of(ids, num_routes) makes them of ids"
+        )
     if sites is not None and not isinstance(sites, kind):
         raise TypeError(f"sites: got a {type(sites).__name__}, expected gradroute.{kind.__name__} or None")
     return routes is None or sites is None

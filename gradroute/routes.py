@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .tables import as_tensor
+
 MAX_ROUTES = 32768
 
 Derived = TypeVar("Derived")
@@ -79,7 +81,10 @@ class Routes:
         """
         check_num_routes(num_routes)
         if not isinstance(ids, Tensor):
-            ids = torch.as_tensor(ids, device="cpu")
+            try:
+                ids = as_tensor(ids, "integers in rows of one length")
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"ids: {error}") from None
         if ids.is_floating_point() or ids.is_complex():
             raise TypeError(f"ids: got dtype {ids.dtype}, expected an integer or bool dtype")
         if ids.dtype in _WIDE_UNSIGNED:
@@ -87,9 +92,8 @@ class Routes:
         strength = _checked_strength(strength, ids)
         if validate:
             _validate(ids, num_routes, strength)
-        flat = (
-            ids.reshape(-1).to(torch.int32, copy=True).contiguous()
-        )  # what is derived must not outlive the ids
+        # A copy: the order and the counts that follow must not be those of ids that somebody writes to.
+        flat = ids.reshape(-1).to(torch.int32, copy=True).contiguous()
         if strength is not None and strength.dim() > 0:
             strength = strength.reshape(-1).contiguous()
         return Routes(flat, num_routes, tuple(ids.shape), strength)
@@ -138,9 +142,15 @@ class Routes:
         return self._copy(shape=tuple(self.ids.reshape(*shape).shape))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Routes:
-        """The routes on another device; host counts stay known."""
+        """The routes on another device; host counts stay known.
+
+        Raises:
+            ValueError: they are on the meta device, where they have no values.
+        """
         if torch.device(device) == self.device:
             return self
+        if self.ids.is_meta:
+            raise ValueError(f"device: got {device}, expected meta: routes on the meta device have no values")
         tensors = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
@@ -217,7 +227,11 @@ def _checked_strength(strength: Tensor | float | None, ids: Tensor) -> Tensor | 
     if strength is None:
         return None
     if not isinstance(strength, Tensor):
-        strength = torch.tensor(strength, dtype=torch.float32, device=ids.device)
+        try:
+            strength = as_tensor(strength, "a number or numbers of the ids' shape")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"strength: {error}") from None
+        strength = strength.to(dtype=torch.float32, device=ids.device, copy=True)
     if not strength.is_floating_point():
         raise TypeError(f"strength: got dtype {strength.dtype}, expected floating point")
     if strength.dim() > 0 and strength.shape != ids.shape:

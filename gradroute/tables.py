@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
@@ -13,8 +14,11 @@ from torch import Tensor
 # than one pass with a gathered mask.
 MAX_SEGMENTS = 16
 
-# Of more different weights than this nobody asks for a list.
+# Tables with more distinct weights leave `values` empty.
 MAX_VALUES = 8
+
+#: Features of a site: a slice, indices, or a boolean for each.
+Features = slice | Sequence[int] | Tensor | np.ndarray
 
 TableLike = Union["Table", Tensor, np.ndarray, Sequence[Sequence[float]]]
 
@@ -110,9 +114,25 @@ class Table:
         return f"Table([{rows}, {features}], {self.kind})"
 
 
-def _host_weights(weights: Any) -> Tensor:  # [R, F]
-    # as_tensor would move a tensor to an ambient device, such as meta while a model is being built.
-    tensor = weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(weights, device="cpu")
+def as_tensor(values: object, expected: str) -> Tensor:
+    """A tensor as it is, detached; numbers of any other kind as a tensor on the CPU.
+
+    Raises:
+        TypeError: `values` are not numbers; the message says what was `expected`.
+        ValueError: likewise, where they are not of one shape.
+    """
+    # torch.as_tensor would move a tensor to an ambient device, such as meta while a model is being built.
+    if isinstance(values, Tensor):
+        return values.detach()
+    try:
+        return torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"got {reprlib.repr(values)}, expected {expected}: {error}") from None
+
+
+def _host_weights(weights: object) -> Tensor:  # [R, F]
+    tensor = as_tensor(weights, "numbers in rows of one length, [routes, features] or [routes, 1]")
     if tensor.is_meta:
         raise ValueError("got weights on the meta device, which have no values; expected values")
     if tensor.is_complex():
@@ -142,7 +162,7 @@ def _segments(weights: Tensor) -> tuple[tuple[int, int], ...]:
 def localize(
     num_routes: int,
     features: int,
-    where: Mapping[int, slice | Sequence[int] | Tensor | np.ndarray],
+    where: Mapping[int, Features],
     on: float = 1.0,
     off: float = 0.0,
 ) -> Table:
@@ -151,33 +171,52 @@ def localize(
     Args:
         num_routes: R, the number of routes.
         features: F, the site's width.
-        where: route → the features (slice or indices) where its tokens weigh `on`; elsewhere they weigh `off`.
-            Rows of routes not named are ones.
+        where: route → the features (a slice, indices or booleans) where its tokens weigh `on`; elsewhere they weigh
+            `off`. Rows of routes not named are ones.
         on: weight inside.
         off: weight outside.
 
     Raises:
+        TypeError: features are neither a slice, integers nor booleans.
         ValueError: a route is not in `[0, num_routes)`, or an index not in `[-features, features)`.
     """
     weights = torch.ones(num_routes, features, device="cpu")
     for route, features_of_route in where.items():
-        if not 0 <= route < num_routes:
-            raise ValueError(f"where: got route {route}, expected 0 <= route < num_routes = {num_routes}")
+        if not isinstance(route, int | np.integer) or not 0 <= route < num_routes:
+            raise ValueError(f"where: got route {route!r}, expected 0 <= route < num_routes = {num_routes}")
         weights[route] = off
-        if not isinstance(features_of_route, slice):
-            features_of_route = torch.as_tensor(features_of_route, device="cpu").flatten()
-            if features_of_route.dtype != torch.bool:
-                features_of_route = _checked_indices(features_of_route, route, features)
-        weights[route, features_of_route] = on
+        weights[route, indices_of(features_of_route, features, f"where[{route}]")] = on
     return Table(weights)
 
 
-def _checked_indices(indices: Tensor, route: int, features: int) -> Tensor:
+def indices_of(chosen: Features, features: int, name: str) -> slice | Tensor:
+    """Features as an index of a row: slices as they are, indices and booleans checked.
+
+    Raises:
+        TypeError: they are not what Features may be; errors name the argument `name`.
+        ValueError: an index is not in `[-features, features)`, or there are more or fewer booleans than features.
+    """
+    if isinstance(chosen, slice):
+        return chosen
+    try:
+        indices = as_tensor(chosen, "a slice, indices, or a boolean for each feature").flatten()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    if indices.is_meta:
+        raise ValueError(f"{name}: got indices on the meta device, which have no values; expected values")
+    indices = indices.cpu()
+    if indices.dtype == torch.bool:
+        if len(indices) != features:
+            raise ValueError(
+                f"{name}: got {len(indices)} booleans, expected one for each of {features} features"
+            )
+        return indices
+    if indices.numel() and (indices.is_floating_point() or indices.is_complex()):
+        raise TypeError(f"{name}: got indices of dtype {indices.dtype}, expected integers")
     outside = (indices < -features) | (indices >= features)
     if outside.any():
         raise ValueError(
-            f"where[{route}]: got index {int(indices[outside][0])}, "
-            f"expected -{features} <= index < {features} = features"
+            f"{name}: got index {int(indices[outside][0])}, expected -{features} <= index < {features} = features"
         )
     return indices.long()
 

@@ -12,7 +12,7 @@ from ..embedding import EmbeddingSites
 from ..linear import LinearSites
 from ..mlp import MLPSites
 from ..norm import NormSites
-from ..tables import Table, localize
+from ..tables import Table, indices_of, localize
 from .plan import Configuration, ResidualSites, RoutingPlan, Shape
 
 
@@ -175,7 +175,7 @@ def localize_mlp(
 
     def sites(index: int, shape: Shape) -> MLPSites | None:
         _layers(chosen, shape.layers)
-        table = localize(routes, shape.d_ff, {route: units}, on, off)
+        table = localize(routes, shape.d_ff, {route: indices_of(units, shape.d_ff, "units")}, on, off)
         return MLPSites(hidden=table) if index in chosen else None
 
     return RoutingPlan(routes, mlp=sites)
@@ -211,7 +211,7 @@ def steering(
 
     def sites(index: int, shape: Shape) -> ResidualSites | None:
         _layers(chosen, shape.layers)
-        table = localize(routes, shape.d_model, {route: dims}, off=off)
+        table = localize(routes, shape.d_model, {route: indices_of(dims, shape.d_model, "dim")}, off=off)
         return ResidualSites(post=table) if index in chosen else None
 
     return RoutingPlan(routes, residual=sites)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..routes import Routes
 from ..sites import Sites
+from ..tables import as_tensor
 from .architectures import submodule
 from .attention_function import document_bounds, structured_mask
 from .lora import is_adapter
@@ -253,11 +254,17 @@ def _is_misspelt(name: str) -> bool:
 def _made_routes(route_ids: Argument, route_strength: Argument, num_routes: int) -> Routes:
     if route_ids is None:
         raise ValueError("route_ids: got None beside route_strength, expected the route of every token")
-    if not isinstance(route_ids, Tensor):
-        route_ids = torch.as_tensor(route_ids, device="cpu")
-    if isinstance(route_strength, Tensor):  # a 0-dim one may be written to later, so it is not moved
-        route_ids = route_ids.to(route_strength.device)
-    return Routes.of(route_ids, num_routes, route_strength)
+    try:
+        if not isinstance(route_ids, Tensor):
+            route_ids = as_tensor(route_ids, "integers in rows of one length")
+        if isinstance(route_strength, Tensor):  # a 0-dim one may be written to later, so it is not moved
+            route_ids = route_ids.to(route_strength.device)
+        return Routes.of(route_ids, num_routes, route_strength)
+    except (TypeError, ValueError) as error:
+        # Routes.of names its own arguments, ids and strength.
+        message = f"route_{error}"
+        known = message.startswith(("route_ids", "route_strength"))
+        raise type(error)(message if known else f"route_ids: {error}") from None
 
 
 def _structure(kwargs: dict[str, Argument], tokens: Tensor) -> None:

@@ -49,7 +49,7 @@ def test_steering():
     assert tables_of(several)[0]["residual.post"].tolist() == [[1.0, *[0.0] * 14, 1.0], [1.0] * 16]
     with expect(ValueError, "layers: got [-1]"):
         tables_of(models.steering([-1]))
-    with expect(ValueError, "where[1]: got index 16"):
+    with expect(ValueError, "dim: got index 16"):
         tables_of(models.steering([0], 16))
 
 

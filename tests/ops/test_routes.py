@@ -216,7 +216,10 @@ def test_activation_on_another_device():
 
 def test_not_routes():
     x = torch.zeros(2, 3)
-    with expect(TypeError, "routes: got a Tensor, expected gradroute.Routes or None"):
+    with expect(
+        TypeError,
+        "routes: got a Tensor, expected gradroute.Routes or None; gradroute.Routes.of(ids, num_routes)",
+    ):
         routed_linear(x, torch.zeros(4, 3), None, torch.zeros(2, dtype=torch.int64), LinearSites())
 
 
@@ -403,3 +406,24 @@ def test_repeat(strength):
     else:
         assert heads.strength.tolist() == [0, 0, 0.25, 0.25, 1, 1, 0.5, 0.5, 0.75, 0.75, 1, 1]
     assert routes.repeat(2) is heads
+
+
+def test_ids_and_strengths_that_are_no_numbers_are_named():
+    with expect(ValueError, "ids: got [[0, 1], [1]], expected integers in rows of one length"):
+        Routes.of([[0, 1], [1]], 2)
+    with expect(TypeError, "ids: got 'ab', expected integers"):
+        Routes.of("ab", 2)
+    with expect(TypeError, "strength: got 'half', expected a number or numbers of the ids' shape"):
+        Routes.of([0, 1], 2, strength="half")
+
+
+def test_routes_on_the_meta_device_do_not_come_back():
+    with expect(ValueError, "device: got cpu, expected meta: routes on the meta device have no values"):
+        Routes.of([0, 1], 2).to("meta").to("cpu")
+
+
+def test_a_strength_of_an_array_is_a_copy():
+    strength = np.ones(2, dtype=np.float32)
+    routes = Routes.of([0, 1], 2, strength=strength)
+    strength[:] = 0
+    assert routes.strength.tolist() == [1.0, 1.0]

@@ -244,3 +244,28 @@ def test_concatenate():
     table = concatenate([Table([[1, 0.5], [0, 1]]), None, Table([[0.25], [2]])], [2, 1, 2])
     assert table.weights.tolist() == [[1, 0.5, 1, 0.25, 0.25], [0, 1, 1, 2, 2]]
     assert concatenate([None, None], [2, 1]) is None
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        ([0.5], TypeError, "where[1]: got indices of dtype torch.float32, expected integers"),
+        ("ab", TypeError, "where[1]: got 'ab', expected a slice, indices, or a boolean for each feature"),
+        ([[1], [1, 2]], ValueError, "where[1]: got [[1], [1, 2]], expected a slice, indices"),
+        ([True, False], ValueError, "where[1]: got 2 booleans, expected one for each of 4 features"),
+        (
+            torch.zeros(1, dtype=torch.long, device="meta"),
+            ValueError,
+            "where[1]: got indices on the meta device",
+        ),
+    ],
+)
+def test_features_that_are_none_are_named(features, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        localize(2, 4, {1: features})
+
+
+def test_ragged_tables_are_named():
+    message = "LinearSites.output: got [[1.0, 0.0], [1.0]], expected numbers in rows of one length"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LinearSites(output=[[1.0, 0.0], [1.0]])
