@@ -17,6 +17,7 @@ from ..tables import Table
 from .budget import Result, assert_result_within_budget
 from .draw import Draw, Sizes
 from .marks import Marks
+from .op import Op
 from .ops import OPS
 from .tables import make_table
 
@@ -182,16 +183,18 @@ def sample(
         device: the device of all tensors.
         **keywords: the op's other arguments. For routed_attention also `documents` (how many documents the sequence is
             cut into: makes cu_seqlens) and `padding` (how many keys at the end are padding: makes key_mask).
+
+    Raises:
+        ValueError: no such op, site, table kind, strength or layout.
     """
-    entry = OPS[op]
+    entry = _op(op)
     shape = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    sizes = sizes or Sizes()
-    draw = Draw(seed, dtype, device, shape, sizes, inputs, bias)
+    draw = Draw(seed, dtype, device, shape, sizes or Sizes(), inputs, bias)
     tensors, keywords = entry.inputs(draw), entry.keywords(draw, keywords)
-    widths = entry.site_features(sizes, num_routes, bias)
-    names = tuple(widths) if sites == "all" else (sites,) if isinstance(sites, str) else sites
+    widths = entry.site_features(draw.sizes, num_routes, bias)
+    names = _named_sites(op, sites)
     made = {
-        name: make_table(_kind(tables, name), num_routes, widths[name], seed=100 * seed + index)
+        name: make_table(_table_kind(tables, name), num_routes, widths[name], seed=100 * seed + index)
         for index, name in enumerate(widths)
         if name in names
     }
@@ -220,6 +223,8 @@ def _routes(draw: Draw, num_routes: int, used: int, strength: str | None, flat_i
         "scalar": torch.tensor(0.3),
         "ones": torch.ones(draw.tokens),
     }
+    if strength not in strengths:
+        raise ValueError(f"strength: got {strength!r}, expected one of {', '.join(map(repr, strengths))}")
     s = strengths[strength]
     if flat_ids:
         ids = ids.reshape(-1)
@@ -227,8 +232,24 @@ def _routes(draw: Draw, num_routes: int, used: int, strength: str | None, flat_i
     return Routes.of(ids, num_routes, strength=None if s is None else s.to(draw.device))
 
 
-def _kind(tables: str, site: str) -> str:
-    """The kind of a site's table: "dense" instead of "broadcast" for edges, which two routes index, not one."""
+def _op(name: str) -> Op:
+    if name not in OPS:
+        raise ValueError(f"op: got {name!r}, expected one of {', '.join(OPS)}")
+    return OPS[name]
+
+
+def _named_sites(op: str, sites: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The sites that "all", one name or several names choose."""
+    known = site_names(op)
+    names = known if sites == "all" else (sites,) if isinstance(sites, str) else sites
+    for name in names:
+        if name not in known:
+            raise ValueError(f"sites: got {name!r}, expected all or sites of {op}: {', '.join(known)}")
+    return names
+
+
+def _table_kind(tables: str, site: str) -> str:
+    """The table kind of a site's table: "dense" instead of "broadcast" for edges, which two routes index, not one."""
     return "dense" if tables == "broadcast" and site.endswith("_edges") else tables
 
 
