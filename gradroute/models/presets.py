@@ -227,8 +227,9 @@ def era(
 ) -> RoutingPlan:
     """Expand, Route, Ablate (Cloud et al. 2024, arXiv 2410.04332, section 4.2.2): the second of the three steps.
 
-    `expand(model, units)` adds hidden units to every MLP; this plan routes one route's tokens to the added units;
-    `contract(model, units)` takes them away again, and with them what those tokens taught.
+    `expand(model, units)` adds hidden units to every MLP; under this plan the gradient of one route's tokens passes, in
+    the MLPs, through the added units alone; `contract(model, units)` takes them away again, and with them what those
+    tokens taught there. Attention, embeddings and the output weights of the original units learn from the tokens too.
 
     Args:
         layers: the layers that are routed; default: all.
