@@ -73,12 +73,11 @@ class LoRALinear(Swapped):
       its route has a weight other than 0 anywhere in `update_cols`.
     - `update_bias` (default `update_rows`) is for the base layer's bias and for B's (lora_bias).
 
-    So a token that may update only some rows still moves, through A, what the adapter adds to the others, by as much
-    as B has of them. Where that must not be, give each route an adapter of its own: `RoutingPlan(adapters=...)`, whose
-    table `[R, 1]` (1: the route may train this adapter, 0: it may not) multiplies all of the above, for A and for B.
-    It masks no gradient that flows on: an adapter that a token may not train still adds to its output, and to the
+    A token that may update only some rows therefore still moves, through A, what the adapter adds to the others, by as
+    much as B has of them. Where that must not be, give each route an adapter of its own: `RoutingPlan(adapters=...)`,
+    whose table `[R, 1]` (1: the route may train this adapter, 0: it may not) multiplies all of the above, for A and for
+    B. It masks no gradient that flows on: an adapter that a token may not train still adds to its output, and to the
     gradient of x, what it always does.
-
     """
 
     sites_type = LinearSites
