@@ -85,7 +85,7 @@ def run_group(directory, group):
 def matrix():
     for group in ("eager", "compile", "compile-reentrant"):
         for cell in worker.GROUPS[group]:
-            marks = [pytest.mark.slow] if group == "compile-reentrant" else []
+            marks = [] if group == "eager" else [pytest.mark.slow]
             yield pytest.param(cell, marks=marks, id="-".join(cell))
 
 
@@ -101,6 +101,7 @@ def test_gradients_are_those_of_one_process(groups, cell):
         assert error <= TOLERANCE, parameter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_accumulate(groups, parallel):
     """In the second micro-batch rank 1 has only tokens that may not update everything."""
@@ -108,6 +109,7 @@ def test_gradients_accumulate(groups, parallel):
         assert error <= TOLERANCE, parameter
 
 
+@pytest.mark.slow
 def test_mixed_precision_costs_what_bf16_costs(groups):
     """Against fp32, in the norm of each parameter: at most twice the error of one process in bf16.
 
@@ -118,11 +120,13 @@ def test_mixed_precision_costs_what_bf16_costs(groups):
             assert 0 < error <= 2 * of_one_process, name
 
 
+@pytest.mark.slow
 def test_a_mean_on_every_rank_is_another_gradient(groups):
     for error, _ in groups.passed("mean of means"):
         assert error > 1000 * TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sharded"), [("biases", 14), ("qwen3", 7)])
 def test_tensor_parallel_counts_what_is_whole_once(groups, name, sharded):
     """Biases of outputs, and the norms of queries and keys; gradients of DTensors have the parameters' placements."""
@@ -133,6 +137,7 @@ def test_tensor_parallel_counts_what_is_whole_once(groups, name, sharded):
         assert result["sharded"] == sharded
 
 
+@pytest.mark.slow
 def test_tensor_parallel_without_routes_is_the_ordinary_model(groups):
     for result in groups.passed("unrouted"):
         assert result["differs"] > 1000 * TOLERANCE  # else the routes do nothing here
@@ -143,6 +148,7 @@ def test_tensor_parallel_without_routes_is_the_ordinary_model(groups):
             assert result[f"{name}, state_dict"]
 
 
+@pytest.mark.slow
 def test_tensor_parallel_goes_with_fsdp2(groups):
     for error, parameter in groups.passed("2d"):
         assert error <= TOLERANCE, parameter
@@ -204,6 +210,7 @@ def test_tensor_parallel_refuses_other_linear_layers():
         tensor_parallel(model, Ranks(2))
 
 
+@pytest.mark.slow
 def test_the_example_trains():
     command = [
         sys.executable,

@@ -399,6 +399,7 @@ def test_checkpointing(use_reentrant):
         assert_gradients_equal(backward(model, x, route_ids=ids), want)
 
 
+@pytest.mark.slow
 def test_compilation():
     """One graph serves all ids."""
     model, x, batches = routed_batches(layers=1)

@@ -312,6 +312,7 @@ def test_grad_scaler():
 # torch.compile
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_ids():
     check_compiled("aot_eager", routed(tiny.llama(num_hidden_layers=1)))
 

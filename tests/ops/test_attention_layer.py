@@ -288,7 +288,7 @@ DYNAMO = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depreca
 
 
 @DYNAMO
-@pytest.mark.parametrize("backend", FUNCTION_BACKENDS)
+@pytest.mark.parametrize("backend", cases.tiered(FUNCTION_BACKENDS))
 def test_compiled(backend: str) -> None:
     """One graph for all ids, and new sites take effect."""
     cases.require(backend, torch.device("cpu"))

@@ -441,6 +441,7 @@ def peak_bytes(run):
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["picked", "tables", "device"])
 def test_memory_grows_with_the_sequence_not_its_square(way, take, monkeypatch):
     take(way)
@@ -509,6 +510,7 @@ def test_on_a_gpu(dtype):
 # torch.library
 
 
+@pytest.mark.slow
 def test_ops_pass_opcheck(device):
     for options in ({}, {"window": 5}, {"documents": [0, 9, 67]}, {"padding": 0.3, "causal": False}):
         call = make(dtype=torch.float32, score="fractional", value="binary", **options)

@@ -70,6 +70,7 @@ def check_compiled(device: str) -> None:
 DYNAMO = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
+@pytest.mark.slow
 @DYNAMO
 def test_compiled_layers() -> None:
     check_compiled("cpu")

@@ -50,6 +50,7 @@ def matched(row, sequences, mark):
 sequences_ = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(rows_of(), sequences_, st.sampled_from(ngrams.MARKS))
 def test_ngrams_in_rows(rows, sequences, mark):
