@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Tokenizer(Protocol):
     """A tokenizer of transformers or of `tokenizers`, as far as it writes text."""
 
-    def decode(self, ids: Any, skip_special_tokens: bool = ...) -> Any:
+    def decode(self, ids: Any, /, skip_special_tokens: bool = ...) -> Any:
         """The text of token ids."""
 
 

@@ -19,7 +19,7 @@ Record = Mapping[str, float]
 class Writer(Protocol):
     """A log of scalars, such as TensorBoard's SummaryWriter."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
+    def add_scalar(self, tag: str, value: float, step: int, /) -> object:
         """Takes one value."""
 
 
