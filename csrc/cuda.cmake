@@ -46,7 +46,8 @@ if(NOT CMAKE_CUDA_COMPILER_ID STREQUAL "NVIDIA" OR CMAKE_CUDA_COMPILER_VERSION V
     "${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}. GRADROUTE_CUDA=0 leaves them out.")
 endif()
 
-target_sources(_native PRIVATE route_grad.cu linear.cu mlp.cu gated_mlp.cu norm.cu embedding.cu attention.cu optim.cu)
+file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} *.cu)
+target_sources(_native PRIVATE ${CUDA_SOURCES})
 target_compile_definitions(_native PRIVATE GRADROUTE_CUDA)
 target_compile_options(_native PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>")
 if(GRADROUTE_PTXAS_VERBOSE)

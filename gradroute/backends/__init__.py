@@ -6,18 +6,15 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..primitives.protocol import Primitives
 from . import composed, native
-
-#: Every backend there is, by name.
-BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 
 _FASTEST_FIRST = ("triton", "cuda", "cpu", "torch", "reference")
 
@@ -34,9 +31,6 @@ OPS: dict[str, tuple[str, ...]] = {
     "routed_embedding": _FASTEST_FIRST,
     "routed_attention": _FASTEST_FIRST,
 }
-
-# The backends that run on CUDA devices and nowhere else, fastest first.
-_ON_CUDA = ("triton", "cuda")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -180,7 +174,8 @@ def with_kernels(what: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         BackendError: none can run it; the message says what, and names every backend with the reason.
     """
-    chosen = _ON_CUDA if device.type == "cuda" else ("cpu",)
+    home = "cuda" if device.type == "cuda" else "cpu"
+    chosen = tuple(name for name in _FASTEST_FIRST if _BACKENDS[name].home == home)
     names = chosen if _process_wide is None else (_process_wide,)
     reasons: dict[str, str] = {}
     for name in names:
@@ -212,14 +207,14 @@ def _why_not(
         return f"there are no {name} kernels for {op or 'any op'} yet"
     if dtype is not None and dtype not in DTYPES:
         return f"dtype {dtype} is not supported, only float32, bfloat16, float16 and float64"
-    if name == "triton":
-        return _why_not_triton(device, dtype)
-    if name in ("cpu", "cuda"):
-        return _why_not_native(name, device, dtype)
+    return _BACKENDS[name].why_not(name, device, dtype)
+
+
+def _why_not_anywhere(name: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
     return None
 
 
-def _why_not_triton(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+def _why_not_triton(name: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
     if not _triton_is_installed:
         return "the package triton is not installed"
     if dtype == torch.float64:
@@ -253,14 +248,43 @@ def _why_not_native(name: str, device: torch.device | None, dtype: torch.dtype |
     return None
 
 
+class _Backend(NamedTuple):
+    """The choice's knowledge of a backend.
+
+    Attributes:
+        why_not: (its name, device, dtype) → why it cannot run there; None when it can.
+        home: the type of device that its kernels are for; None: every type.
+        elsewhere: why the automatic choice leaves it out on other devices though it may run there; None: it does not.
+    """
+
+    why_not: Callable[[str, torch.device | None, torch.dtype | None], str | None]
+    home: str | None = None
+    elsewhere: str | None = None
+
+
+_BACKENDS = {
+    "reference": _Backend(_why_not_anywhere),
+    "torch": _Backend(_why_not_anywhere),
+    "cpu": _Backend(_why_not_native, "cpu"),
+    "triton": _Backend(
+        _why_not_triton, "cuda", "Triton is chosen by itself for CUDA tensors, and these are on {device}"
+    ),
+    "cuda": _Backend(_why_not_native, "cuda"),
+}
+
+#: Every backend there is, by name.
+BACKENDS = tuple(_BACKENDS)
+
+
 def _is_elsewhere(name: str, x: Tensor) -> bool:
     """Whether the automatic choice skips a backend without building a reason, which took 2 µs of a call on the CPU."""
-    return x.device.type == "cpu" and name in _ON_CUDA
+    return x.device.type == "cpu" and _BACKENDS[name].home == "cuda"
 
 
 def _why_not_automatic(op: str, name: str, x: Tensor, refused: Mapping[str, str] | None) -> str | None:
-    if name == "triton" and not x.is_cuda:
-        return f"Triton is chosen by itself for CUDA tensors, and these are on {x.device}"
+    backend = _BACKENDS[name]
+    if backend.elsewhere is not None and x.device.type != backend.home:
+        return backend.elsewhere.format(device=x.device)
     return _why_not(op, name, x.device, x.dtype) or (refused or {}).get(name)
 
 

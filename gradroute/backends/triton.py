@@ -1,4 +1,4 @@
-"""Backend `triton`: the leaf computations of the autograd.Functions as Triton kernels with their launchers."""
+"""Backend `triton`: the primitives as Triton kernels with their launchers."""
 
 from ..kernels.attention import attention_backward, attention_forward
 from ..kernels.embedding import embedding_backward
