@@ -101,7 +101,7 @@ def check_same_gradients(loss: Tensor, model: nn.Module, other_loss: Tensor, oth
 def interleaved_steps(losses: dict[str, Loss], device: torch.device) -> dict[str, list[float]]:
     """Milliseconds of each step after warming up, by variant."""
     milliseconds: dict[str, list[float]] = {name: [] for name in losses}
-    for round_ in tqdm(range(WARMUP_ROUNDS + ROUNDS), desc=f"{'cost: interleaved steps':<36}", unit="round"):
+    for round_ in tqdm(range(WARMUP_ROUNDS + ROUNDS), desc=f"{'cost':<20}", unit="round"):
         for name, loss in losses.items():
             elapsed = timed_step(loss, device)
             if round_ >= WARMUP_ROUNDS:

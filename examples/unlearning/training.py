@@ -56,7 +56,7 @@ def run_stages(
     ablate(model, RETAIN)
     model = saved_and_loaded(unroute(model)).to(device)
     stages["after ablation"] = evaluate(model, held_out, routed=False)
-    fit(model, retain, FINE_TUNE_LEARNING_RATE, False, f"{name}: fine-tuning on retain text")
+    fit(model, retain, FINE_TUNE_LEARNING_RATE, False, f"{name}: fine-tuning")
     stages["after fine-tuning"] = evaluate(model, held_out, routed=False)
     return stages
 
@@ -74,7 +74,7 @@ def fit(
     steps = len(data.input_ids) // ROWS
     optimizer = optimizer or adamw(model, learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    progress = tqdm(range(steps), desc=f"{description:<36}", unit="step", mininterval=0.5)
+    progress = tqdm(range(steps), desc=f"{description:<20}", unit="step", mininterval=0.5)
     for step in progress:
         loss = loss_of(model, data.rows(step * ROWS, ROWS), routed)
         optimizer.zero_grad()
