@@ -48,7 +48,7 @@ WHAT_IS_COMPILED = {
     "ON": "with CUDA kernels (minutes)",
 }
 
-# Measured peaks of one compiler: 0.42 GiB (g++ 12, bindings.cpp), 0.22 GiB (nvcc 13.0, any .cu, three architectures).
+# Measured peaks of one compiler: 0.38 GiB (g++ 12, bindings.cpp), 0.22 GiB (nvcc 13.0, any .cu, three architectures).
 BYTES_PER_JOB = 1 << 30
 
 
