@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .schema import schema_of
-
 
 class Pattern(NamedTuple):
     """Which keys a query sees, and how scores are made of them.
@@ -27,7 +25,3 @@ class Pattern(NamedTuple):
     dropout: float = 0.0
     cu_seqlens: Tensor | None = None
     key_mask: Tensor | None = None
-
-
-#: The fields of Pattern in a schema of torch.library.
-PATTERN_SCHEMA = schema_of(Pattern)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -18,18 +18,11 @@ Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
 _TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
 
 
-class _Field(NamedTuple):
-    """A field: its name, and its type in a schema, or the NamedTuple that it is."""
-
-    name: str
-    type: str | type[tuple[Any, ...]]
-
-
 @functools.cache
-def _fields(arguments: type[tuple[Any, ...]]) -> tuple[_Field, ...]:
-    return tuple(
-        _Field(name, _schema_type(arguments, name, hint)) for name, hint in get_type_hints(arguments).items()
-    )
+def _fields(arguments: type[tuple[Any, ...]]) -> tuple[tuple[str, str | type[tuple[Any, ...]]], ...]:
+    """Each field's name, and its type in a schema, or the NamedTuple that it is."""
+    hints = get_type_hints(arguments).items()
+    return tuple((name, _schema_type(arguments, name, hint)) for name, hint in hints)
 
 
 def _schema_type(arguments: type, name: str, hint: Any) -> str | type[tuple[Any, ...]]:
@@ -60,7 +53,10 @@ def flat(arguments: tuple[Any, ...]) -> list[Flat]:
     """The values of a NamedTuple in the order of its schema."""
     values: list[Flat] = []
     for value in arguments:
-        values += flat(value) if isinstance(value, tuple) else [value]
+        if isinstance(value, tuple):
+            values.extend(flat(value))
+        else:
+            values.append(value)
     return values
 
 
@@ -70,5 +66,11 @@ def unflat(arguments: type[Arguments], values: Sequence[Flat]) -> Arguments:
 
 
 def _made(arguments: type[tuple[Any, ...]], rest: Iterator[Flat]) -> tuple[Any, ...]:
-    values = [next(rest) if isinstance(type_, str) else _made(type_, rest) for _, type_ in _fields(arguments)]
+    values = [next(rest) if inner is None else _made(inner, rest) for inner in _inner(arguments)]
     return arguments(*values)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _inner(arguments: type[tuple[Any, ...]]) -> tuple[type[tuple[Any, ...]] | None, ...]:
+    """The NamedTuple that each field is; None for a single value."""
+    return tuple(None if isinstance(type_, str) else type_ for _, type_ in _fields(arguments))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...primitives.attention_edges import EdgeBits, TileBits
 from ...primitives.attention_pattern import Pattern
 from ..masks import Routing, Weights
 from .edges import Edges, EdgeTable
@@ -14,48 +15,43 @@ from .visibility import Visibility, key_mask_of
 
 
 class BackwardArguments(NamedTuple):
-    """What the op takes after dz, q, k, v, z and lse, in the order of its schema.
+    """The op's arguments behind dz, q, k, v, z and lse.
 
     Attributes:
         ids: `[B * S]` or None.
         strength: `[B * S]`, 0-dim or None.
-        tables: the weights of heads, forward_heads, query, key and value, or None each.
-        edges: bits and values of the scores' edges, bits and values of the values' edges, see EdgeBits.
-        levels: the number of levels of both.
-        tile_bits: reach and present for the keys' gradients, reach and present for the queries', see TileBits.
+        heads: the weights of its mask or None, as the next four are.
+        forward_heads: the mask of the output.
+        query: the mask of dq.
+        key: the mask of dk.
+        value: the mask of dv.
+        score_edges: the edges of scores.
+        value_edges: the edges of values.
+        key_tiles: the tiles with an edge of scores or of values, for the keys' gradients.
+        query_tiles: the tiles with an edge of scores, for the queries' gradients.
         num_routes: R.
         is_binary: whether the weights of heads and forward_heads are 0 or 1.
-        causal: a field of Pattern, as the next five are.
-        window: how many keys back a query sees, or None.
-        scale: the factor of the scores.
-        dropout: 0, since these kernels drop nothing.
-        cu_seqlens: where documents begin and end, or None.
-        key_mask: `[B, S_k]` or None.
+        pattern: which keys a query sees.
         want_query: whether dq is wanted.
         want_key_value: whether dk and dv are wanted.
     """
 
     ids: Tensor | None
     strength: Tensor | None
-    tables: list[Tensor | None]
-    edges: list[Tensor | None]
-    levels: list[int]
-    tile_bits: list[Tensor | None]
+    heads: Tensor | None
+    forward_heads: Tensor | None
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    score_edges: EdgeBits
+    value_edges: EdgeBits
+    key_tiles: TileBits
+    query_tiles: TileBits
     num_routes: int
     is_binary: bool
-    causal: bool
-    window: int | None
-    scale: float
-    dropout: float
-    cu_seqlens: Tensor | None
-    key_mask: Tensor | None
+    pattern: Pattern
     want_query: bool
     want_key_value: bool
-
-    @property
-    def pattern(self) -> Pattern:
-        """Which keys a query sees."""
-        return Pattern(self.causal, self.window, self.scale, self.dropout, self.cu_seqlens, self.key_mask)
 
 
 class Call(NamedTuple):
@@ -99,29 +95,26 @@ class Call(NamedTuple):
     def of(dz: Tensor, q: Tensor, k: Tensor, v: Tensor, arguments: BackwardArguments) -> Call:
         """The call that the op's arguments describe."""
         dz, q, k, v = map(readable, (dz, q, k, v))
-        heads, forward_heads, query, key, value = arguments.tables
-        score_bits, score_values, value_bits, value_values = arguments.edges
-        score_levels, value_levels = arguments.levels
         return Call(
             q,
             k,
             v,
             dz,
             Routing.of(arguments.ids, arguments.strength),
-            Weights.of(heads),
-            Weights.of(forward_heads),
-            Weights.of(query),
-            Weights.of(key),
-            Weights.of(value),
+            Weights.of(arguments.heads),
+            Weights.of(arguments.forward_heads),
+            Weights.of(arguments.query),
+            Weights.of(arguments.key),
+            Weights.of(arguments.value),
             Edges(
-                EdgeTable.of(score_bits, score_values, score_levels),
-                EdgeTable.of(value_bits, value_values, value_levels),
+                EdgeTable.of(*arguments.score_edges),
+                EdgeTable.of(*arguments.value_edges),
                 arguments.num_routes,
                 num_tokens=k.shape[0] * k.shape[2],
             ),
             Visibility.of(q, k, arguments.pattern),
             key_mask_of(arguments.pattern),
-            arguments.scale,
+            arguments.pattern.scale,
             arguments.is_binary,
         )
 

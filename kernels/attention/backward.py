@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ...primitives.arguments import tokens_of, wanted, weights_on
 from ...primitives.attention_edges import EdgeBits, TileBits
-from ...primitives.attention_pattern import PATTERN_SCHEMA, Pattern
+from ...primitives.attention_pattern import Pattern
 from ...primitives.protocol import AttentionTables
 from ...primitives.registration import kernel_op
+from ...primitives.schema import Flat, flat, schema_of, unflat
 from ...routes import Routes
 from .arguments import BackwardArguments, Call, Queries
 from .delta import delta_of
@@ -36,58 +35,56 @@ def attention_backward(
     want_key_value: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.primitives.protocol.Primitives`."""
-    by_head = (sites.heads, sites.forward_heads)
-    strength = None if routes is None else routes.strength
-    score_edges, value_edges = (
-        EdgeBits.of(routes, edges) for edges in (sites.score_edges, sites.value_edges)
+    ids, strength = (None, None) if routes is None else tokens_of(routes)
+    heads, forward_heads, query, key, value = weights_on(
+        q.device, sites.heads, sites.forward_heads, sites.query, sites.key, sites.value
     )
     shape = (q.shape[0], q.shape[2])
-    dq, dk, dv = attention_backward_op(
-        dz,
-        q,
-        k,
-        v,
-        z,
-        *saved,
-        *((None, None) if routes is None else tokens_of(routes)),
-        weights_on(q.device, *by_head, sites.query, sites.key, sites.value),
-        (score_edges.bits, score_edges.values, value_edges.bits, value_edges.values),
-        (score_edges.levels, value_edges.levels),
-        (
-            *TileBits.of(routes, shape, sites.score_edges, sites.value_edges),
-            *TileBits.of(routes, shape, sites.score_edges),
+    arguments = BackwardArguments(
+        ids,
+        strength,
+        heads,
+        forward_heads,
+        query,
+        key,
+        value,
+        score_edges=EdgeBits.of(routes, sites.score_edges),
+        value_edges=EdgeBits.of(routes, sites.value_edges),
+        key_tiles=TileBits.of(routes, shape, sites.score_edges, sites.value_edges),
+        query_tiles=TileBits.of(routes, shape, sites.score_edges),
+        num_routes=1 if routes is None else routes.num_routes,
+        is_binary=all(
+            table is None or (table.binary and strength is None)
+            for table in (sites.heads, sites.forward_heads)
         ),
-        1 if routes is None else routes.num_routes,
-        all(table is None or (table.binary and strength is None) for table in by_head),
-        *pattern,
-        want_query,
-        want_key_value,
+        pattern=pattern,
+        want_query=want_query,
+        want_key_value=want_key_value,
     )
+    dq, dk, dv = attention_backward_op(dz, q, k, v, z, *saved, *flat(arguments))
     return wanted((dq, want_query), (dk, want_key_value), (dv, want_key_value))
 
 
 @kernel_op(
-    "attention_backward(Tensor dz, Tensor q, Tensor k, Tensor v, Tensor z, Tensor lse, Tensor? ids, Tensor? strength, "
-    "Tensor?[] tables, Tensor?[] edges, int[] levels, Tensor?[] tile_bits, int num_routes, bool is_binary, "
-    f"{PATTERN_SCHEMA}, bool want_query, bool want_key_value) -> (Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor dz, Tensor q, Tensor k, Tensor v, Tensor z, Tensor lse, "
+    f"{schema_of(BackwardArguments)}) -> (Tensor, Tensor, Tensor)"
 )
 def attention_backward_op(
-    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, z: Tensor, lse: Tensor, *rest: Any
+    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, z: Tensor, lse: Tensor, *fields: Flat
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
-    arguments, head_dim = BackwardArguments(*rest), q.shape[3]
+    arguments, head_dim = unflat(BackwardArguments, fields), q.shape[3]
     call = Call.of(dz, q, k, v, arguments)
-    key_reach, key_present, query_reach, query_present = arguments.tile_bits
     config = dkdv_config(call)
     delta, weights, live = delta_of(call, readable(z), config["BLOCK_Q"])
     queries = Queries(Heads.of(call.q), Heads.of(call.dz), lse, delta, weights)
     dq, dk, dv = (x.new_empty(0) for x in (q, k, v))
     if arguments.want_key_value:
-        lists = list_tiles(call, key_reach, key_present, live, config, by_key=True)
+        lists = list_tiles(call, arguments.key_tiles, live, config, by_key=True)
         gradients = key_value_gradients(call, queries, lists, config)
         dk, dv = (gradient.narrow(3, 0, head_dim) for gradient in gradients)
     if arguments.want_query:
         config = dq_config(call)
-        lists = list_tiles(call, query_reach, query_present, None, config, by_key=False)
+        lists = list_tiles(call, arguments.query_tiles, None, config, by_key=False)
         dq = query_gradients(call, queries, lists, config).narrow(3, 0, head_dim)
     return dq, dk, dv

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...primitives.arguments import tokens_of, weights_on
-from ...primitives.attention_pattern import PATTERN_SCHEMA, Pattern
+from ...primitives.attention_pattern import Pattern
 from ...primitives.protocol import AttentionTables
 from ...primitives.registration import kernel_op
+from ...primitives.schema import Flat, flat, schema_of, unflat
 from ...routes import Routes
 from ..launch import launch
 from ..masks import Routing, Weights
@@ -25,22 +26,19 @@ from .visibility import Visibility, is_key, key_mask_of, seen_keys, tiles_of_key
 
 
 class ForwardArguments(NamedTuple):
-    """What the forward takes after q, k and v: ids `[B * S_q]`, strength, a table, and the fields of Pattern."""
+    """The op's arguments behind q, k and v.
+
+    Attributes:
+        ids: `[B * S_q]` or None.
+        strength: `[B * S_q]`, 0-dim or None.
+        forward_heads: the weights of the mask of the output, or None.
+        pattern: which keys a query sees.
+    """
 
     ids: Tensor | None
     strength: Tensor | None
     forward_heads: Tensor | None
-    causal: bool
-    window: int | None
-    scale: float
-    dropout: float
-    cu_seqlens: Tensor | None
-    key_mask: Tensor | None
-
-    @property
-    def pattern(self) -> Pattern:
-        """Which keys a query sees."""
-        return Pattern(self.causal, self.window, self.scale, self.dropout, self.cu_seqlens, self.key_mask)
+    pattern: Pattern
 
 
 def attention_forward(
@@ -53,18 +51,18 @@ def attention_forward(
     vendor: str | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See `gradroute.primitives.protocol.Primitives`. It runs no vendor kernel; saved is the log-sum-exp."""
-    tokens = (None, None) if routes is None else tokens_of(routes)
-    z, lse = attention_forward_op(q, k, v, *tokens, *weights_on(q.device, sites.forward_heads), *pattern)
+    ids, strength = (None, None) if routes is None else tokens_of(routes)
+    (forward_heads,) = weights_on(q.device, sites.forward_heads)
+    z, lse = attention_forward_op(q, k, v, *flat(ForwardArguments(ids, strength, forward_heads, pattern)))
     return z, (lse,)
 
 
 @kernel_op(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? ids, Tensor? strength, Tensor? forward_heads, "
-    f"{PATTERN_SCHEMA}) -> (Tensor, Tensor)"
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {schema_of(ForwardArguments)}) -> (Tensor, Tensor)"
 )
-def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, *fields: Flat) -> tuple[Tensor, Tensor]:
     """The output `[B, H, S_q, D]` and the log-sum-exp `[B, H, S_q]`."""
-    call, head_dim = ForwardArguments(*rest), q.shape[3]
+    call, head_dim = unflat(ForwardArguments, fields), q.shape[3]
     q, k, v = map(readable, (q, k, v))
     z = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -82,7 +80,7 @@ def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[T
         forward_heads=Weights.of(call.forward_heads),
         visibility=Visibility.of(q, k, call.pattern),
         key_mask=key_mask_of(call.pattern),
-        scale=call.scale,
+        scale=call.pattern.scale,
         num_heads=q.shape[1],
         group=q.shape[1] // k.shape[1],
         **constants(q),

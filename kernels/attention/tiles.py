@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...primitives.attention_edges import TILE
+from ...primitives.attention_edges import TILE, TileBits
 from ..launch import config_of, launch
 from .arguments import Call
 from .visibility import tiles_of_keys, tiles_of_queries
@@ -32,8 +32,7 @@ class TileLists(NamedTuple):
 
 def list_tiles(
     call: Call,
-    reach: Tensor | None,
-    present: Tensor | None,
+    bits: TileBits,
     live: Tensor | None,
     config: dict[str, int],
     by_key: bool,
@@ -42,13 +41,12 @@ def list_tiles(
 
     Args:
         call: the call.
-        reach: see TileBits, or None.
-        present: see TileBits, or None.
+        bits: where there are edges.
         live: `[B, H, tiles of queries]`, which of them have any weight, or None.
         config: the configuration of the kernel that reads the lists.
         by_key: whether the owners are tiles of keys.
     """
-    if reach is None and live is None:
+    if bits.reach is None and live is None:
         return None
     (batch, heads, length, _), kv_heads = call.q.shape, call.k.shape[1]
     owners = triton.cdiv(length, config["BLOCK_Q"])
@@ -65,11 +63,11 @@ def list_tiles(
         config_of(attention_tiles_kernel, call.q.device),
         tiles=tiles,
         counts=counts,
-        reach=reach,
-        present=present,
+        reach=bits.reach,
+        present=bits.present,
         live=live,
         visibility=call.visibility,
-        num_bits=0 if reach is None else reach.shape[1],
+        num_bits=0 if bits.reach is None else bits.reach.shape[1],
         num_lists=lists,
         num_owners=owners,
         num_members=members,
