@@ -66,9 +66,9 @@ def add_run(commands: Commands) -> None:
     command = commands.add_parser(
         "run",
         help="check and time a suite",
-        description="Checks every case's numbers, then times it. Axes, where any is given, replace a suite's own cases "
-        "by the product of their values (attention and labels have tokens alone, models none). Targets hold for a "
-        "suite's own cases and for no other values.",
+        description="Checks every case's numbers, then times it. Axes, where any is given, replace a suite's own\n"
+        "cases by the product of their values (attention and labels have tokens alone, models none).\n"
+        "Targets hold for a suite's own cases and for no other values.",
         epilog=explained(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -26,9 +26,9 @@ TABLES = {
     "ones": "four routes: every weight is 1",
     "zeros": "four routes: every weight is 0",
     "blocks": "four routes: up to four pieces of the features, each of weight 0 or 1",
-    "negative": "four routes: the same, of weight -0.75 or 1",
+    "negative": "four routes: as blocks, each of weight -0.75 or 1",
     "dense": "four routes: every weight is any of 0, 1, 0.5 and -0.75",
-    "sparse": "four routes: the same, most of them 0",
+    "sparse": "four routes: as dense, most weights 0",
     "unused": "four routes: as dense, and the last route has no token",
     "broadcast": "four routes: one weight each, for all features",
 }
@@ -36,7 +36,7 @@ TWO_ROUTES = ("block", "refuse")
 SITES = {
     "activation": "gradients of activations are masked (norms and embeddings have none: update)",
     "update": "gradients of parameters are masked",
-    "both": "both are",
+    "both": "gradients of activations and of parameters are masked",
     "all": "every site of the op has a table",
 }
 STRENGTHS = {
