@@ -155,8 +155,8 @@ def localize_mlp(
     """One route's tokens teach some units of some layers only (Cloud et al. 2024, arXiv 2410.04332, section 4.2.3).
 
     The gradient is masked at the hidden units, so that what is stopped there does not reach earlier layers through the
-    MLP either. The paper routes 20 words to the first 80 units of each of layers 0 to 7, and masks the positions that
-    predict them: `RouteCollator(align="next_token")`.
+    MLP either. The output weights of all units learn from every token. The paper routes 20 words to the first 80 units
+    of each of layers 0 to 7, and masks the positions that predict them: `RouteCollator(align="next_token")`.
 
     Args:
         layers: the layers' indices.
