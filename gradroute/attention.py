@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from . import backends, reference
 from .backends import attention_plan
 from .backends.attention_plan import Plan
 from .checks import autocast, check_shape, refuse_double_backward, unrouted
-from .function import Function
+from .function import Context, Function
 from .primitives import attention_edges
 from .primitives.attention_pattern import Pattern
 from .primitives.protocol import Primitives
@@ -107,11 +107,11 @@ def routed_attention(
         q: `[B, H, S_q, D]`, fp32, bf16, fp16 or fp64.
         k: `[B, G, S_k, D]`, of q's dtype; H is a multiple of G.
         v: `[B, G, S_k, D]`, of q's dtype.
-        routes: of the tokens `[B, S_q]`; None: ordinary attention.
+        routes: the routes of the tokens `[B, S_q]`; None: ordinary attention.
         sites: where to mask; None: ordinary attention. With routes and sites S_q = S_k where a gradient is asked for.
         causal: a query sees no later key; aligned at the bottom right where S_q ≠ S_k.
         window: key j is visible only if i - j < window (and j - i < window when not causal).
-        scale: of the scores; default 1/√D.
+        scale: the factor of the scores; default 1/√D.
         cu_seqlens: `[documents + 1]` int32, for a batch of one: attention stays inside documents.
         key_mask: `[B, S_k]` bool; False keys are padding.
         dropout: the share of P that is dropped, in [0, 1), where a vendor's kernel on CUDA runs the call.
@@ -215,7 +215,7 @@ class AttentionCall(NamedTuple):
         q: `[B, H, S_q, D]`, in autocast's dtype where that is enabled.
         k: `[B, G, S_k, D]`, of q's dtype, on its device.
         v: `[B, G, S_k, D]`, of q's dtype, on its device.
-        routes: of the tokens `[B, S_q]`; None: ordinary attention.
+        routes: the routes of the tokens `[B, S_q]`; None: ordinary attention.
         sites: effective ones, without a table where attention is ordinary.
         pattern: which keys a query sees.
     """
@@ -285,6 +285,24 @@ def _by_reference(call: AttentionCall) -> Tensor:
     return reference.routed_attention(q, k, v, routes, sites, causal, window, scale, cu_seqlens, key_mask)
 
 
+class AttentionContext(Context, Protocol):
+    """The context of routed_attention's Function.
+
+    Attributes:
+        routes: the batch's routes, or None.
+        sites: effective sites.
+        pattern: which keys a query sees.
+        vendor: the vendor's kernel that ran, or None.
+        primitives: the backend's.
+    """
+
+    routes: Routes | None
+    sites: AttentionSites
+    pattern: Pattern
+    vendor: str | None
+    primitives: Primitives
+
+
 class AttentionFunction(Function):
     """routed_attention on the primitives of a backend; what its backward needs of the forward are further outputs."""
 
@@ -303,7 +321,7 @@ class AttentionFunction(Function):
         return z, *saved
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: AttentionContext, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         q, k, v, ctx.routes, ctx.sites, ctx.pattern, ctx.vendor, ctx.primitives = inputs
         z, *saved = output
         ctx.mark_non_differentiable(*saved)
@@ -312,7 +330,7 @@ class AttentionFunction(Function):
             ctx.save_for_backward(q, k, v, z, *saved)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: AttentionContext, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("routed_attention")
         q, k, v, z, *saved = ctx.saved_tensors
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
