@@ -10,12 +10,11 @@ OUT ?= bench/results/local
 
 VENV := .venv
 BUILD_TOOLS := $(VENV)/.build-tools
-NATIVE := $(VENV)/.native
-INSTALLED := $(VENV)/.installed
+NATIVE := $(VENV)/.native-$(GRADROUTE_NATIVE)-$(GRADROUTE_CUDA)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo experiments test test-all lint sanitize docs gpu wheel check-wheel clean
+.PHONY: help installed venv demo experiments test test-all lint sanitize docs gpu wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
@@ -38,8 +37,10 @@ $(BUILD_TOOLS): constraints.txt
 	$(VENV)/bin/python -m pip install setuptools pybind11 cmake ninja -c constraints.txt
 	touch $@
 
-# The module, into the checkout. Called like this, it says live how far compiling is; pip would show nothing.
+# The module, into the checkout. Called like this, it says live how far compiling is; pip would show nothing. There is one
+# stamp, whose name says with which variables the module was compiled: with others it is compiled again.
 $(NATIVE): $(BUILD_TOOLS) setup.py $(wildcard csrc/*)
+	rm -f $(VENV)/.native*
 	$(VENV)/bin/python setup.py -q build_ext --inplace
 	touch $@
 
@@ -54,19 +55,18 @@ $(VENV)/.with-%: $(BUILD_TOOLS) pyproject.toml setup.py
 # Compiles while pip downloads and unpacks.
 IN_PARALLEL := --no-print-directory -j 2
 
+installed:
+	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-test $(NATIVE)
+
 venv:
 	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-$(EXTRAS) $(NATIVE)
-
-$(INSTALLED): $(BUILD_TOOLS) pyproject.toml setup.py $(wildcard csrc/*)
-	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-test $(NATIVE)
-	touch $@
 
 demo:
 	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-demo $(NATIVE)
 	$(VENV)/bin/python examples/demo.py
 
 # An experiment whose effect fails does not cost the others' results; the target fails in the end all the same.
-experiments: $(INSTALLED)
+experiments: installed
 	status=0; \
 	for name in split_autoencoder era_unlearning sgtm_mixed steering_scalar oversight; do \
 		$(VENV)/bin/python examples/$$name.py || status=$$?; \
@@ -83,7 +83,7 @@ test: lint
 test-all: lint
 	$(RUN_TESTS) $(PYTEST_ARGS)
 
-lint: $(INSTALLED)
+lint: installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
@@ -91,7 +91,7 @@ lint: $(INSTALLED)
 
 # The sanitizers' runtimes come before the interpreter's libraries. Leaks are not looked for: Python and torch have some.
 SANITIZED := build/sanitized
-sanitize: $(INSTALLED)
+sanitize: installed
 	$(VENV)/bin/cmake -S csrc -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGRADROUTE_SANITIZE=ON \
 		-DGRADROUTE_CUDA=OFF -DCMAKE_MAKE_PROGRAM="$(abspath $(VENV)/bin/ninja)" \
 		-DPython_EXECUTABLE="$(abspath $(VENV)/bin/python)"
@@ -125,6 +125,6 @@ check-wheel: $(BUILD_TOOLS)
 	$(VENV)/bin/python .ci/check_wheel.py
 
 clean:
-	rm -rf gradroute/_native* $(NATIVE) $(INSTALLED) build dist *.egg-info
+	rm -rf gradroute/_native* $(VENV)/.native* build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
