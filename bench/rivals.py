@@ -188,7 +188,7 @@ class HomogeneousSteps:
     def _mask(self, parameter: str, route: int) -> list[Tensor]:
         """The factors of a parameter's gradient that are not one everywhere."""
         sites, tables, factors = OP_TABLE[self.call.op].updates[parameter], self.call.tables, []
-        is_norm = OP_TABLE[self.call.op].suite == "norm"  # whose weight has one dimension
+        is_norm = OP_TABLE[self.call.op].suite == "norm"  # a weight of one dimension
         for dimension, site in enumerate(sites):
             table = tables.get(site, tables.get(SHORTHANDS.get(site, "")))
             if table is None or bool((table.weights[route] == 1).all()):
