@@ -168,7 +168,7 @@ class Routes:
         return self._copy(ids=ids, strength=strength, shape=tuple(ids.shape), **derived)
 
     def derived(self, key: Any, derive: Callable[[], Derived]) -> Derived:
-        """What `derive` makes of these routes, kept under `key` for the batch's other layers.
+        """The result of `derive`, kept under `key` for the batch's other layers.
 
         A traced program may not write to a cache: there it is made again, and the compiler removes what is the same.
         """

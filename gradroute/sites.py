@@ -1,4 +1,4 @@
-"""What every op's sites share: conversion to tables, defaults, and the check against a call."""
+"""The base of every op's sites: conversion to tables, defaults, and the check against a call."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Site:
     if TYPE_CHECKING:
 
         def __get__(self, sites: object, owner: type | None = None) -> Table | None:
-            """What a site holds."""
+            """Reading it gives the table or None."""
 
         def __set__(self, sites: object, table: TableLike | None) -> None:
-            """What a site takes."""
+            """Its table, of any kind that a Table is made of, or None."""
 
 
 def site(width: str, *, default: str | None = None) -> Any:
@@ -60,10 +60,15 @@ class Sites:
             """The same sites as backends want them."""
 
     def __init_subclass__(cls) -> None:
-        declared = {
-            n: value.metadata for n, value in vars(cls).items() if isinstance(value, dataclasses.Field)
-        }
-        cls.declared = cls.declared | declared
+        declared = dict(cls.declared)
+        for name, annotation in cls.__annotations__.items():
+            if isinstance(vars(cls).get(name), dataclasses.Field):
+                declared[name] = vars(cls)[name].metadata
+            elif not str(annotation).startswith("ClassVar"):
+                raise TypeError(
+                    f"{cls.__name__}.{name}: got the default {vars(cls).get(name)}, expected site(…)"
+                )
+        cls.declared = declared
 
     def __new__(cls: type[AnySites], *args: Any, **kwargs: Any) -> AnySites:
         for name in kwargs:
@@ -78,11 +83,12 @@ class Sites:
             value = getattr(self, name)
             given[name] = None if value is None else Table.of(value, f"{type(self).__name__}.{name}")
             object.__setattr__(self, name, given[name])
+        object.__setattr__(
+            self, "tables", {name: table for name, table in given.items() if table is not None}
+        )
         effective = object.__new__(type(self))
-        for name, table in given.items():
-            default = self.declared[name]["default"]
-            if table is None and default is not None:
-                table = given[default]
+        for name in given:
+            table = self.table(name)
             object.__setattr__(effective, name, None if table is None or table.kind == "ones" else table)
         for sites in (self, effective):
             tables = {name: getattr(sites, name) for name in given if getattr(sites, name) is not None}
@@ -93,6 +99,12 @@ class Sites:
     def __getstate__(self) -> dict[str, Any]:
         """Drops `groups`, which are derived again on demand."""
         return vars(self) | {"groups": {}}
+
+    def table(self, name: str) -> Table | None:
+        """The table of a site, or else of the site that is its default."""
+        default = self.declared[name]["default"]
+        found = self.tables.get(name)
+        return self.tables.get(default) if found is None and default is not None else found
 
     def check(self, routes: Routes | None, widths: Mapping[str, int | str]) -> None:
         """Raises unless every table fits a call or a layer.

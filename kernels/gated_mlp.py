@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.arguments import MIDDLE_SCHEMA, Middle, wanted
+from ..primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, wanted
 from ..primitives.protocol import ActivationTables
 from ..primitives.registration import kernel_op
 from ..routes import Routes
@@ -95,24 +95,24 @@ def glu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.primitives.protocol.Primitives`."""
     dgate, dup, z, db_gate, db_up = glu_backward_op(
-        dz, gate, up, *Middle.of(gate, routes, sites, activation, want_z, want_bias)
+        dz, gate, up, *ActivationArguments.of(gate, routes, sites, activation, want_z, want_bias)
     )
     has_grad = dz is not None
     return wanted((dgate, has_grad), (dup, has_grad), (z, want_z), (db_gate, want_bias), (db_up, want_bias))
 
 
 @kernel_op(
-    f"glu_backward(Tensor? dz, Tensor gate, Tensor up, {MIDDLE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"glu_backward(Tensor? dz, Tensor gate, Tensor up, {ACTIVATION_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def glu_backward_op(
     dz: Tensor | None,
     gate: Tensor,
     up: Tensor,
-    *rest: Any,  # of Middle
+    *rest: Any,  # the fields of ActivationArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
-    middle = Middle(*rest)
-    want_z, want_bias = middle.want_z, middle.want_bias
+    arguments = ActivationArguments(*rest)
+    want_z, want_bias = arguments.want_z, arguments.want_bias
     tokens, features = gate.shape
     config = config_of(glu_bwd_kernel, gate.device)
     want_grad = dz is not None
@@ -135,11 +135,11 @@ def glu_backward_op(
         z=z if want_z else None,
         gate_partial=gate_partial if want_bias else None,
         up_partial=up_partial if want_bias else None,
-        routing=Routing.of(middle.ids, middle.strength),
-        masks=ActivationMasks.of(middle.tables),
+        routing=Routing.of(arguments.ids, arguments.strength),
+        masks=ActivationMasks.of(arguments.tables),
         num_tokens=tokens,
         num_features=features,
-        ACTIVATION=middle.activation,
+        ACTIVATION=arguments.activation,
         TOKENS=tokens_per_program,
     )
     return dgate, dup, z, gate_partial.sum(0).to(gate.dtype), up_partial.sum(0).to(gate.dtype)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.arguments import MIDDLE_SCHEMA, Middle, wanted
+from ..primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, wanted
 from ..primitives.protocol import ActivationTables
 from ..primitives.registration import kernel_op
 from ..routes import Routes
@@ -101,19 +101,21 @@ def activation_backward(
     overwrite: bool = False,  # torch's allocator for CUDA has new matrices at no cost
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.primitives.protocol.Primitives`."""
-    da, z, db = activation_backward_op(dz, a, *Middle.of(a, routes, sites, activation, want_z, want_bias))
+    da, z, db = activation_backward_op(
+        dz, a, *ActivationArguments.of(a, routes, sites, activation, want_z, want_bias)
+    )
     return wanted((da, dz is not None), (z, want_z), (db, want_bias))
 
 
-@kernel_op(f"activation_backward(Tensor? dz, Tensor a, {MIDDLE_SCHEMA}) -> (Tensor, Tensor, Tensor)")
+@kernel_op(f"activation_backward(Tensor? dz, Tensor a, {ACTIVATION_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 def activation_backward_op(
     dz: Tensor | None,
     a: Tensor,
-    *rest: Any,  # of Middle
+    *rest: Any,  # the fields of ActivationArguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
-    middle = Middle(*rest)
-    want_z, want_bias = middle.want_z, middle.want_bias
+    arguments = ActivationArguments(*rest)
+    want_z, want_bias = arguments.want_z, arguments.want_bias
     tokens, features = a.shape
     config = config_of(activation_bwd_kernel, a.device)
     want_grad = dz is not None
@@ -131,11 +133,11 @@ def activation_backward_op(
         da=da if want_grad else None,
         z=z if want_z else None,
         partial=partial if want_bias else None,
-        routing=Routing.of(middle.ids, middle.strength),
-        masks=ActivationMasks.of(middle.tables),
+        routing=Routing.of(arguments.ids, arguments.strength),
+        masks=ActivationMasks.of(arguments.tables),
         num_tokens=tokens,
         num_features=features,
-        ACTIVATION=middle.activation,
+        ACTIVATION=arguments.activation,
         TOKENS=tokens_per_program,
     )
     return da, z, partial.sum(0).to(a.dtype)

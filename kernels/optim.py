@@ -106,7 +106,7 @@ def adamw_step_op(
     max_exp_avg_sq: Tensor | None,
     factors: Tensor,
     by_column: bool,
-    *rest: Any,  # of AdamWOptions
+    *rest: Any,  # the fields of AdamWOptions
 ) -> None:
     options = AdamWOptions(*rest)
     rows, cols = parameter.shape

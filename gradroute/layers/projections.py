@@ -30,9 +30,7 @@ class ProjectionSites(NamedTuple):
     def of(cls, sites: AttentionSites, head_dim: int) -> ProjectionSites:
         """Splits checked sites of a layer whose heads are `head_dim` wide."""
         by_name = sites.tables
-        by_head = [
-            by_name.get(name, by_name.get("update")) for name in ("update_q", "update_kv", "update_out")
-        ]
+        by_head = [sites.table(name) for name in ("update_q", "update_kv", "update_out")]
         by_feature = {table: _by_feature(table, head_dim) for table in by_head}  # one table may serve several
         query, key_value, output = (by_feature[table] for table in by_head)
         masks = {name: table for name, table in by_name.items() if not name.startswith("update")}

@@ -106,9 +106,7 @@ class MLP(Swapped):
     def _sites_of_ops(self, sites: MLPSites) -> MLPOps:
         sites.check(None, self._widths())
         tables = sites.tables
-        update_in, update_out = (
-            tables.get(name, tables.get("update")) for name in ("update_in", "update_out")
-        )
+        update_in, update_out = sites.table("update_in"), sites.table("update_out")
         middle = {name: tables.get(name) for name in ("pre", "hidden", "forward")}
         return MLPOps(
             fused=sites,

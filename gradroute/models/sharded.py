@@ -220,4 +220,4 @@ class Sum(Function):
 
 
 def _all_reduce(x: Tensor, group: str) -> Tensor:
-    return funcol.wait_tensor(funcol.all_reduce(x, "sum", group))  # type: ignore[arg-type]
+    return funcol.wait_tensor(funcol.all_reduce(x, "sum", group))

@@ -140,7 +140,7 @@ def _outer_layer(sites: MLPSites | AttentionSites) -> _Layer:
     tables = sites.tables
     seen = tables.get("forward", tables.get("forward_heads"))
     rows = [tables.get("output")] if isinstance(sites, MLPSites) else []
-    return _Layer(rows, [tables.get("update_out", tables.get("update")), seen])
+    return _Layer(rows, [sites.table("update_out"), seen])
 
 
 def _layer_of(module: nn.Module) -> _Layer:

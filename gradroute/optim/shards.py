@@ -40,7 +40,7 @@ def reduced(tensor: Tensor, operation: str, group: Ranks) -> Tensor:
     """The sum ("sum") or the largest values ("max") of a tensor over some processes."""
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.wait_tensor(collectives.all_reduce(tensor, operation, group.name))  # type: ignore[arg-type]
+    return collectives.wait_tensor(collectives.all_reduce(tensor, operation, group.name))
 
 
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:

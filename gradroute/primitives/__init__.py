@@ -1,1 +1,1 @@
-"""What a backend implements, and what its implementations share."""
+"""The contract between ops and backends, and what the backends share."""

@@ -131,6 +131,3 @@ def wanted(*outputs: tuple[Tensor | None, bool]) -> tuple[Any, ...]:
 
 ACTIVATION_SCHEMA = schema_of(ActivationArguments)
 NORM_SCHEMA = schema_of(NormArguments)
-
-Middle = ActivationArguments
-MIDDLE_SCHEMA = ACTIVATION_SCHEMA

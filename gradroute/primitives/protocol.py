@@ -78,7 +78,7 @@ class AttentionTables(Protocol):
 
 
 class Primitives(Protocol):
-    """What a backend implements."""
+    """The functions that a backend implements."""
 
     def masked_product(self, g: Tensor, routes: Routes, table: Table | None) -> Tensor:
         """m ⊙ g for g `[T, F]`, in a new tensor; `g` itself without a table."""
@@ -300,7 +300,7 @@ class Primitives(Protocol):
 
 
 class HeadPrimitives(Protocol):
-    """What a backend implements besides, where it puts masks around a vendor's attention kernels."""
+    """Further functions of a backend that puts masks around a vendor's attention kernels."""
 
     def masked_heads(self, x: Tensor, routes: Routes | None, table: Table | None) -> Tensor:
         """m ⊙ x for x `[B, H, S, D]` and a table `[R, H]` or `[R, 1]`, in a new tensor; `x` itself without a table."""

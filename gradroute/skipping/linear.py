@@ -19,7 +19,7 @@ MaskedRuns = tuple[tuple[slice, "Table | None"], ...]  # runs of features with t
 
 
 class InputSpan(NamedTuple):
-    """What is left of dx for some routes' tokens.
+    """The part of dx that is left for some routes' tokens.
 
     Attributes:
         outputs: runs of `[T, O]` where gradient arrives.
@@ -48,7 +48,7 @@ class InputProduct(Product[InputSpan]):
 
 
 class WeightSpan(NamedTuple):
-    """What is left of dW for some routes' tokens.
+    """The part of dW that is left for some routes' tokens.
 
     Attributes:
         rows: runs of `[T, O]`, the rows of the weight that are updated, with the tables there.
