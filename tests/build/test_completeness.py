@@ -31,7 +31,7 @@ STEM_FILES = {
 
 
 def missing_pieces(op):
-    """What an op of the table lacks, in words."""
+    """The pieces that an op of the table lacks, in words."""
     return [
         *missing_meaning(op),
         *missing_public_names(op),
@@ -176,7 +176,7 @@ def kernel_entries():
 
 
 def configuration_errors():
-    """What the table of launch configurations lacks, or has too much; a name may end with a dtype, as in x.float32."""
+    """Errors in the table of launch configurations; a name may end with a dtype, as in x.float32."""
     configured = {name.partition(".")[0] for name in configs.CONFIGS}
     for name in sorted(kernel_entries() - configured):
         yield f"gradroute.kernels.configs.CONFIGS has no {name}"

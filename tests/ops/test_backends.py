@@ -26,7 +26,7 @@ def without_interpreter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-# Explicit
+# The explicit choice
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton"])
@@ -143,7 +143,7 @@ def test_a_backend_that_does_not_exist(backend):
     assert choose("route_grad", None, X) == "cpu"
 
 
-# Process-wide
+# The choice for the process
 
 
 def test_use_backend_as_a_call():
@@ -185,7 +185,7 @@ def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch):
     assert "got 'fastest', expected one of reference, torch, cpu, triton, cuda" in run.stderr
 
 
-# Automatic
+# The automatic choice
 
 
 @pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "cpu" in row])
@@ -224,7 +224,7 @@ def test_no_backend_at_all_lists_every_reason(monkeypatch):
     assert "; cuda: dtype torch.float8_e4m3fn is not supported" in str(caught.value)
 
 
-# What there is
+# The lists of backends that can run here, and of those that cannot
 
 
 def test_available_backends():

@@ -106,9 +106,6 @@ def test_layer_norm_of_long_rows(backend, device):
     sample("routed_layer_norm", tokens=5, sizes=sizes, device=device).assert_within_budget(backend)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def gradient_sites(op):
     return tuple(name for name in testing.site_names(op) if not name.startswith("forward"))
 
@@ -367,7 +364,7 @@ def test_frozen_inputs_save_less(op, backend, device):
 @pytest.mark.parametrize("seen", ["whole", "expanded ids"])
 @every_function_backend
 def test_tables_and_masks_are_not_saved(op, backend, seen, device):
-    """What is saved has the size of the activations: at most x, its pre-activations and the weights."""
+    """The saved tensors have the size of the activations: at most x, its pre-activations and the weights."""
     cases.require(backend, device)
     tables = "dense" if seen == "whole" else "broadcast"
     call = cases.make(op, tokens=130, tables=tables, strength="token", device=device)
@@ -443,9 +440,6 @@ def test_a_mixed_batch_updates_as_its_single_route_batches_do(op, backend, table
         sums = {name: total + part.gradients[name] for name, total in sums.items()}
     for name, total in sums.items():
         assert excess(total, exact.gradients[name], plain.gradients[name]) is None, name
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

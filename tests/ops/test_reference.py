@@ -95,7 +95,6 @@ def test_masked_product_rounds_once():
     assert not torch.equal(dx[:, 0], torch.tensor(weight).bfloat16() * g)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Attention's edges, element by element.
 
 
@@ -187,9 +186,6 @@ def test_a_query_that_sees_no_key_gives_zero():
     assert not result.gradients["q"][:, :, :3].any()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def small_model(parameters, tokens, routes, cu_seqlens):
     """Embedding, norm, attention inside documents, output projection: every parameter routed per token."""
     width = parameters["embedding"].shape[1]
@@ -239,7 +235,7 @@ def test_documents_of_different_routes_update_as_their_single_route_batches_do()
     ids = torch.tensor(routes_of_documents).repeat_interleave(torch.tensor(lengths))
 
     def gradients(wanted):
-        """Of the loss of the documents whose route is in `wanted`, packed into one batch."""
+        """The gradients of the loss of the documents whose route is in `wanted`, packed into one batch."""
         documents = [document for document, route in enumerate(routes_of_documents) if route in wanted]
         index = torch.cat([torch.arange(bounds[document], bounds[document + 1]) for document in documents])
         ends = list(itertools.accumulate([lengths[document] for document in documents], initial=0))
@@ -258,7 +254,7 @@ def test_documents_of_different_routes_update_as_their_single_route_batches_do()
 
 
 def test_uninitialised_memory_is_poisoned():
-    """What conftest.py promises: an element that nothing writes is NaN, or the largest integer."""
+    """The promise of conftest.py: an element that nothing writes is NaN, or the largest integer."""
     x = torch.zeros(2)
     for memory in (torch.empty(3), x.new_empty(3), torch.empty_like(x), x.new_empty(3, dtype=torch.bfloat16)):
         assert memory.isnan().all()

@@ -317,7 +317,7 @@ def test_tokens_in_order_are_not_gathered(parts_taken):
 @pytest.mark.parametrize("op", ["routed_mlp", "routed_gated_mlp"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_backward_of_the_same_graph_has_the_same_bits(backend, op, in_order):
-    """What was gathered may be written to, what was saved may not."""
+    """A backward may write to what it gathered, not to what was saved."""
     call = cases.make(op, tokens=1024, sizes=testing.Sizes(d_model=8, d_ff=16))
     gated = quarters(1024, in_order)
     call = call.with_routes(gated.routes).with_sites(gated.sites)
