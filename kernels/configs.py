@@ -11,7 +11,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 def _tiles(block_q: int, block_k: int, num_warps: int, num_stages: int, **options: int) -> dict[str, int]:
-    """A configuration of attention: queries and keys of a tile."""
+    """A configuration of attention, by the queries and the keys of a tile."""
     tiles = {"BLOCK_Q": block_q, "BLOCK_K": block_k}
     return tiles | {"num_warps": num_warps, "num_stages": num_stages} | options
 
@@ -24,12 +24,13 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         100: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8, "maxnreg": 128},
     },
     "glu_bwd_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8}},
-    # Tiles of whole rows: BLOCK_F is D rounded up, the rest follows from these (kernels/norm.py). Where maxnreg does
+    # Tiles are whole rows: BLOCK_F is D rounded up, the rest follows from these (kernels/norm.py). Where maxnreg does
     # not say how many registers there are, the assembler spills 8 to 16 bytes here and there to fit another program.
     "norm_bwd_kernel": {80: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 256}},
     "norm_bwd_chunked_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8, "maxnreg": 255}},
     "embedding_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
-    "adamw_step_kernel": {80: {"ELEMENTS": 1024, "num_warps": 4}},  # of a tile (kernels/optim.py)
+    # ELEMENTS is the size of a tile, whose shape follows from the matrix (kernels/optim.py).
+    "adamw_step_kernel": {80: {"ELEMENTS": 1024, "num_warps": 4}},
     # fp32 products are sums of FMAs in registers, which leave room for smaller tiles only.
     "weight_grad_kernel": {
         80: {"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32, "num_warps": 4, "num_stages": 3},

@@ -22,10 +22,10 @@ def embedding_bwd_kernel(
     tokens,  # [T], sorted
     order,  # [T], the row of dy of each sorted token
     ends,  # [T], the position after the last token equal to this one
-    routing,
-    update,  # Weights or None
+    routing,  # Routing of [T]
+    update,  # Weights [R, D] or None
     num_features,
-    padding_idx,  # -1: none
+    padding_idx,  # -1 for none
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):

@@ -30,7 +30,7 @@ def glu_bwd_kernel(
     z,  # [T, F] or None
     gate_partial,  # [ceil(T / TOKENS), F] fp32 or None
     up_partial,  # [ceil(T / TOKENS), F] fp32 or None
-    routing,
+    routing,  # Routing of [T]
     masks,  # ActivationMasks
     num_tokens,
     num_features,

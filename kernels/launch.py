@@ -94,7 +94,7 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def dot_precision() -> str:
-    """fp32 products as torch's own: tf32 only where the user allowed it."""
+    """The precision of fp32 products, which is torch's own: tf32 only where the user allowed it."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 

@@ -31,8 +31,8 @@ TOKENS_PER_PARTIAL = 512
 def bias_grad_kernel(
     g,  # Matrix [T, F]
     partial,  # [ceil(T / TOKENS), F] fp32
-    routing,
-    weights,
+    routing,  # Routing of [T]
+    weights,  # Weights [R, F]
     num_tokens,
     num_features,
     TOKENS: tl.constexpr,
@@ -88,9 +88,9 @@ def weight_grad_kernel(
     x,  # Matrix [T, I]
     out,  # [O, I]
     order,  # [T], tokens sorted by route
-    routing,
-    row_weights,  # Weights or None
-    col_weights,  # Weights or None
+    routing,  # Routing of [T]
+    row_weights,  # Weights [R, O] or None
+    col_weights,  # Weights [R, I] or None
     num_tokens,
     num_outputs,
     num_inputs,
@@ -184,8 +184,8 @@ def input_grad_kernel(
     weight,  # Matrix [O, I]
     out,  # [T, I]
     order,  # [T], tokens sorted by route
-    routing,
-    table,  # Weights
+    routing,  # Routing of [T]
+    table,  # Weights [R, I]
     num_tokens,
     num_outputs,
     num_inputs,

@@ -61,7 +61,7 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def load_tokens(
-    routing,
+    routing,  # Routing
     rows,  # [BLOCK_T] int64, the tokens
     present,  # [BLOCK_T], which of them exist
 ):
@@ -75,9 +75,9 @@ def load_tokens(
 
 @triton.jit
 def load_weights(
-    weights,
-    routing,
-    tokens,
+    weights,  # Weights [R, F] or [R, 1]
+    routing,  # Routing
+    tokens,  # Tokens
     features,  # [BLOCK_F] int64
     inside,  # [BLOCK_F], which of them exist
 ):
@@ -91,7 +91,7 @@ def load_weights(
     if routing.strength is not None:
         s = tokens.strength
         base = tl.load(weights.pointer + columns, mask=inside, other=0.0)[None, :]
-        # As torch.lerp does, so that a strength of one is exactly no strength.
+        # Interpolated as torch.lerp interpolates, so that a strength of one is exactly no strength.
         m = tl.where(tl.abs(s) < 0.5, base + s * (m - base), m - (m - base) * (1.0 - s))
     return m
 
@@ -99,11 +99,11 @@ def load_weights(
 @triton.jit
 def masked(
     g,  # [BLOCK_T, BLOCK_F] fp32
-    weights,
-    routing,
-    tokens,
-    features,
-    inside,
+    weights,  # Weights or None
+    routing,  # Routing
+    tokens,  # Tokens
+    features,  # [BLOCK_F] int64
+    inside,  # [BLOCK_F], which of them exist
 ):
     """m ⊙ g, exactly 0 where m is 0 whatever g is; g itself where there is no table (weights is None)."""
     if weights is not None:

@@ -7,8 +7,10 @@ tuples and its twin without have the same accesses and registers, with Triton 3.
 attention_dkdv_kernel, of 22 arguments instead of 67, in 33 instead of 61.
 
 A number that must be a constant is wrapped in tl.constexpr on the host. No device function returns a tuple that holds
-None or a constant, of which Triton 3.6 makes tensors. No field is called `values` or `type`, which are attributes of
-Triton's own tuples.
+None or a constant, of which Triton 3.6 makes tensors. No kernel hands a tuple of tuples that it was given to a device
+function, which would not find the constants of the inner ones with Triton 3.6. No tuple that holds None is compared
+with None, which Triton 3.6 cannot compile. No field is called `values` or `type`, which are attributes of Triton's own
+tuples.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Matrix(NamedTuple):
 
 @triton.jit
 def pointers(
-    matrix,
+    matrix,  # Matrix
     rows,  # [BLOCK_R]
     columns,  # [BLOCK_C]
 ):

@@ -22,7 +22,7 @@ from .rounding import rounded
 
 
 class ActivationMasks(NamedTuple):
-    """The masks of an MLP's activations as kernels take them, or None each."""
+    """The masks of an MLP's activations as kernels take them; None where there is no table."""
 
     pre: Weights | None
     hidden: Weights | None
@@ -43,7 +43,7 @@ def activation_bwd_kernel(
     da,  # [T, F] or None
     z,  # [T, F] or None
     partial,  # [ceil(T / TOKENS), F] fp32 or None
-    routing,
+    routing,  # Routing of [T]
     masks,  # ActivationMasks
     num_tokens,
     num_features,

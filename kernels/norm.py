@@ -21,9 +21,9 @@ from .matrices import Matrix, load_tile
 from .rounding import rounded
 
 # Rows up to this long stay in registers: 16 warps have 128 registers a thread, and compiled for sm_80, sm_90 and sm_100
-# twice as long rows spill on one chip or another. Half of it where x or dy is fp32, where a bias is summed too, and
-# where rows are not aligned, so that every element has its address. Longer rows are read again from the cache, by
-# chunks.
+# twice as long rows spill on one chip or another. The limit is half of it where x or dy is fp32, where a bias is summed
+# too, and where rows are not aligned, so that every element has its address. Longer rows are read again from the
+# cache, by chunks.
 MAX_ROW_IN_REGISTERS = 8192
 MAX_WARPS = 16
 REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -33,12 +33,14 @@ WARPS_PER_MULTIPROCESSOR = 32
 
 
 @triton.jit
-def _load(matrix, rows, features, valid):  # [BLOCK_T, BLOCK_F] fp32
+def _load(matrix, rows, features, valid):
+    """The elements of a tile that are `valid`, 0 in place of the others: [BLOCK_T, BLOCK_F] fp32."""
     return load_tile(matrix, rows, features, valid).to(tl.float32)
 
 
 @triton.jit
-def _load_scale(weight, offset, features, num_features):  # [1, BLOCK_F] fp32
+def _load_scale(weight, offset, features, num_features):
+    """weight + offset of a tile's features, [1, BLOCK_F] fp32."""
     scale = tl.load(weight + features, mask=features < num_features, other=0.0).to(tl.float32) + offset
     return scale[None, :]
 
@@ -51,8 +53,8 @@ def norm_bwd_kernel(
     dx,  # [T, D] or None
     weight_partial,  # [programs, D] fp32 or None
     bias_partial,  # [programs, D] fp32 or None
-    routing,
-    update,  # Weights or None
+    routing,  # Routing of [T]
+    update,  # Weights [R, D] or None
     num_tokens,
     num_features,
     eps,
@@ -108,8 +110,8 @@ def norm_bwd_chunked_kernel(
     dx,  # [T, D] or None
     weight_partial,  # [programs, D] fp32 or None
     bias_partial,  # [programs, D] fp32 or None
-    routing,
-    update,  # Weights or None
+    routing,  # Routing of [T]
+    update,  # Weights [R, D] or None
     num_tokens,
     num_features,
     eps,
@@ -119,7 +121,7 @@ def norm_bwd_chunked_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """As norm_bwd_kernel, for rows of any length: read in chunks, twice (CENTERED: thrice); sums kept in memory."""
+    """norm_bwd_kernel for rows of any length: it reads chunks twice (CENTERED: thrice) and keeps its sums in memory."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
@@ -158,7 +160,7 @@ def norm_bwd_chunked_kernel(
             x_hat = tl.where(valid, centered * rstd, 0.0)
             g = _load(dy, rows, features, valid)
             partial = tl.program_id(0).to(tl.int64) * num_features + features
-            summed = inside & (start > first)  # by the earlier tiles of this program
+            summed = inside & (start > first)  # where earlier tiles of this program have left a sum
             if weight_partial is not None:
                 x_seen = x_hat
                 if ROUND_X_HAT:
@@ -199,12 +201,12 @@ def norm_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs that are not wanted have no elements."""
     tokens = x.shape[0]
-    features = int(x.shape[1])  # under tracing the width is made a constant, as it is below
+    features = int(x.shape[1])  # a constant under tracing too, since it chooses the kernel
     is_light = max(x.element_size(), dy.element_size()) <= 2 and not want_bias and features % 16 == 0
     fits = features <= (MAX_ROW_IN_REGISTERS if is_light else MAX_ROW_IN_REGISTERS // 2)
     kernel, config = _whole_rows(features, x.device) if fits else _chunks(x.device)
     programs = _multiprocessors(x.device) * WARPS_PER_MULTIPROCESSOR // config["num_warps"]
-    # While shapes are symbolic nothing runs and the partial sums' number does not show: no minimum to reason about.
+    # With symbolic shapes nothing runs, and a minimum would be a guard that the number of programs does not need.
     if isinstance(tokens, int):
         programs = min(programs, triton.cdiv(tokens, config["BLOCK_T"]))
     want_dx = weight is not None

@@ -24,7 +24,7 @@ def adamw_step_kernel(
     m,  # Matrix [N, M], the mean of g
     v,  # Matrix [N, M], the mean of g²
     v_max,  # Matrix [N, M] or None, the largest v
-    factors,  # [4, blocks]
+    factors,  # [4, blocks]: the decay, the step size, the denominator's factor, whether a block is touched
     factors_stride,
     num_rows,
     num_cols,
@@ -33,12 +33,12 @@ def adamw_step_kernel(
     square_weight,  # 1 - β₂
     eps,
     sign,
-    ROWS: tl.constexpr,  # blocks are rows; neither rows nor columns: there is one
-    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,  # whether each row is a block; without ROWS and COLUMNS the matrix is one block
+    COLUMNS: tl.constexpr,  # whether each column is a block
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Elements of blocks that are not touched are neither read nor written."""
+    """One step of AdamW. Elements of blocks that are not touched are neither read nor written."""
     tile = tl.program_id(0).to(tl.int64)
     tiles_of_rows = tl.cdiv(num_cols, BLOCK_M)
     rows = tile // tiles_of_rows * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -61,7 +61,7 @@ def adamw_step_kernel(
     m_tile = tl.load(m_at, mask=touched, other=0.0).to(tl.float32)
     v_tile = tl.load(v_at, mask=touched, other=0.0).to(tl.float32)
 
-    # As torch.lerp does.
+    # The mean is formed as torch.lerp forms it.
     difference = g_tile - m_tile
     m_tile = tl.where(
         average_weight < 0.5,

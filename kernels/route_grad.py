@@ -18,8 +18,8 @@ from .rounding import rounded
 def masked_product_kernel(
     g,  # Matrix [T, F]
     out,  # Matrix [T, F], g itself where IN_PLACE
-    routing,
-    weights,
+    routing,  # Routing of [T]
+    weights,  # Weights [R, F]
     num_tokens,
     num_features,
     IN_PLACE: tl.constexpr,

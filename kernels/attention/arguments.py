@@ -9,8 +9,8 @@ from torch import Tensor
 from ...primitives.attention_edges import EdgeBits, TileBits
 from ...primitives.attention_pattern import Pattern
 from ..masks import Routing, Weights
-from .edges import Edges, EdgeTable
-from .loads import Heads, readable
+from .edges import Edges
+from .loads import readable
 from .visibility import Visibility, key_mask_of
 
 
@@ -68,7 +68,9 @@ class Call(NamedTuple):
         query: the mask of dq.
         key: the mask of dk.
         value: the mask of dv.
-        edges: of the scores and of the values.
+        score_edges: the edges of dS.
+        value_edges: the edges of P in dv.
+        num_routes: R.
         visibility: who sees whom.
         key_mask: `[B, S]` int8 or None.
         scale: the factor of the scores.
@@ -85,11 +87,18 @@ class Call(NamedTuple):
     query: Weights | None
     key: Weights | None
     value: Weights | None
-    edges: Edges
+    score_edges: Edges
+    value_edges: Edges
+    num_routes: int
     visibility: Visibility
     key_mask: Tensor | None
     scale: float
     is_binary: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """B * S."""
+        return self.k.shape[0] * self.k.shape[2]
 
     @staticmethod
     def of(dz: Tensor, q: Tensor, k: Tensor, v: Tensor, arguments: BackwardArguments) -> Call:
@@ -106,12 +115,9 @@ class Call(NamedTuple):
             Weights.of(arguments.query),
             Weights.of(arguments.key),
             Weights.of(arguments.value),
-            Edges(
-                EdgeTable.of(*arguments.score_edges),
-                EdgeTable.of(*arguments.value_edges),
-                arguments.num_routes,
-                num_tokens=k.shape[0] * k.shape[2],
-            ),
+            Edges.of(*arguments.score_edges),
+            Edges.of(*arguments.value_edges),
+            arguments.num_routes,
             Visibility.of(q, k, arguments.pattern),
             key_mask_of(arguments.pattern),
             arguments.pattern.scale,
@@ -119,19 +125,15 @@ class Call(NamedTuple):
         )
 
 
-class Queries(NamedTuple):
-    """What the kernels of dK, dV and dQ read of the queries.
+class PerQuery(NamedTuple):
+    """The numbers that the kernels of dK, dV and dQ read for each query and head.
 
     Attributes:
-        q: `[B, H, S, D]`.
-        dz: `[B, H, S, D]`.
         lse: `[B, H, S]` fp32.
         delta: `[B, H, S]` fp32, rowsum(do ⊙ o).
         weights: `[B, H, S]` fp32, m_forward_heads ⊙ m_heads; None where all are 1.
     """
 
-    q: Heads
-    dz: Heads
     lse: Tensor
     delta: Tensor
     weights: Tensor | None

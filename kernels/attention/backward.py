@@ -11,11 +11,11 @@ from ...primitives.protocol import AttentionTables
 from ...primitives.registration import kernel_op
 from ...primitives.schema import Flat, flat, schema_of, unflat
 from ...routes import Routes
-from .arguments import BackwardArguments, Call, Queries
+from .arguments import BackwardArguments, Call, PerQuery
 from .delta import delta_of
 from .dkdv import dkdv_config, key_value_gradients
 from .dq import dq_config, query_gradients
-from .loads import Heads, readable
+from .loads import readable
 from .tiles import list_tiles
 
 
@@ -77,14 +77,14 @@ def attention_backward_op(
     call = Call.of(dz, q, k, v, arguments)
     config = dkdv_config(call)
     delta, weights, live = delta_of(call, readable(z), config["BLOCK_Q"])
-    queries = Queries(Heads.of(call.q), Heads.of(call.dz), lse, delta, weights)
+    per_query = PerQuery(lse, delta, weights)
     dq, dk, dv = (x.new_empty(0) for x in (q, k, v))
     if arguments.want_key_value:
         lists = list_tiles(call, arguments.key_tiles, live, config, by_key=True)
-        gradients = key_value_gradients(call, queries, lists, config)
+        gradients = key_value_gradients(call, per_query, lists, config)
         dk, dv = (gradient.narrow(3, 0, head_dim) for gradient in gradients)
     if arguments.want_query:
         config = dq_config(call)
         lists = list_tiles(call, arguments.query_tiles, None, config, by_key=False)
-        dq = query_gradients(call, queries, lists, config).narrow(3, 0, head_dim)
+        dq = query_gradients(call, per_query, lists, config).narrow(3, 0, head_dim)
     return dq, dk, dv

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from ..launch import config_of, dot_precision
+from .edges import Edges
 
 
 def block_d(q: Tensor) -> int:
@@ -30,9 +31,9 @@ def attention_config(
     return config_of(kernel, q.device, q.dtype, variant)
 
 
-def edges_variant(*levels: int | None) -> str:
-    """How the edges of tables are read, as configurations name it; a table's number of levels, None for no table."""
-    given = [count for count in levels if count is not None]
-    if not given:
+def edges_variant(*tables: Edges) -> str:
+    """How the edges of tables are read, as configurations name it."""
+    levels = [edges.levels.value for edges in tables if edges.given]
+    if not levels:
         return ""
-    return ".gather" if 0 in given else ".edges"
+    return ".gather" if 0 in levels else ".edges"

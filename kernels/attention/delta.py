@@ -14,35 +14,6 @@ from .configurations import attention_config, block_d
 from .loads import Heads, head_weights, load_rows, of_head
 
 
-def delta_of(call: Call, z: Tensor, block_q: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """delta and weights `[B, H, S]`, and which tiles of `block_q` queries have any weight; None where all are 1."""
-    batch, heads, length, head_dim = call.q.shape
-    tiles = triton.cdiv(length, block_q)
-    delta = call.q.new_empty(batch, heads, length, dtype=torch.float32)
-    weights = live = None
-    if call.heads is not None or call.forward_heads is not None:
-        weights = torch.empty_like(delta)
-        live = call.q.new_empty(batch, heads, tiles, dtype=torch.int32)
-    launch(
-        attention_delta_kernel,
-        (tiles * batch * heads,),
-        attention_config(attention_delta_kernel, call.q) | {"BLOCK_Q": block_q},
-        dz=Heads.of(call.dz),
-        z=Heads.of(z),
-        delta=delta,
-        weights=weights,
-        live=live,
-        routing=call.routing,
-        heads=call.heads,
-        forward_heads=call.forward_heads,
-        num_heads=heads,
-        num_queries=length,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d(call.q),
-    )
-    return delta, weights, live
-
-
 @triton.jit
 def attention_delta_kernel(
     dz,  # Heads [B, H, S, D]
@@ -84,3 +55,32 @@ def attention_delta_kernel(
     if weights is not None:
         tl.store(weights + row, weight, mask=present)
         tl.store(live + tl.program_id(0), tl.max(learns.to(tl.int32)))
+
+
+def delta_of(call: Call, z: Tensor, block_q: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """delta and weights `[B, H, S]`, and which tiles of `block_q` queries have any weight; None where all are 1."""
+    batch, heads, length, head_dim = call.q.shape
+    tiles = triton.cdiv(length, block_q)
+    delta = call.q.new_empty(batch, heads, length, dtype=torch.float32)
+    weights = live = None
+    if call.heads is not None or call.forward_heads is not None:
+        weights = torch.empty_like(delta)
+        live = call.q.new_empty(batch, heads, tiles, dtype=torch.int32)
+    launch(
+        attention_delta_kernel,
+        (tiles * batch * heads,),
+        attention_config(attention_delta_kernel, call.q) | {"BLOCK_Q": block_q},
+        dz=Heads.of(call.dz),
+        z=Heads.of(z),
+        delta=delta,
+        weights=weights,
+        live=live,
+        routing=call.routing,
+        heads=call.heads,
+        forward_heads=call.forward_heads,
+        num_heads=heads,
+        num_queries=length,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d(call.q),
+    )
+    return delta, weights, live

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..launch import launch
 from ..matrices import Matrix
 from ..rounding import dot, rounded
-from .arguments import Call, Queries
+from .arguments import Call, PerQuery
 from .configurations import attention_config, block_d, constants, edges_variant
 from .edges import edged
 from .loads import Heads, head_weights, load_rows, masked_rows, of_head, store_rows
@@ -19,63 +19,11 @@ from .tiles import TileLists
 from .visibility import is_key, is_seen, tiles_of_queries
 
 
-def key_value_gradients(
-    call: Call, queries: Queries, lists: TileLists | None, config: dict[str, int]
-) -> tuple[Tensor, Tensor]:
-    """dK and dV `[B, G, S, D]`."""
-    k, v = call.k, call.v
-    batch, kv_heads, length, _ = k.shape
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    launch(
-        attention_dkdv_kernel,
-        (triton.cdiv(length, config["BLOCK_K"]) * batch * kv_heads,),
-        config,
-        queries=queries,
-        k=Heads.of(k),
-        v=Heads.of(v),
-        dk=Heads.of(dk),
-        dv=Heads.of(dv),
-        routing=call.routing,
-        key=call.key,
-        value=call.value,
-        edges=call.edges,
-        lists=lists,
-        visibility=call.visibility,
-        key_mask=call.key_mask,
-        scale=call.scale,
-        num_kv_heads=kv_heads,
-        group=call.q.shape[1] // kv_heads,
-        IS_BINARY=call.is_binary,
-        **constants(call.q),
-    )
-    return dk, dv
-
-
-def dkdv_config(call: Call) -> dict[str, int]:
-    """Masks, padding, documents, edges of several values or of many routes need more registers than the plain call."""
-    levels = call.edges.levels
-    variant = edges_variant(*levels)
-    others = (
-        call.routing.strength,
-        call.heads,
-        call.forward_heads,
-        call.key,
-        call.value,
-        call.visibility.starts,
-        call.key_mask,
-    )
-    masked = (
-        any(other is not None for other in others)
-        or max(levels, default=0) > 1
-        or (variant == ".edges" and call.edges.num_routes > 32)
-        or call.q.shape[3] < block_d(call.q)
-    )
-    return attention_config(attention_dkdv_kernel, call.q, variant, masked and variant != ".gather")
-
-
 @triton.jit
 def attention_dkdv_kernel(
-    queries,  # Queries
+    q,  # Heads [B, H, S, D]
+    dz,  # Heads [B, H, S, D]
+    per_query,  # PerQuery
     k,  # Heads [B, G, S, D]
     v,  # Heads [B, G, S, D]
     dk,  # Heads [B, G, S, D]
@@ -83,7 +31,10 @@ def attention_dkdv_kernel(
     routing,  # Routing of [B * S]
     key,  # Weights [R, G] or None
     value,  # Weights [R, G] or None
-    edges,  # Edges
+    score_edges,  # Edges
+    value_edges,  # Edges
+    num_routes,
+    num_tokens,
     lists,  # TileLists of tiles of keys, or None
     visibility,  # Visibility
     key_mask,  # [B, S] int8 or None
@@ -114,7 +65,7 @@ def attention_dkdv_kernel(
     m_key = head_weights(key, routing, tokens, present, kv_head)
     m_value = head_weights(value, routing, tokens, present, kv_head)
     key_routes = keys * 0
-    if edges.score is not None or edges.value is not None:
+    if score_edges.bits is not None or value_edges.bits is not None:
         key_routes = tl.load(routing.ids + tokens, mask=present, other=0)
     is_present = present
     if key_mask is not None:
@@ -129,8 +80,8 @@ def attention_dkdv_kernel(
         key_routes,
         is_present,
     )
-    q_head = of_head(queries.q, batch, kv_head * group)
-    dz_head = of_head(queries.dz, batch, kv_head * group)
+    q_head = of_head(q, batch, kv_head * group)
+    dz_head = of_head(dz, batch, kv_head * group)
     first_row = (batch * num_kv_heads + kv_head) * group * num_queries
     dk_tile = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     dv_tile = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
@@ -163,20 +114,21 @@ def attention_dkdv_kernel(
             else:
                 tile = tl.load(tiles + step % count).to(tl.int32)
         other = (
-            q_head,
-            dz_head,
-            member,
-            first_row,
-            batch,
+            Matrix(q_head + member * q.stride_h, q.stride_s, q.stride_d),
+            Matrix(dz_head + member * dz.stride_h, dz.stride_s, dz.stride_d),
+            first_row + member * num_queries,
+            batch * num_queries,
         )
         dk_tile, dv_tile = _add_queries(
             dk_tile,
             dv_tile,
-            tile,
+            tile * BLOCK_Q,
             own,
             other,
-            queries,
-            edges,
+            per_query,
+            score_edges,
+            value_edges,
+            (num_routes, num_tokens),
             visibility,
             key_mask,
             scale,
@@ -196,12 +148,14 @@ def attention_dkdv_kernel(
 def _add_queries(
     dk,  # [BLOCK_K, BLOCK_D] fp32, the sum so far
     dv,  # [BLOCK_K, BLOCK_D] fp32, the sum so far
-    tile,
+    start,
     own,  # the keys: k, v [BLOCK_K, BLOCK_D], positions, routes, which are present and not padding
-    other,  # a head's queries: q and dz (Matrix [S, D]), their first row of lse, their first token
-    queries,
-    edges,
-    visibility,
+    other,  # a head's queries: q and dz (Matrix [S, D]), their first row in per_query, their first token
+    per_query,  # PerQuery
+    score_edges,  # Edges
+    value_edges,  # Edges
+    counts,  # R and B * S
+    visibility,  # Visibility
     key_mask,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -212,32 +166,90 @@ def _add_queries(
 ):
     """Adds to dk and dv what the queries of one tile give."""
     k_tile, v_tile, keys, key_routes, is_present = own
-    q_head, dz_head, member, first_row, batch = other
-    first_row = first_row + member * visibility.num_queries
-    start = tile * BLOCK_Q
+    q, dz, first_row, first_token = other
     rows = start + tl.arange(0, BLOCK_Q)
     exists = rows < visibility.num_queries
-    q = Matrix(q_head + member * queries.q.stride_h, queries.q.stride_s, queries.q.stride_d)
     q_tile = load_rows(q, start, exists, HEAD_DIM, BLOCK_Q, BLOCK_D)
-    log_sum = tl.load(queries.lse + first_row + rows, mask=exists, other=float("inf")) * LOG2_E
+    log_sum = tl.load(per_query.lse + first_row + rows, mask=exists, other=float("inf")) * LOG2_E
     p = tl.exp2(dot(k_tile, tl.trans(q_tile), None, PRECISION) * (scale * LOG2_E) - log_sum[None, :])
     seen = is_seen(keys[:, None], rows[None, :], visibility)
     if key_mask is not None:
         seen = seen & is_present[:, None]
     p = tl.where(seen, p, 0.0)
     learns = exists
-    if queries.weights is not None:
-        weight = tl.load(queries.weights + first_row + rows, mask=exists, other=0.0)
+    if per_query.weights is not None:
+        weight = tl.load(per_query.weights + first_row + rows, mask=exists, other=0.0)
         learns = weight != 0.0
-    dz = Matrix(dz_head + member * queries.dz.stride_h, queries.dz.stride_s, queries.dz.stride_d)
     dz_tile = load_rows(dz, start, learns, HEAD_DIM, BLOCK_Q, BLOCK_D)
     dp = dot(v_tile, tl.trans(dz_tile), None, PRECISION)
-    taught = edged(p, edges.value, edges, batch * visibility.num_queries + rows, exists, key_routes, True)
+    taught = edged(p, value_edges, counts, first_token + rows, exists, key_routes, True)
     if not IS_BINARY:
         dp *= weight[None, :]
         taught *= weight[None, :]
     dv = dot(rounded(taught, dz_tile.dtype), dz_tile, dv, PRECISION)
-    ds = p * (dp - tl.load(queries.delta + first_row + rows, mask=exists, other=0.0)[None, :])
-    ds = edged(ds, edges.score, edges, batch * visibility.num_queries + rows, exists, key_routes, True)
+    ds = p * (dp - tl.load(per_query.delta + first_row + rows, mask=exists, other=0.0)[None, :])
+    ds = edged(ds, score_edges, counts, first_token + rows, exists, key_routes, True)
     dk = dot(rounded(ds, q_tile.dtype), q_tile, dk, PRECISION)
     return dk, dv
+
+
+def key_value_gradients(
+    call: Call, per_query: PerQuery, lists: TileLists | None, config: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """dK and dV `[B, G, S, D]`."""
+    k, v = call.k, call.v
+    batch, kv_heads, length, _ = k.shape
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    launch(
+        attention_dkdv_kernel,
+        (triton.cdiv(length, config["BLOCK_K"]) * batch * kv_heads,),
+        config,
+        q=Heads.of(call.q),
+        dz=Heads.of(call.dz),
+        per_query=per_query,
+        k=Heads.of(k),
+        v=Heads.of(v),
+        dk=Heads.of(dk),
+        dv=Heads.of(dv),
+        routing=call.routing,
+        key=call.key,
+        value=call.value,
+        score_edges=call.score_edges,
+        value_edges=call.value_edges,
+        num_routes=call.num_routes,
+        num_tokens=call.num_tokens,
+        lists=lists,
+        visibility=call.visibility,
+        key_mask=call.key_mask,
+        scale=call.scale,
+        num_kv_heads=kv_heads,
+        group=call.q.shape[1] // kv_heads,
+        IS_BINARY=call.is_binary,
+        **constants(call.q),
+    )
+    return dk, dv
+
+
+def dkdv_config(call: Call) -> dict[str, int]:
+    """The configuration of dK and dV.
+
+    Masks, padding, documents, edges of several values or of many routes need more registers than the plain call.
+    """
+    variant = edges_variant(call.score_edges, call.value_edges)
+    levels = max(call.score_edges.levels.value, call.value_edges.levels.value)
+    others = (
+        call.routing.strength,
+        call.heads,
+        call.forward_heads,
+        call.key,
+        call.value,
+        call.visibility.starts,
+        call.key_mask,
+    )
+    masked = (
+        any(other is not None for other in others)
+        or levels > 1
+        or (variant == ".edges" and call.num_routes > 32)
+        or call.q.shape[3] < block_d(call.q)
+    )
+    return attention_config(attention_dkdv_kernel, call.q, variant, masked and variant != ".gather")

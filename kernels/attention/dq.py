@@ -10,7 +10,7 @@ from torch import Tensor
 from ..launch import launch
 from ..matrices import Matrix
 from ..rounding import dot, rounded
-from .arguments import Call, Queries
+from .arguments import Call, PerQuery
 from .configurations import attention_config, constants, edges_variant
 from .edges import edged
 from .loads import Heads, head_weights, load_rows, masked_rows, of_head, store_rows
@@ -19,48 +19,19 @@ from .tiles import TileLists
 from .visibility import is_key, seen_keys, tiles_of_keys
 
 
-def query_gradients(call: Call, queries: Queries, lists: TileLists | None, config: dict[str, int]) -> Tensor:
-    """dQ `[B, H, S, D]`."""
-    batch, heads, length, _ = call.q.shape
-    dq = torch.empty_like(call.q)
-    launch(
-        attention_dq_kernel,
-        (triton.cdiv(length, config["BLOCK_Q"]) * batch * heads,),
-        config,
-        queries=queries,
-        k=Heads.of(call.k),
-        v=Heads.of(call.v),
-        dq=Heads.of(dq),
-        routing=call.routing,
-        query=call.query,
-        edges=call.edges._replace(value=None),
-        lists=lists,
-        visibility=call.visibility,
-        key_mask=call.key_mask,
-        scale=call.scale,
-        num_heads=heads,
-        group=heads // call.k.shape[1],
-        IS_BINARY=call.is_binary,
-        **constants(call.q),
-    )
-    return dq
-
-
-def dq_config(call: Call) -> dict[str, int]:
-    """The configuration by the scores' edges alone."""
-    levels = call.edges._replace(value=None).levels
-    return attention_config(attention_dq_kernel, call.q, edges_variant(*levels))
-
-
 @triton.jit
 def attention_dq_kernel(
-    queries,  # Queries
+    q,  # Heads [B, H, S, D]
+    dz,  # Heads [B, H, S, D]
+    per_query,  # PerQuery
     k,  # Heads [B, G, S, D]
     v,  # Heads [B, G, S, D]
     dq,  # Heads [B, H, S, D]
     routing,  # Routing of [B * S]
     query,  # Weights [R, H] or None
-    edges,  # Edges
+    score_edges,  # Edges
+    num_routes,
+    num_tokens,
     lists,  # TileLists of tiles of queries, one for all heads, or None
     visibility,  # Visibility
     key_mask,  # [B, S] int8 or None
@@ -87,8 +58,8 @@ def attention_dq_kernel(
     row = entry.to(tl.int64) * num_queries + rows
     m = head_weights(query, routing, tokens, present, head)
     weight = present.to(tl.float32)
-    if queries.weights is not None:
-        weight = tl.load(queries.weights + row, mask=present, other=0.0)
+    if per_query.weights is not None:
+        weight = tl.load(per_query.weights + row, mask=present, other=0.0)
     begin, end, whole, rest = tiles_of_keys(start, visibility, BLOCK_Q, BLOCK_K)
     if key_mask is not None:
         key_mask += batch * num_keys
@@ -98,13 +69,13 @@ def attention_dq_kernel(
     end = tl.where(is_live, end, begin)
     whole = tl.where(is_live, whole, begin)
     rest = tl.where(is_live, rest, begin)
-    q_head = Matrix(of_head(queries.q, batch, head), queries.q.stride_s, queries.q.stride_d)
-    dz_head = Matrix(of_head(queries.dz, batch, head), queries.dz.stride_s, queries.dz.stride_d)
+    q_head = Matrix(of_head(q, batch, head), q.stride_s, q.stride_d)
+    dz_head = Matrix(of_head(dz, batch, head), dz.stride_s, dz.stride_d)
     own = (
         load_rows(q_head, start, present, HEAD_DIM, BLOCK_Q, BLOCK_D),
         load_rows(dz_head, start, weight != 0.0, HEAD_DIM, BLOCK_Q, BLOCK_D),
-        tl.load(queries.lse + row, mask=present, other=float("inf")) * LOG2_E,
-        tl.load(queries.delta + row, mask=present, other=0.0),
+        tl.load(per_query.lse + row, mask=present, other=float("inf")) * LOG2_E,
+        tl.load(per_query.delta + row, mask=present, other=0.0),
         weight,
         tokens,
         present,
@@ -118,6 +89,7 @@ def attention_dq_kernel(
         batch * num_keys,
         num_keys,
     )
+    counts = (num_routes, num_tokens)
     dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     if lists is None:
         for tile in range(whole, rest):
@@ -126,7 +98,8 @@ def attention_dq_kernel(
                 tile * BLOCK_K,
                 own,
                 other,
-                edges,
+                score_edges,
+                counts,
                 scale,
                 False,
                 HEAD_DIM,
@@ -153,7 +126,8 @@ def attention_dq_kernel(
             tile * BLOCK_K,
             own,
             other,
-            edges,
+            score_edges,
+            counts,
             scale,
             True,
             HEAD_DIM,
@@ -172,7 +146,8 @@ def _add_keys(
     start,
     own,  # the queries: q, dz [BLOCK_Q, BLOCK_D], lse in base 2, delta, weights, tokens, presence, the keys they see
     other,  # a head's keys: k and v (Matrix [S, D]), ids, key mask, first token, how many keys there are
-    edges,
+    score_edges,  # Edges
+    counts,  # R and B * S
     scale,
     PARTIAL: tl.constexpr,  # whether some query may not see some key of the tile
     HEAD_DIM: tl.constexpr,
@@ -196,7 +171,45 @@ def _add_keys(
     if not IS_BINARY:
         dp *= weight[:, None]
     ds = p * (dp - delta[:, None])
-    if edges.score is not None:
+    if score_edges.bits is not None:
         key_routes = tl.load(ids + first_token + keys, mask=keys < num_keys, other=0)
-        ds = edged(ds, edges.score, edges, tokens, present, key_routes, False)
+        ds = edged(ds, score_edges, counts, tokens, present, key_routes, False)
     return dot(rounded(ds, k_tile.dtype), k_tile, dq, PRECISION)
+
+
+def query_gradients(
+    call: Call, per_query: PerQuery, lists: TileLists | None, config: dict[str, int]
+) -> Tensor:
+    """dQ `[B, H, S, D]`."""
+    batch, heads, length, _ = call.q.shape
+    dq = torch.empty_like(call.q)
+    launch(
+        attention_dq_kernel,
+        (triton.cdiv(length, config["BLOCK_Q"]) * batch * heads,),
+        config,
+        q=Heads.of(call.q),
+        dz=Heads.of(call.dz),
+        per_query=per_query,
+        k=Heads.of(call.k),
+        v=Heads.of(call.v),
+        dq=Heads.of(dq),
+        routing=call.routing,
+        query=call.query,
+        score_edges=call.score_edges,
+        num_routes=call.num_routes,
+        num_tokens=call.num_tokens,
+        lists=lists,
+        visibility=call.visibility,
+        key_mask=call.key_mask,
+        scale=call.scale,
+        num_heads=heads,
+        group=heads // call.k.shape[1],
+        IS_BINARY=call.is_binary,
+        **constants(call.q),
+    )
+    return dq
+
+
+def dq_config(call: Call) -> dict[str, int]:
+    """The configuration of dQ, which the scores' edges alone decide."""
+    return attention_config(attention_dq_kernel, call.q, edges_variant(call.score_edges))

@@ -9,72 +9,57 @@ import triton.language as tl
 from torch import Tensor
 
 
-class EdgeTable(NamedTuple):
-    """A table of edges as kernels take it, see gradroute's EdgeBits.
+class Edges(NamedTuple):
+    """A table of edges as kernels take it, see `gradroute.primitives.attention_edges.EdgeBits`.
 
     Attributes:
         bits: `[levels, B * S]` has for each query token a bit per key's route; where a level's bit is set the edge is
-            weights[level]. Without levels: the ids `[B * S]`.
+            weights[level]. Without levels: the ids `[B * S]`. None where there is no table: every edge is 1.
         weights: `[levels]`, or None where the only weight is 1. Without levels: the table `[R, R]`.
         levels: a constant, how many levels there are; 0: weights are gathered.
     """
 
-    bits: Tensor
+    bits: Tensor | None
     weights: Tensor | None
     levels: tl.constexpr
 
     @staticmethod
-    def of(bits: Tensor | None, weights: Tensor | None, levels: int) -> EdgeTable | None:
-        """The argument for a table's bits, or None where there are none: every edge is 1."""
-        return None if bits is None else EdgeTable(bits, weights, tl.constexpr(levels))
-
-
-class Edges(NamedTuple):
-    """Both tables of edges, which share two numbers: with two of each, a kernel has two more values in registers.
-
-    Attributes:
-        score: the edges of dS, or None.
-        value: the edges of P in dv, or None.
-        num_routes: R.
-        num_tokens: B * S.
-    """
-
-    score: EdgeTable | None
-    value: EdgeTable | None
-    num_routes: int
-    num_tokens: int
+    def of(bits: Tensor | None, weights: Tensor | None, levels: int) -> Edges:
+        """The argument for what EdgeBits holds."""
+        return Edges(bits, weights, tl.constexpr(levels))
 
     @property
-    def levels(self) -> list[int]:
-        """The number of levels of the tables that there are."""
-        return [table.levels.value for table in (self.score, self.value) if table is not None]
+    def given(self) -> bool:
+        """Whether there is a table."""
+        return self.bits is not None
 
 
 @triton.jit
 def edged(
     x,  # [queries, keys], or [keys, queries] where BY_KEY
-    table,  # EdgeTable, or None: x itself comes back
-    edges,  # Edges
+    edges,  # Edges; without a table x itself comes back
+    counts,  # R and B * S
     tokens,  # [queries]
     present,  # [queries], which of them exist
     key_routes,  # [keys]
     BY_KEY: tl.constexpr,
 ):
     """E ⊙ x, exactly 0 where E is 0 whatever x is."""
-    if table is not None:
-        if table.levels == 1:
-            row = tl.load(table.bits + tokens, mask=present, other=0)
-            if table.weights is not None:
-                x *= tl.load(table.weights)
+    num_routes, num_tokens = counts
+    if edges.bits is not None:
+        if edges.levels == 1:
+            row = tl.load(edges.bits + tokens, mask=present, other=0)
+            if edges.weights is not None:
+                x *= tl.load(edges.weights)
             x = tl.where(_has_edge(row, key_routes, BY_KEY), x, 0.0)
         else:
             e = tl.zeros(x.shape, dtype=tl.float32)
-            if table.levels == 0:
-                row = tl.load(table.bits + tokens, mask=present, other=0) * edges.num_routes
-                e = tl.load(table.weights + _outer(row, key_routes, BY_KEY))
-            for level in tl.static_range(table.levels):
-                row = tl.load(table.bits + level * edges.num_tokens + tokens, mask=present, other=0)
-                e = tl.where(_has_edge(row, key_routes, BY_KEY), tl.load(table.weights + level), e)
+            if edges.levels == 0:
+                row = tl.load(edges.bits + tokens, mask=present, other=0) * num_routes
+                e = tl.load(edges.weights + _outer(row, key_routes, BY_KEY))
+            for level in tl.static_range(edges.levels):
+                row = tl.load(edges.bits + level * num_tokens + tokens, mask=present, other=0)
+                e = tl.where(_has_edge(row, key_routes, BY_KEY), tl.load(edges.weights + level), e)
             x = e * tl.where(e == 0.0, 0.0, x)
     return x
 

@@ -25,69 +25,6 @@ from .softmax import LN_2, LOG2_E, add_values
 from .visibility import Visibility, is_key, key_mask_of, seen_keys, tiles_of_keys
 
 
-class ForwardArguments(NamedTuple):
-    """The op's arguments behind q, k and v.
-
-    Attributes:
-        ids: `[B * S_q]` or None.
-        strength: `[B * S_q]`, 0-dim or None.
-        forward_heads: the weights of the mask of the output, or None.
-        pattern: which keys a query sees.
-    """
-
-    ids: Tensor | None
-    strength: Tensor | None
-    forward_heads: Tensor | None
-    pattern: Pattern
-
-
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Routes | None,
-    sites: AttentionTables,
-    pattern: Pattern,
-    vendor: str | None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See `gradroute.primitives.protocol.Primitives`. It runs no vendor kernel; saved is the log-sum-exp."""
-    ids, strength = (None, None) if routes is None else tokens_of(routes)
-    (forward_heads,) = weights_on(q.device, sites.forward_heads)
-    z, lse = attention_forward_op(q, k, v, *flat(ForwardArguments(ids, strength, forward_heads, pattern)))
-    return z, (lse,)
-
-
-@kernel_op(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {schema_of(ForwardArguments)}) -> (Tensor, Tensor)"
-)
-def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, *fields: Flat) -> tuple[Tensor, Tensor]:
-    """The output `[B, H, S_q, D]` and the log-sum-exp `[B, H, S_q]`."""
-    call, head_dim = unflat(ForwardArguments, fields), q.shape[3]
-    q, k, v = map(readable, (q, k, v))
-    z = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    config = attention_config(attention_fwd_kernel, q)
-    launch(
-        attention_fwd_kernel,
-        (triton.cdiv(q.shape[2], config["BLOCK_Q"]) * q.shape[0] * q.shape[1],),
-        config,
-        q=Heads.of(q),
-        k=Heads.of(k),
-        v=Heads.of(v),
-        z=Heads.of(z),
-        lse=lse,
-        routing=Routing.of(call.ids, call.strength),
-        forward_heads=Weights.of(call.forward_heads),
-        visibility=Visibility.of(q, k, call.pattern),
-        key_mask=key_mask_of(call.pattern),
-        scale=call.pattern.scale,
-        num_heads=q.shape[1],
-        group=q.shape[1] // k.shape[1],
-        **constants(q),
-    )
-    return z.narrow(3, 0, head_dim), lse
-
-
 @triton.jit
 def attention_fwd_kernel(
     q,  # Heads [B, H, S_q, D]
@@ -163,3 +100,66 @@ def attention_fwd_kernel(
     store_rows(z_head, start, present, z_tile, HEAD_DIM, BLOCK_Q, BLOCK_D)
     log_sum = tl.where(sees_any, LN_2 * (top + tl.log2(total)), float("inf"))
     tl.store(lse + entry.to(tl.int64) * num_queries + rows, log_sum, mask=present)
+
+
+class ForwardArguments(NamedTuple):
+    """The op's arguments behind q, k and v.
+
+    Attributes:
+        ids: `[B * S_q]` or None.
+        strength: `[B * S_q]`, 0-dim or None.
+        forward_heads: the weights of the mask of the output, or None.
+        pattern: which keys a query sees.
+    """
+
+    ids: Tensor | None
+    strength: Tensor | None
+    forward_heads: Tensor | None
+    pattern: Pattern
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Routes | None,
+    sites: AttentionTables,
+    pattern: Pattern,
+    vendor: str | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See `gradroute.primitives.protocol.Primitives`. It runs no vendor kernel; saved is the log-sum-exp."""
+    ids, strength = (None, None) if routes is None else tokens_of(routes)
+    (forward_heads,) = weights_on(q.device, sites.forward_heads)
+    z, lse = attention_forward_op(q, k, v, *flat(ForwardArguments(ids, strength, forward_heads, pattern)))
+    return z, (lse,)
+
+
+@kernel_op(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {schema_of(ForwardArguments)}) -> (Tensor, Tensor)"
+)
+def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, *fields: Flat) -> tuple[Tensor, Tensor]:
+    """The output `[B, H, S_q, D]` and the log-sum-exp `[B, H, S_q]`."""
+    call, head_dim = unflat(ForwardArguments, fields), q.shape[3]
+    q, k, v = map(readable, (q, k, v))
+    z = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    config = attention_config(attention_fwd_kernel, q)
+    launch(
+        attention_fwd_kernel,
+        (triton.cdiv(q.shape[2], config["BLOCK_Q"]) * q.shape[0] * q.shape[1],),
+        config,
+        q=Heads.of(q),
+        k=Heads.of(k),
+        v=Heads.of(v),
+        z=Heads.of(z),
+        lse=lse,
+        routing=Routing.of(call.ids, call.strength),
+        forward_heads=Weights.of(call.forward_heads),
+        visibility=Visibility.of(q, k, call.pattern),
+        key_mask=key_mask_of(call.pattern),
+        scale=call.pattern.scale,
+        num_heads=q.shape[1],
+        group=q.shape[1] // k.shape[1],
+        **constants(q),
+    )
+    return z.narrow(3, 0, head_dim), lse

@@ -15,71 +15,6 @@ from .arguments import Call
 from .visibility import tiles_of_keys, tiles_of_queries
 
 
-class TileLists(NamedTuple):
-    """For each tile of owners the tiles of the others that it has work with, as the kernels of dK, dV and dQ take them.
-
-    Attributes:
-        tiles: `[B, lists, owners, members * others]` int16 or int32, in order; tile t of member m is m * others + t.
-        counts: `[B, lists, owners]` int32, how many there are.
-        by_head: a constant, whether each key head has its own lists (members are its query heads), or all heads share
-            one.
-    """
-
-    tiles: Tensor
-    counts: Tensor
-    by_head: tl.constexpr
-
-
-def list_tiles(
-    call: Call,
-    bits: TileBits,
-    live: Tensor | None,
-    config: dict[str, int],
-    by_key: bool,
-) -> TileLists | None:
-    """The lists of each tile of keys (by_key) or of queries; None where it has work with all the tiles it sees.
-
-    Args:
-        call: the call.
-        bits: where there are edges.
-        live: `[B, H, tiles of queries]`, which of them have any weight, or None.
-        config: the configuration of the kernel that reads the lists.
-        by_key: whether the owners are tiles of keys.
-    """
-    if bits.reach is None and live is None:
-        return None
-    (batch, heads, length, _), kv_heads = call.q.shape, call.k.shape[1]
-    owners = triton.cdiv(length, config["BLOCK_Q"])
-    others = triton.cdiv(call.k.shape[2], config["BLOCK_K"])
-    if by_key:
-        owners, others = others, owners
-    lists, members = (1, 1) if live is None else (kv_heads, heads // kv_heads)
-    dtype = torch.int16 if members * others < 2**15 else torch.int32
-    tiles = call.q.new_empty(batch, lists, owners, members * others, dtype=dtype)
-    counts = call.q.new_empty(batch, lists, owners, dtype=torch.int32)
-    launch(
-        attention_tiles_kernel,
-        (owners * batch * lists,),
-        config_of(attention_tiles_kernel, call.q.device),
-        tiles=tiles,
-        counts=counts,
-        reach=bits.reach,
-        present=bits.present,
-        live=live,
-        visibility=call.visibility,
-        num_bits=0 if bits.reach is None else bits.reach.shape[1],
-        num_lists=lists,
-        num_owners=owners,
-        num_members=members,
-        num_others=others,
-        BY_KEY=by_key,
-        BLOCK_Q=config["BLOCK_Q"],
-        BLOCK_K=config["BLOCK_K"],
-        TILE=TILE,
-    )
-    return TileLists(tiles, counts, tl.constexpr(live is not None))
-
-
 @triton.jit
 def attention_tiles_kernel(
     tiles,  # [B, lists, owners, members * others]
@@ -148,3 +83,68 @@ def _routes_of(bits, tile, num_bits, BLOCK: tl.constexpr, TILE: tl.constexpr):
         for more in tl.static_range(1, BLOCK // TILE):
             found = found | tl.load(bits + first + more, mask=first + more < num_bits, other=0)
     return found
+
+
+class TileLists(NamedTuple):
+    """For each tile of owners the tiles of the others that it has work with, as the kernels of dK, dV and dQ take them.
+
+    Attributes:
+        tiles: `[B, lists, owners, members * others]` int16 or int32, in order; tile t of member m is m * others + t.
+        counts: `[B, lists, owners]` int32, how many there are.
+        by_head: a constant, whether each key head has its own lists (members are its query heads), or all heads share
+            one.
+    """
+
+    tiles: Tensor
+    counts: Tensor
+    by_head: tl.constexpr
+
+
+def list_tiles(
+    call: Call,
+    bits: TileBits,
+    live: Tensor | None,
+    config: dict[str, int],
+    by_key: bool,
+) -> TileLists | None:
+    """The lists of each tile of keys (by_key) or of queries; None where it has work with all the tiles it sees.
+
+    Args:
+        call: the call.
+        bits: where there are edges.
+        live: `[B, H, tiles of queries]`, which of them have any weight, or None.
+        config: the configuration of the kernel that reads the lists.
+        by_key: whether the owners are tiles of keys.
+    """
+    if bits.reach is None and live is None:
+        return None
+    (batch, heads, length, _), kv_heads = call.q.shape, call.k.shape[1]
+    owners = triton.cdiv(length, config["BLOCK_Q"])
+    others = triton.cdiv(call.k.shape[2], config["BLOCK_K"])
+    if by_key:
+        owners, others = others, owners
+    lists, members = (1, 1) if live is None else (kv_heads, heads // kv_heads)
+    dtype = torch.int16 if members * others < 2**15 else torch.int32
+    tiles = call.q.new_empty(batch, lists, owners, members * others, dtype=dtype)
+    counts = call.q.new_empty(batch, lists, owners, dtype=torch.int32)
+    launch(
+        attention_tiles_kernel,
+        (owners * batch * lists,),
+        config_of(attention_tiles_kernel, call.q.device),
+        tiles=tiles,
+        counts=counts,
+        reach=bits.reach,
+        present=bits.present,
+        live=live,
+        visibility=call.visibility,
+        num_bits=0 if bits.reach is None else bits.reach.shape[1],
+        num_lists=lists,
+        num_owners=owners,
+        num_members=members,
+        num_others=others,
+        BY_KEY=by_key,
+        BLOCK_Q=config["BLOCK_Q"],
+        BLOCK_K=config["BLOCK_K"],
+        TILE=TILE,
+    )
+    return TileLists(tiles, counts, tl.constexpr(live is not None))

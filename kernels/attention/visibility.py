@@ -98,7 +98,7 @@ def seeing_queries(keys, visibility):
 
 @triton.jit
 def tiles_of_keys(start, visibility, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The tiles of keys [begin, end) that a tile of queries sees, all of it those in [whole, rest)."""
+    """The tiles of keys [begin, end) that any query of a tile sees, and [whole, rest) that all of them see whole."""
     last = tl.minimum(start + BLOCK_Q, visibility.num_queries) - 1
     first_start, first_stop = seen_keys(start, visibility)
     last_start, last_stop = seen_keys(last, visibility)
@@ -111,7 +111,7 @@ def tiles_of_keys(start, visibility, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexp
 
 @triton.jit
 def tiles_of_queries(start, visibility, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The tiles of queries [begin, end) that see a tile of keys."""
+    """The tiles of queries [begin, end) that see any key of a tile."""
     first_start, _ = seeing_queries(start, visibility)
     last = tl.minimum(start + BLOCK_K, visibility.num_keys) - 1
     _, last_stop = seeing_queries(last, visibility)
