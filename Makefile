@@ -27,7 +27,7 @@ help:
 	@echo "make docs   the manual in build/site, with every link and reference checked"
 	@echo "make experiments  the experiments of examples/, and the paragraphs about them (half an hour)"
 	@echo "make gpu    tests that need CUDA, the benchmarks on it, the demo; offline, with the packages of PYTHON (OUT,"
-	@echo "            BENCH_ARGS=--resume goes on with benchmarks that were cut short)"
+	@echo "            BENCH_ARGS=--resume goes on with benchmarks that were cut short, --overwrite begins again)"
 	@echo "make wheel  one wheel in dist/, for PYTHON, with CUDA kernels where there is nvcc; no torch is needed"
 	@echo "make check-wheel  install that wheel into an empty environment, test it there, and see what it links"
 	@echo "make clean  remove what building and testing leave behind; .venv stays"
@@ -80,8 +80,8 @@ RUN_TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) 
 test: lint
 	$(RUN_TESTS) -m "not slow" $(PYTEST_ARGS)
 
-test-all: lint
-	$(RUN_TESTS) $(PYTEST_ARGS)
+test-all: test
+	$(RUN_TESTS) -m slow $(PYTEST_ARGS)
 
 lint: installed
 	$(VENV)/bin/ruff check

@@ -81,7 +81,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.attr("BUILD") = GRADROUTE_BUILD;  // JSON: compilers, architectures
   module.attr("STRUCTS") = structs();
   module.attr("KERNELS") = kernels();
-  py::list instruction_sets;  // those of the CPU that this machine runs, best first
+  py::list instruction_sets;  // the CPU's instruction sets that this machine runs, best first
 #ifdef GRADROUTE_X86
   define_avx512(module.def_submodule("cpu_avx512"));
   define_avx2(module.def_submodule("cpu_avx2"));

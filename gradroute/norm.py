@@ -12,6 +12,7 @@ from torch import Tensor
 from . import backends, reference
 from .checks import check_features, check_shape, flat, refuse_double_backward, unrouted
 from .function import Function, RoutedContext
+from .norm_forward import rms_norm_eps, rms_norm_value
 from .primitives.arguments import NormArguments
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -72,7 +73,7 @@ def routed_rms_norm(
     if casting_mode not in CASTING_MODES:
         raise ValueError(f"casting_mode: got {casting_mode!r}, expected one of {', '.join(CASTING_MODES)}")
     if unrouted(routes, sites, NormSites):
-        return reference.rms_norm_value(x, weight, eps, offset, casting_mode)
+        return rms_norm_value(x, weight, eps, offset, casting_mode)
     assert routes is not None and sites is not None
     _check(x, weight, None, routes, sites)
     chosen = backends.choose("routed_rms_norm", backend, x)
@@ -162,7 +163,7 @@ class RMSNormFunction(Function):
         casting_mode: str,
         primitives: Primitives,
     ) -> Tensor:
-        return reference.rms_norm_value(x, weight, eps, offset, casting_mode)
+        return rms_norm_value(x, weight, eps, offset, casting_mode)
 
     @staticmethod
     def setup_context(ctx: RMSNormContext, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -175,7 +176,7 @@ class RMSNormFunction(Function):
     def backward(ctx: RMSNormContext, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_rms_norm")
         x, weight = ctx.saved_tensors
-        eps = reference.rms_norm_eps(ctx.eps, x)
+        eps = rms_norm_eps(ctx.eps, x)
         dx, dweight, _ = ctx.primitives.norm_backward(
             flat(dy),
             flat(x),

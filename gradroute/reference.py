@@ -18,6 +18,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .checks import flat, refuse_double_backward
 from .function import Context, SitesT
+from .norm_forward import rms_norm_eps, rms_norm_value
 from .primitives.protocol import ActivationTables
 from .routes import Routes
 from .tables import Table
@@ -68,19 +69,13 @@ class Kept(Context, Protocol[SitesT]):
 
     routes: Routes
     sites: SitesT
+    table: Table
     activation: str
     eps: float
     offset: float
     casting_mode: str
     padding_idx: int | None
     scale: float
-
-
-class KeptRouteGrad(Context, Protocol):
-    """The context of route_grad's Function."""
-
-    routes: Routes
-    table: Table
 
 
 class RouteGrad(torch.autograd.Function):
@@ -91,19 +86,15 @@ class RouteGrad(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: KeptRouteGrad, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Kept[Any], inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.routes, ctx.table = inputs
 
     @staticmethod
-    def backward(ctx: KeptRouteGrad, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Kept[Any], dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("route_grad")
         masked = masked_by(ctx.routes)
         dx = masked(ctx.table, flat(dy))
-        return (
-            _shaped(dx, dy),
-            None,  # routes
-            None,  # table
-        )
+        return _shaped(dx, dy), None, None  # ..., routes, table
 
 
 class Linear(torch.autograd.Function):
@@ -127,13 +118,7 @@ class Linear(torch.autograd.Function):
         dx = masked(sites.input, g @ weight)
         dweight = masked(sites.update_rows, g).T @ masked(sites.update_cols, flat(x))
         dbias = None if bias is None else masked(sites.update_bias, g).sum(0)
-        return (
-            _shaped(dx, x),
-            dweight,
-            dbias,
-            None,  # routes
-            None,  # sites
-        )
+        return _shaped(dx, x), dweight, dbias, None, None  # ..., routes, sites
 
 
 class Activation(torch.autograd.Function):
@@ -157,12 +142,7 @@ class Activation(torch.autograd.Function):
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
         dh = masked(sites.hidden, masked(sites.forward, wide(flat(dz))))
         da = masked(sites.pre, dh * act.derivative(wide(flat(a))))
-        return (
-            _shaped(da.to(a.dtype), a),
-            None,  # routes
-            None,  # sites
-            None,  # activation
-        )
+        return _shaped(da.to(a.dtype), a), None, None, None  # ..., routes, sites, activation
 
 
 class GLU(torch.autograd.Function):
@@ -303,27 +283,6 @@ class GatedMLP(torch.autograd.Function):
         )
 
 
-def rms_norm_value(x: Tensor, weight: Tensor, eps: float | None, offset: float, casting_mode: str) -> Tensor:
-    """The RMS norm of the three families of models, with their rounding of every intermediate.
-
-    "torch" is `torch.nn.functional.rms_norm`; "llama" rounds x̂ to x's dtype before the weight; "gemma" multiplies
-    in fp32 and rounds last. `offset` is added to the weight.
-    """
-    if casting_mode == "torch":
-        return F.rms_norm(x, x.shape[-1:], weight + offset if offset else weight, eps)
-    x_wide = wide(x)
-    x_hat = x_wide * torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + rms_norm_eps(eps, x))
-    if casting_mode == "llama":
-        return (weight + offset if offset else weight) * x_hat.to(x.dtype)
-    return (x_hat * (offset + wide(weight))).to(x.dtype)
-
-
-def rms_norm_eps(eps: float | None, x: Tensor) -> float:
-    """eps, or F.rms_norm's own where it is None: the machine epsilon of the dtype it computes in."""
-    computed_in = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.finfo(computed_in).eps if eps is None else eps
-
-
 class RMSNorm(torch.autograd.Function):
     """y = x̂ ⊙ (w + offset), x̂ = x / sqrt(mean(x²) + eps)."""
 
@@ -429,13 +388,7 @@ class Embedding(torch.autograd.Function):
         )
         if ctx.padding_idx is not None:
             dweight[ctx.padding_idx] = 0
-        return (
-            None,  # tokens
-            dweight.to(weight.dtype),
-            None,  # routes
-            None,  # sites
-            None,  # padding_idx
-        )
+        return None, dweight.to(weight.dtype), None, None, None  # tokens; ..., routes, sites, padding_idx
 
 
 def visible_keys(

@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of pytest-xdist already fill the cores
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for deterministic algorithms
 
 import hypothesis
 import pytest
@@ -37,7 +37,7 @@ def _process():
 @pytest.fixture(autouse=True)
 def _automatic_backend_and_seed():
     torch.manual_seed(0)
-    gradroute.backends._choices.clear()  # of the test before, which may have changed what there is
+    gradroute.backends._choices.clear()  # the test before may have changed which backends there are
     with gradroute.use_backend(None):
         yield
 

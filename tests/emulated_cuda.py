@@ -46,7 +46,7 @@ def build(folder):
     import pybind11
 
     headers = ("-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-iquote", folder)
-    (folder / "build.h").touch()  # what CMake writes there is in BINDINGS_FLAGS
+    (folder / "build.h").touch()  # BINDINGS_FLAGS define what CMake writes there
     for header in HEADERS:
         (folder / header.name).write_text(adapted(header, header.read_text()))
     commands = [

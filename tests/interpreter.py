@@ -14,7 +14,7 @@ def patch_the_language_once_a_launch():
     patch, patched = interpreter._patch_lang, set()
 
     class Launch:
-        """What a launch restores in the end, which nothing inside of it does before."""
+        """Restores the language at the end of a launch, and never inside of it."""
 
         def __init__(self, scope):
             self.scope = scope
@@ -24,7 +24,7 @@ def patch_the_language_once_a_launch():
             self.scope.restore()
 
     def patch_once(function):
-        module = id(function.__globals__)  # what is patched depends on the languages that the module imports
+        module = id(function.__globals__)  # a patch concerns the languages that the module imports
         if module in patched:
             return interpreter._LangPatchScope()  # nothing to restore
         patched.add(module)

@@ -1,4 +1,4 @@
-"""Who sees whom: the keys that each query sees, the queries that see each key, and the tiles of both."""
+"""Visibility: the keys that each query sees, the queries that see each key, and the tiles of both."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(fi
 
 
 def run(code):
-    """What a Python started in the checkout's root prints."""
+    """Runs the code in a Python started in the checkout's root, and returns its output."""
     done = subprocess.run(
         [sys.executable, "-c", PLAIN + code],
         cwd=ROOT,

@@ -98,7 +98,7 @@ def test_budget(op, case):
 
 @pytest.mark.parametrize("op", OPS)
 def test_laws(op):
-    """Those of every backend that hold exactly, see test_ops.py."""
+    """The laws of test_ops.py that hold exactly on every backend."""
     for irregular in (False, True):
         test_ops.test_what_is_masked_off_is_zero_whatever_arrives(op, "cpu", irregular, CPU)
     for tables in ("blocks", "dense", "broadcast"):

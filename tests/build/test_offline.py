@@ -27,9 +27,9 @@ def printed(script, *arguments, cache):
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def reports(request, tmp_path_factory):
-    """What a compilation says.
+    """The reports of one architecture's compilations.
 
-    All of them for every architecture, `python tests/offline.py ARCHITECTURE`, are five minutes of a core.
+    Compiling every kernel for every architecture, `python tests/offline.py ARCHITECTURE`, takes five minutes of a core.
     """
     sampled = [] if request.param == WHOLE else ["--sampled"]
     cache = tmp_path_factory.mktemp("triton")

@@ -24,7 +24,7 @@ SOURCES = (
     "LICENSE",
 )
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
-NO_NVCC = {"CMAKE_ARGS": "-DGRADROUTE_NVCC=0"}  # what csrc/cuda.cmake looks for, in system folders too
+NO_NVCC = {"CMAKE_ARGS": "-DGRADROUTE_NVCC=0"}  # csrc/cuda.cmake looks for it, in system folders too
 # An unoptimised build takes half the time.
 QUICK = {"GRADROUTE_CUDA": "0", "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Debug"}
 

@@ -16,7 +16,7 @@ NAMES = json.loads(Path(__file__).with_name("public_names.json").read_text(encod
 
 
 def found(path):
-    """What a dotted path leads to: the longest module of it is imported, the rest are attributes."""
+    """The object at a dotted path: its longest module is imported, the rest are attributes."""
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:

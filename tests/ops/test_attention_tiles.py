@@ -1,4 +1,4 @@
-"""What attention's Triton kernels leave out: exactly the tiles without weight, by lists that are made on the device."""
+"""Attention's Triton kernels leave out exactly the tiles without weight, by lists that are made on the device."""
 
 import itertools
 
@@ -172,7 +172,7 @@ def test_keys_that_learn_nothing_have_gradients_of_exactly_zero(device):
 
 
 def test_lists_are_made_once_a_batch(monkeypatch, device):
-    """What depends on ids and tables alone is kept with the routes, for the other layers."""
+    """Lists that depend on ids and tables alone are kept with the routes, for the other layers."""
     cases.require("triton", device)
     made = []
     original = TileBits.of.__globals__["_tile_bits"]
@@ -182,7 +182,8 @@ def test_lists_are_made_once_a_batch(monkeypatch, device):
     call = cases.make("routed_attention", tokens=5, device=device)
     for _ in range(2):
         call.run("triton")
-    assert len(made) == 2  # of both tables, for the keys' gradients; of the scores', for the queries'
+    # One list of both tables, for the keys' gradients; one of the scores' alone, for the queries'.
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(
