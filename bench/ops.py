@@ -25,7 +25,6 @@ SUITES = ops_by_suite()
 
 SETS = 2  # sets of random inputs, which the rounds take in turn
 BASE = "unmasked"
-OWN = ("torch", "cpu", "triton", "cuda")
 
 CHECKED = (
     "every variant, before it is timed, on every set of inputs that is timed, output and gradients, against "
@@ -135,7 +134,7 @@ def ways(calls: Sequence[Sample], with_compiled: bool = True) -> dict[str, Way]:
         made["Liger, unmasked"] = Way(ordinary, rivals.liger(call))
     device = call.upstream.device
     for backend in backends.available_backends(call.op, device):
-        if backend in OWN:
+        if backend != "reference":
             made[backend] = Way(calls, partial(_routed, call, backend), is_rival=False)
     return made
 

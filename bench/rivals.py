@@ -188,14 +188,14 @@ class HomogeneousSteps:
     def _mask(self, parameter: str, route: int) -> list[Tensor]:
         """The factors of a parameter's gradient that are not one everywhere."""
         sites, tables, factors = OP_TABLE[self.call.op].updates[parameter], self.call.tables, []
-        is_norm = OP_TABLE[self.call.op].suite == "norm"  # a weight of one dimension
+        tensor = self.call.tensors[parameter]
+        is_matrix = tensor is not None and tensor.dim() == 2
         for dimension, site in enumerate(sites):
             table = tables.get(site, tables.get(SHORTHANDS.get(site, "")))
             if table is None or bool((table.weights[route] == 1).all()):
                 continue
             row = table.weights[route].to(self.call.upstream)
-            of_rows = dimension == 0 and parameter.startswith("w") and not is_norm
-            factors.append(row.unsqueeze(-1) if of_rows else row)
+            factors.append(row.unsqueeze(-1) if dimension == 0 and is_matrix else row)
         return factors
 
 

@@ -4,7 +4,7 @@ A kernel that needs another one for a dtype has an entry `kernel.dtype` too.
 
 An architecture without an entry uses that of the nearest older one, so an entry under 80 serves every chip. There is
 no autotuning at run time: first calls are as fast as later ones, and results do not depend on a race.
-All of them compile for sm_80, sm_90 and sm_100 without spills (tests/test_offline.py; for two of them in a sample).
+All of them compile for sm_80, sm_90 and sm_100 without spills (tests/build/test_offline.py; in a sample for two).
 """
 
 ARCHITECTURES = (80, 90, 100)

@@ -49,13 +49,18 @@ def dtypes(backend):
 
 
 def require(backend, device):
-    """Skips what this machine cannot do: with a GPU Triton's interpreter is off; the native module may be missing."""
-    if backend == "cpu" and (native.module is None or device.type != "cpu"):
-        pytest.skip(native.load_error or "backend cpu takes tensors on the CPU")
-    if device.type != "cpu" or backend not in ("triton", "cuda"):
+    """Skips what this machine cannot do: with a GPU Triton's interpreter is off; the native module may be missing.
+
+    A backend for this device runs, or fails with its reason; one for another device is skipped where it cannot run.
+    """
+    if backend == "cpu" and native.module is None:
+        pytest.skip(native.load_error)
+    home = backends._BACKENDS[backend].home
+    if home in (None, device.type):
         return
-    if backend not in backends.available_backends(device=device):
-        pytest.skip(f"{backend} runs on the GPU of this machine, not on its CPU")
+    reason = backends.unavailable_backends(device=device).get(backend)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
 
 
 def make(op, **options):

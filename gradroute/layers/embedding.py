@@ -95,7 +95,7 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
         return share(layer, embedding, sites)
 
     def _widths(self) -> Mapping[str, int | str]:
-        return {"update": self.embedding_dim}
+        return {"features": self.embedding_dim}
 
     def forward(self, tokens: Tensor, routes: Routes | None = None) -> Tensor:
         return routed_embedding(

@@ -33,7 +33,7 @@ class _RoutedNorm(RoutedModule):
             raise ValueError(f"normalized_shape: got {self.normalized_shape}, expected one dimension")
 
     def _widths(self) -> Mapping[str, int | str]:
-        return {"update": self.weight.shape[0]}
+        return {"features": self.weight.shape[0]}
 
 
 class RoutedRMSNorm(_RoutedNorm, nn.RMSNorm):

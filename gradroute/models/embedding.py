@@ -28,7 +28,7 @@ class Embedding(Swapped):
         check_embedding(module.max_norm, module.scale_grad_by_freq, module.sparse)
 
     def _widths(self) -> Mapping[str, int | str]:
-        return {"update": self.weight.shape[1]}
+        return {"features": self.weight.shape[1]}
 
     def forward(self, tokens: Tensor, routes: Routes | None = None) -> Tensor:
         if routes is None or self._sites is None:

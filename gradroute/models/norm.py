@@ -26,7 +26,7 @@ class Norm(Swapped):
             raise TypeError(f"got a {full_name(module)}, expected a norm with a weight of one dimension")
 
     def _widths(self) -> Mapping[str, int | str]:
-        return {"update": self.weight.shape[0]}
+        return {"features": self.weight.shape[0]}
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         if routes is None or self._sites is None:

@@ -32,6 +32,20 @@ def test_every_op_is_in_a_suite():
     assert all(op.activation or op.update for op in op_table.OPS.values())
 
 
+# These change no byte that an op reads or writes, and the axis of activation sites has `hidden` in their place.
+SITES_WITHOUT_COST = {name: {"pre", "forward"} for name in ("routed_activation", "routed_glu")}
+
+
+@pytest.mark.parametrize("name", op_table.OPS)
+def test_every_site_of_an_op_is_known(name):
+    """A site that the table does not name would be counted as one that leaves all the work."""
+    op = op_table.OPS[name]
+    of_products = {site for groups in op.backward for group in groups for site in group}
+    of_parameters = {site for sites in op.updates.values() for site in sites if site}
+    known = {*op.activation, *op.update, *of_products, *of_parameters}
+    assert known | SITES_WITHOUT_COST.get(name, set()) == set(testing.site_names(name))
+
+
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_suite_has_cases_with_names_of_their_own(suite):
     for device in ("cpu", "cuda"):

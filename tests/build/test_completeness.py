@@ -1,5 +1,6 @@
 """Every op of the table has all its pieces; what is missing is named. CONTRIBUTING.md lists them for a new op."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -107,8 +108,13 @@ def declared(protocol):
 
 PRIMITIVES = declared(Primitives)
 HEAD_PRIMITIVES = declared(HeadPrimitives)
-MODULES = {"torch": composed, "triton": kernels, "cpu": native, "cuda": native}
-COMPOSED = {name: getattr(composed, name) for name in PRIMITIVES}  # before a test removes one
+MODULES = {name: backends.primitives(name) for name in backends.BACKENDS if name != "reference"}
+DISTINCT_MODULES = list(dict.fromkeys(MODULES.values()))
+COMPOSED = {name: getattr(composed, name, None) for name in PRIMITIVES}  # before a test removes one
+
+
+class MissingPrimitive(Exception):
+    """An op asked for a primitive that backend `torch` lacks."""
 
 
 class Recorder:
@@ -121,6 +127,8 @@ class Recorder:
         if name not in COMPOSED:
             raise AttributeError(f"gradroute.primitives.protocol.Primitives has no {name}")
         self.names.add(name)
+        if COMPOSED[name] is None:
+            raise MissingPrimitive(name)
         return COMPOSED[name]
 
 
@@ -132,9 +140,12 @@ def primitives_of(op):
         patch.setitem(backends._PRIMITIVES, "torch", recorder)
         for variant in testing.variants(op):
             call = cases.make(op, tables="dense", strength="token", **variant)
-            call.run("torch")
-            for name in call.differentiable:
-                call.run("torch", frozen=[other for other in call.differentiable if other != name])
+            others = [
+                [other for other in call.differentiable if other != name] for name in call.differentiable
+            ]
+            for frozen in ((), *others):
+                with contextlib.suppress(MissingPrimitive):  # which is noted, so that it is named
+                    call.run("torch", frozen=frozen)
     return sorted(recorder.names)
 
 
@@ -191,7 +202,14 @@ def configuration_errors():
 
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_op_is_complete(op):
-    assert missing_pieces(op) == []
+    missing = "\n".join(missing_pieces(op))
+    assert not missing, missing
+
+
+def test_every_backend_has_its_place():
+    """A backend that one of these leaves out would be passed over in silence."""
+    assert set(backends._FASTEST_FIRST) == set(backends.BACKENDS)
+    assert set(STEM_FILES) == set(MODULES)
 
 
 def test_every_row_of_the_table_names_backends_and_ends_with_the_meaning():
@@ -200,7 +218,7 @@ def test_every_row_of_the_table_names_backends_and_ends_with_the_meaning():
         assert row[-1] == "reference", op
 
 
-@pytest.mark.parametrize("module", [composed, kernels, native], ids=["torch", "triton", "native"])
+@pytest.mark.parametrize("module", DISTINCT_MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_every_primitive_has_the_signature_of_the_protocol(name, module):
     assert signature_difference(name, module) is None
@@ -243,7 +261,8 @@ def test_every_native_kernel_is_in_every_implementation():
     built = [name for name in dir(native.module) if name.startswith(("cpu_", "cuda"))]
     assert {f"cpu_{name}" for name in native.module.INSTRUCTION_SETS} <= set(built)
     for name in built:
-        assert set(KERNELS) <= set(dir(getattr(native.module, name))), name
+        absent = sorted(set(KERNELS) - set(dir(getattr(native.module, name))))
+        assert not absent, f"{name} has no {', '.join(absent)}: `make venv` compiles csrc/ again"
 
 
 def test_every_primitive_is_one_of_an_op_or_of_the_optimizer():
@@ -269,6 +288,12 @@ def test_files_of_an_op_share_its_stem():
 
 # The tests above fail when a piece is removed, and say which.
 
+
+def added(errors, before):
+    """The errors that were not there before: while an op is being written, others are."""
+    return [error for error in errors if error not in before]
+
+
 REMOVALS = {
     "gradroute.routed_linear": "gradroute does not export routed_linear, the public function",
     "gradroute.LinearSites": "gradroute does not export LinearSites, the sites of routed_linear",
@@ -290,40 +315,47 @@ def test_a_removed_piece_is_named(piece, monkeypatch):
 
 
 def test_a_removed_sample_is_named(monkeypatch):
+    before = missing_pieces("routed_linear")
     monkeypatch.delitem(testing.OPS, "routed_linear")
-    assert missing_pieces("routed_linear") == [
+    assert added(missing_pieces("routed_linear"), before) == [
         "gradroute.testing.OPS has no routed_linear, the generator of its samples"
     ]
 
 
 def test_a_site_that_no_sample_has_is_named(monkeypatch):
+    before = missing_pieces("routed_linear")
     known = testing.OPS["routed_linear"]
 
     def fewer(*arguments):
         return {name: width for name, width in known.site_features(*arguments).items() if name != "input"}
 
     monkeypatch.setitem(testing.OPS, "routed_linear", known._replace(site_features=fewer))
-    assert missing_pieces("routed_linear") == [
+    assert added(missing_pieces("routed_linear"), before) == [
         "gradroute.testing and gradroute.LinearSites disagree on the site input of routed_linear"
     ]
 
 
 def test_a_removed_file_is_named(monkeypatch):
+    before = missing_pieces("routed_rms_norm")
     monkeypatch.setitem(STEM_FILES, "triton", "kernels/of/{}.py")
-    assert missing_pieces("routed_rms_norm") == [
+    assert added(missing_pieces("routed_rms_norm"), before) == [
         "kernels/of/norm.py is missing: routed_rms_norm is in the table for triton"
     ]
 
 
 def test_a_removed_configuration_is_named(monkeypatch):
+    before = list(configuration_errors())
     for name in [name for name in configs.CONFIGS if name.partition(".")[0] == "bias_grad_kernel"]:
         monkeypatch.delitem(configs.CONFIGS, name)
-    assert list(configuration_errors()) == ["gradroute.kernels.configs.CONFIGS has no bias_grad_kernel"]
+    assert added(list(configuration_errors()), before) == [
+        "gradroute.kernels.configs.CONFIGS has no bias_grad_kernel"
+    ]
 
 
 def test_a_configuration_without_a_kernel_is_named(monkeypatch):
+    before = list(configuration_errors())
     monkeypatch.setitem(configs.CONFIGS, "conv_bwd_kernel", {80: {"num_warps": 4}})
-    assert list(configuration_errors()) == [
+    assert added(list(configuration_errors()), before) == [
         "gradroute.kernels.configs.CONFIGS has conv_bwd_kernel, and no kernel has that name"
     ]
 
@@ -348,6 +380,18 @@ def test_another_signature_is_named(monkeypatch):
 def test_a_primitive_of_the_protocol_that_a_backend_lacks_is_named(monkeypatch):
     monkeypatch.delattr(native, "norm_backward")
     assert signature_difference("norm_backward", native) == "gradroute.backends.native has no norm_backward"
+
+
+def test_a_primitive_that_only_the_protocol_has_is_named(monkeypatch):
+    before = missing_pieces("routed_linear")
+    monkeypatch.setitem(COMPOSED, "bias_grad", None)
+    monkeypatch.delattr(composed, "bias_grad")
+    primitives_of.cache_clear()
+    missing = missing_pieces("routed_linear")
+    primitives_of.cache_clear()
+    assert added(missing, before) == [
+        "gradroute.backends.composed has no bias_grad, a primitive of routed_linear on torch"
+    ]
 
 
 def test_a_primitive_that_is_passed_as_a_value_is_found():

@@ -249,6 +249,10 @@ REFUSING = {
 }
 
 
+def test_every_kernel_is_asked_to_refuse(module):
+    assert set(REFUSING) == set(module.KERNELS)
+
+
 @pytest.mark.parametrize("function", REFUSING)
 def test_float64_is_refused(function):
     with pytest.raises(ValueError, match=f"^{function}: CUDA kernels take no float64$"):

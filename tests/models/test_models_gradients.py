@@ -18,6 +18,7 @@ from routed_models import (
     check,
     check_differ,
     exact,
+    expect,
     route,
     routed,
     table,
@@ -26,6 +27,7 @@ from routed_models import (
 
 from gradroute import AttentionSites, MLPSites, NormSites, Routes
 from gradroute.models import ResidualSites, RoutingPlan
+from gradroute.models.plan import _ONCE, _PER_LAYER
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,3 +182,25 @@ def test_parameter_sites_leave_attention_as_it_is(name, implementation):
     assert torch.equal(got, expected)
     got = backward(model, tokens, targets, route_ids=ids)
     check(got, by_hand(name, plan, ids, tokens, targets, model=unrouted))
+
+
+SITES = _PER_LAYER | _ONCE  # the sites class of every part of a plan
+
+# A model that can honour every site of a part of a plan; update of attention stands for heads of k and v too.
+MODELS_OF_PARTS = dict.fromkeys(SITES, "llama") | {"attention": "gpt2", "qk_norm": "qwen3"}
+SITES_OF_PARTS = [(part, site) for part, sites_type in SITES.items() for site in sites_type.declared]
+
+
+@pytest.mark.parametrize(("part", "site"), SITES_OF_PARTS, ids=map("-".join, SITES_OF_PARTS))
+def test_every_site_of_a_plan_masks(part, site):
+    """Every site that a sites class declares is honoured, or refused with its name, and none is ignored."""
+    name, (tokens, targets, ids) = MODELS_OF_PARTS[part], batch()
+    table = torch.full((2, 2 if site.endswith("_edges") else 1), 0.5)
+    plan = RoutingPlan(2, **{part: SITES[part](**{site: table})})
+    if (part, site) == ("lm_head", "update_bias"):
+        with expect(ValueError, "LinearSites.update_bias: got Table([2, 1], blocks), expected None"):
+            routed(name, plan)
+        return
+    got = backward(routed(name, plan), tokens, targets, route_ids=ids)
+    expected = backward(fresh(name), tokens, targets)
+    assert max(model_zoo.error(got[key], expected[key]) for key in got) > 0.01

@@ -32,12 +32,16 @@ from layer_cases import (
 )
 from torch import nn
 
-from gradroute import LinearSites, MLPSites, Routes, Table
+from gradroute import LinearSites, MLPSites, Routes, Table, layers
 from gradroute.backends import BackendError
 from gradroute.layers import (
+    RoutedAttention,
     RoutedEmbedding,
+    RoutedGatedMLP,
+    RoutedLayerNorm,
     RoutedLinear,
     RoutedMLP,
+    RoutedModule,
     RoutedRMSNorm,
 )
 
@@ -288,3 +292,40 @@ def test_inherited_constructors() -> None:
     norm = RoutedRMSNorm(D_MODEL, offset=1.0, casting_mode="gemma")
     assert_same(norm.weight.detach(), torch.zeros(D_MODEL))
     assert_same(RoutedRMSNorm(D_MODEL).weight.detach(), torch.ones(D_MODEL))
+
+
+# Every layer, in the form that can honour every site.
+COMPLETE: dict[str, Callable[..., Any]] = {
+    "RoutedLinear": lambda sites=None: RoutedLinear(D_MODEL, D_OUT, sites=sites),
+    "RoutedMLP": lambda sites=None: RoutedMLP(D_MODEL, D_FF, sites=sites),
+    "RoutedGatedMLP": lambda sites=None: RoutedGatedMLP(D_MODEL, D_FF, bias=True, sites=sites),
+    "RoutedAttention": lambda sites=None: RoutedAttention(D_MODEL, 4, bias=True, sites=sites),
+    "RoutedRMSNorm": lambda sites=None: RoutedRMSNorm(D_MODEL, sites=sites),
+    "RoutedLayerNorm": lambda sites=None: RoutedLayerNorm(D_MODEL, sites=sites),
+    "RoutedEmbedding": lambda sites=None: RoutedEmbedding(VOCABULARY, D_MODEL, sites=sites),
+}
+SITES_OF_LAYERS = [(name, site) for name in COMPLETE for site in vars(layers)[name].sites_type.declared]
+
+
+def test_every_layer_is_tested_with_its_sites() -> None:
+    exported = {name: vars(layers)[name] for name in layers.__all__ if isinstance(vars(layers)[name], type)}
+    of_layers = {name for name, cls in exported.items() if issubclass(cls, RoutedModule)} - {"RoutedModule"}
+    assert set(COMPLETE) == of_layers
+
+
+@pytest.mark.parametrize(("name", "site"), SITES_OF_LAYERS, ids=map("-".join, SITES_OF_LAYERS))
+def test_every_site_of_a_layer_masks(name: str, site: str) -> None:
+    """A layer takes every site that its sites class declares, and refuses a width that is not its own."""
+    sites_type = vars(layers)[name].sites_type
+    table = torch.full((ROUTES, ROUTES if site.endswith("_edges") else 1), 0.5)
+    ordinary, layer = COMPLETE[name](), COMPLETE[name](sites_type(**{site: table}))
+    layer.load_state_dict(ordinary.state_dict())
+    x = torch.randn(BATCH, SEQUENCE, D_MODEL, requires_grad=True)
+    if name == "RoutedEmbedding":
+        x = torch.arange(VOCABULARY).view(BATCH, SEQUENCE)
+    inputs = [x] if x.requires_grad else []
+    expected = gradients(ordinary(x), *ordinary.parameters(), *inputs)
+    got = gradients(layer(x, routes_of(6, 4)), *layer.parameters(), *inputs)
+    assert any(not torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    with pytest.raises(ValueError, match=rf"\.{site}: got a table of 999 "):
+        COMPLETE[name](sites_type(**{site: torch.ones(ROUTES, 999)}))
