@@ -326,6 +326,7 @@ def test_every_site_of_a_layer_masks(name: str, site: str) -> None:
     inputs = [x] if x.requires_grad else []
     expected = gradients(ordinary(x), *ordinary.parameters(), *inputs)
     got = gradients(layer(x, routes_of(6, 4)), *layer.parameters(), *inputs)
-    assert any(not torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    change = max((one - other).abs().max().item() for one, other in zip(got, expected, strict=True))
+    assert change > 0.01  # rounding alone changes a millionth
     with pytest.raises(ValueError, match=rf"\.{site}: got a table of 999 "):
         COMPLETE[name](sites_type(**{site: torch.ones(ROUTES, 999)}))
