@@ -39,6 +39,19 @@ class Reader {
       read_struct(from, to);
   }
 
+  // At most N structs without the absent ones, which so come last.
+  template <class T, size_t N>
+  void read(py::handle from, T (&to)[N]) {
+    size_t next = 0;
+    for (py::handle one : from) {
+      if (one.is_none()) continue;
+      if (next == N)
+        throw py::value_error("native kernels: got " + py::repr(from).cast<std::string>() + ", expected at most " +
+                              std::to_string(N));
+      read(one, to[next++]);
+    }
+  }
+
   void read(py::handle from, Sizes& to) {
     for (size_t i = 0; i < 4; ++i) to[i] = from[py::int_(i)].cast<int64_t>();
   }

@@ -114,6 +114,15 @@ inline void apply_mask(const Table& table, const Token<C>& token, int64_t first,
   for (int64_t i = 0; i < n; ++i) values[i] = masked(interpolated(C(base[i]), C(own[i]), strength), values[i]);
 }
 
+// Applies several masks, one after the other, up to the first that is absent.
+template <class C>
+inline void apply_masks(const UpToMost<Table>& tables, const Token<C>& token, int64_t first, int64_t n, C* values) {
+  for (const Table& table : tables) {
+    if (table.weights == nullptr) return;
+    apply_mask(table, token, first, n, values);
+  }
+}
+
 // Adds n values to a row of sums, which hold C.
 template <class C>
 inline void add_to(const Matrix& sums, int64_t row, int64_t first, int64_t n, const C* values) {

@@ -181,8 +181,8 @@ __device__ __forceinline__ void apply_mask(const Table& table, const Token& toke
 
 // Applies one mask to two gradients.
 template <int N>
-__device__ __forceinline__ void apply_masks(const Table& table, const Token& token, int64_t first, float (&one)[N],
-                                            float (&other)[N]) {
+__device__ __forceinline__ void apply_mask(const Table& table, const Token& token, int64_t first, float (&one)[N],
+                                           float (&other)[N]) {
   if (table.weights == nullptr) return;
   float m[N];
   weights_of(table, token, first, m);
@@ -191,6 +191,14 @@ __device__ __forceinline__ void apply_masks(const Table& table, const Token& tok
     one[i] = masked(m[i], one[i]);
     other[i] = masked(m[i], other[i]);
   }
+}
+
+// Applies several masks to values, or to two gradients, one mask after the other.
+template <class... Values>
+__device__ __forceinline__ void apply_masks(const UpToMost<Table>& tables, const Token& token, int64_t first,
+                                            Values&... values) {
+#pragma unroll
+  for (int i = 0; i < MOST_MASKS; ++i) apply_mask(tables[i], token, first, values...);
 }
 
 template <Activation activation, int N>
@@ -260,9 +268,12 @@ inline bool takes_vectors(const Table& table, int64_t) { return table.cols <= 1 
 
 inline bool takes_vectors(const Mask& mask, int64_t n) { return takes_vectors(mask.table, n); }
 
+inline bool takes_vectors(const UpToMost<Table>& tables, int64_t n) {
+  return std::all_of(tables, tables + MOST_MASKS, [n](const Table& table) { return takes_vectors(table, n); });
+}
+
 inline bool takes_vectors(const MLPMasks& masks, int64_t n) {
-  return takes_vectors(masks.pre, n) && takes_vectors(masks.hidden, n) && takes_vectors(masks.forward, n) &&
-         takes_vectors(masks.update_out, n) && takes_vectors(masks.update_in, n);
+  return takes_vectors(masks.gradient, n) && takes_vectors(masks.z, n) && takes_vectors(masks.update, n);
 }
 
 template <class... Operands>

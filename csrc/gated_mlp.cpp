@@ -22,8 +22,7 @@ void glu_rows(const GluOperands& p) {
         if (p.z.data != nullptr) {
 #pragma omp simd
           for (int64_t i = 0; i < n; ++i) product[i] = to_up[i] * up[i];
-          apply_mask(masks.forward, t, first, n, product);
-          apply_mask(masks.update_out, t, first, n, product);
+          apply_masks(masks.z, t, first, n, product);
           store(p.z, token, first, n, product);
         }
         if (p.dz.data == nullptr) return;
@@ -33,14 +32,11 @@ void glu_rows(const GluOperands& p) {
           to_gate[i] = to_gate[i] * up[i] * g[i];
           to_up[i] *= g[i];
         }
-        for (C* branch : {to_gate, to_up})
-          for (const Table* table : {&masks.forward, &masks.hidden, &masks.pre})
-            apply_mask(*table, t, first, n, branch);
+        for (C* branch : {to_gate, to_up}) apply_masks(masks.gradient, t, first, n, branch);
         store(p.dgate, token, first, n, to_gate);
         store(p.dup, token, first, n, to_up);
         if (p.gate_sums.data == nullptr) return;
-        apply_mask(masks.update_in, t, first, n, to_gate);
-        apply_mask(masks.update_in, t, first, n, to_up);
+        for (C* branch : {to_gate, to_up}) apply_masks(masks.update, t, first, n, branch);
         add_to(p.gate_sums, token / TOKENS_PER_SUM, first, n, to_gate);
         add_to(p.up_sums, token / TOKENS_PER_SUM, first, n, to_up);
       });

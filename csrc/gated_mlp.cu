@@ -18,7 +18,7 @@ __device__ __forceinline__ void multiply(float (&values)[N], const float (&by)[N
   for (int i = 0; i < N; ++i) values[i] *= by[i];
 }
 
-// One vector of one token; gate_total += m_update_in ⊙ dgate, up_total += m_update_in ⊙ dup.
+// One vector of one token; gate_total += m_update ⊙ dgate, up_total += m_update ⊙ dup.
 template <class Access>
 __device__ __forceinline__ void glu_vector(const GluOperands& p, int64_t row, int64_t first,
                                            const GluVectors<Access>& vectors, float (&gate_total)[Access::WIDTH],
@@ -33,21 +33,18 @@ __device__ __forceinline__ void glu_vector(const GluOperands& p, int64_t row, in
   const Token& token = vectors.token;
   if (p.z.data != nullptr) {
     multiply(operand, to_up);
-    apply_mask(p.masks.forward, token, first, operand);
-    apply_mask(p.masks.update_out, token, first, operand);
+    apply_masks(p.masks.z, token, first, operand);
     store<E, N>(p.z, row, first, operand);
   }
   if (p.dz.data == nullptr) return;
   unpack(vectors.dz, operand);
   multiply(to_gate, operand);
   multiply(to_up, operand);
-  apply_masks(p.masks.forward, token, first, to_gate, to_up);
-  apply_masks(p.masks.hidden, token, first, to_gate, to_up);
-  apply_masks(p.masks.pre, token, first, to_gate, to_up);
+  apply_masks(p.masks.gradient, token, first, to_gate, to_up);
   store<E, N>(p.dgate, row, first, to_gate);
   store<E, N>(p.dup, row, first, to_up);
   if (p.gate_sums.data == nullptr) return;
-  apply_masks(p.masks.update_in, token, first, to_gate, to_up);
+  apply_masks(p.masks.update, token, first, to_gate, to_up);
   add_to(gate_total, to_gate);
   add_to(up_total, to_up);
 }

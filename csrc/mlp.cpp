@@ -14,19 +14,17 @@ void activation_rows(const ActivationOperands& p) {
         const Token<C> t(masks.routing, token);
         activate(p.activation, n, load(p.a, token, first, n, a_scratch), value, derivative);
         if (p.z.data != nullptr) {
-          apply_mask(masks.forward, t, first, n, value);
-          apply_mask(masks.update_out, t, first, n, value);
+          apply_masks(masks.z, t, first, n, value);
           store(p.z, token, first, n, value);
         }
         if (p.dz.data == nullptr) return;
         const C* g = load(p.dz, token, first, n, g_scratch);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) derivative[i] *= g[i];
-        for (const Table* table : {&masks.forward, &masks.hidden, &masks.pre})
-          apply_mask(*table, t, first, n, derivative);
+        apply_masks(masks.gradient, t, first, n, derivative);
         store(p.da, token, first, n, derivative);
         if (p.sums.data == nullptr) return;
-        apply_mask(masks.update_in, t, first, n, derivative);
+        apply_masks(masks.update, t, first, n, derivative);
         add_to(p.sums, token / TOKENS_PER_SUM, first, n, derivative);
       });
 }

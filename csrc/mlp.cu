@@ -6,7 +6,7 @@ namespace {
 
 constexpr int TOKENS = 2;  // how many a thread handles at once: their loads do not wait for each other
 
-// One vector of one token; total += m_update_in ⊙ da.
+// One vector of one token; total += m_update ⊙ da.
 template <class Access>
 __device__ __forceinline__ void activation_vector(const ActivationOperands& p, const Token& token, int64_t row,
                                                   int64_t first,
@@ -19,20 +19,17 @@ __device__ __forceinline__ void activation_vector(const ActivationOperands& p, c
   unpack(a, g);
   values_and_derivatives(p.activation, g, value, derivative);
   if (p.z.data != nullptr) {
-    apply_mask(p.masks.forward, token, first, value);
-    apply_mask(p.masks.update_out, token, first, value);
+    apply_masks(p.masks.z, token, first, value);
     store<E, N>(p.z, row, first, value);
   }
   if (p.dz.data == nullptr) return;
   unpack(dz, g);
 #pragma unroll
   for (int i = 0; i < N; ++i) derivative[i] *= g[i];
-  apply_mask(p.masks.forward, token, first, derivative);
-  apply_mask(p.masks.hidden, token, first, derivative);
-  apply_mask(p.masks.pre, token, first, derivative);
+  apply_masks(p.masks.gradient, token, first, derivative);
   store<E, N>(p.da, row, first, derivative);
   if (p.sums.data == nullptr) return;
-  apply_mask(p.masks.update_in, token, first, derivative);
+  apply_masks(p.masks.update, token, first, derivative);
   add_to(total, derivative);
 }
 

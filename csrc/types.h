@@ -17,6 +17,11 @@ using Sizes = int64_t[4];
 // Positions [T] in memory that a tensor owns.
 using Indices = const int64_t*;
 
+// Masks that are applied one after the other, absent ones last. CUDA kernels take them by value, in a fixed number.
+constexpr int MOST_MASKS = 4;
+template <class Element>
+using UpToMost = Element[MOST_MASKS];
+
 // Runs [start, stop) of features on which every row of a table is constant, and outside of which every weight is 1.
 // A table without such runs has a count of 0.
 struct Segments {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,31 @@ from .checks import (
     unrouted,
 )
 from .function import Function, RoutedContext
+from .primitives.arguments import ActivationMasks
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
 from .skipping.mlp import Branch, MLPBackward
 
 
+class _HiddenSites(Sites):
+    """The base of sites on hidden activations, which stand in the order in which a forward meets them."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def masks(self) -> ActivationMasks:
+            """The effective sites' tables, as the backward of the activation applies them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        masks = ActivationMasks.of(self.effective)
+        for sites in (self, self.effective):
+            object.__setattr__(sites, "masks", masks)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class MLPSites(Sites):
+class MLPSites(_HiddenSites):
     """Where an MLP masks. Each a table `[R, d_ff]`, the last two `[R, d_model]`, or `[R, 1]`, or None.
 
     Attributes:
@@ -42,12 +59,12 @@ class MLPSites(Sites):
         update_output_bias: which entries of the output bias a token may update.
     """
 
-    pre: Site = site("d_ff")
-    hidden: Site = site("d_ff")
-    forward: Site = site("d_ff")
+    pre: Site = site("d_ff", masks=("da",))
+    hidden: Site = site("d_ff", masks=("dh",))
+    forward: Site = site("d_ff", masks=("z", "dh"))
     update: Site = site("d_ff")
-    update_in: Site = site("d_ff", default="update")
-    update_out: Site = site("d_ff", default="update")
+    update_in: Site = site("d_ff", default="update", masks=("update",))
+    update_out: Site = site("d_ff", default="update", masks=("z",))
     output: Site = site("d_model")
     update_output_bias: Site = site("output_bias")
 
@@ -62,7 +79,7 @@ class MLPSites(Sites):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ActivationSites(Sites):
+class ActivationSites(_HiddenSites):
     """Where the middle of an MLP masks. Each a table `[R, d_ff]` or `[R, 1]`, or None.
 
     Attributes:
@@ -71,13 +88,9 @@ class ActivationSites(Sites):
         forward: the hidden activations themselves, in forward, and so their gradient.
     """
 
-    pre: Site = site("d_ff")
-    hidden: Site = site("d_ff")
-    forward: Site = site("d_ff")
-
-    # The middle of an MLP alone has no weights that could be updated.
-    update_in: ClassVar[None] = None
-    update_out: ClassVar[None] = None
+    pre: Site = site("d_ff", masks=("da",))
+    hidden: Site = site("d_ff", masks=("dh",))
+    forward: Site = site("d_ff", masks=("z", "dh"))
 
     @staticmethod
     def widths(d_ff: int) -> dict[str, int | str]:
@@ -313,7 +326,7 @@ class ActivationFunction(Function):
     def backward(ctx: ActivationContext, dz: Tensor) -> tuple[Any, ...]:
         a = ctx.saved_tensors
         refuse_double_backward("routed_activation" if len(a) == 1 else "routed_glu")
-        call = (ctx.routes, ctx.sites, ctx.activation)
+        call = (ctx.routes, ctx.sites.masks, ctx.activation)
         grads: tuple[Tensor | None, ...]
         if len(a) == 1:
             grads = ctx.primitives.activation_backward(

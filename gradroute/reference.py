@@ -19,7 +19,6 @@ from .activations import ACTIVATIONS
 from .checks import flat, refuse_double_backward
 from .function import Context, SitesT
 from .norm_forward import rms_norm_eps, rms_norm_value
-from .primitives.protocol import ActivationTables
 from .routes import Routes
 from .tables import Table
 
@@ -125,7 +124,7 @@ class Activation(torch.autograd.Function):
     """z = m_forward ⊙ act(a)."""
 
     @staticmethod
-    def forward(a: Tensor, routes: Routes, sites: ActivationTables, activation: str) -> Tensor:
+    def forward(a: Tensor, routes: Routes, sites: MLPSites | ActivationSites, activation: str) -> Tensor:
         masked = masked_by(routes)
         h = ACTIVATIONS[activation].value(a)
         return _shaped(masked(sites.forward, flat(h)), a)
@@ -149,7 +148,9 @@ class GLU(torch.autograd.Function):
     """z = m_forward ⊙ (act(gate) * up)."""
 
     @staticmethod
-    def forward(gate: Tensor, up: Tensor, routes: Routes, sites: ActivationTables, activation: str) -> Tensor:
+    def forward(
+        gate: Tensor, up: Tensor, routes: Routes, sites: MLPSites | ActivationSites, activation: str
+    ) -> Tensor:
         masked = masked_by(routes)
         h = ACTIVATIONS[activation].value(gate) * up
         return _shaped(masked(sites.forward, flat(h)), gate)

@@ -27,14 +27,15 @@ class Site:
             """Its table, of any kind that a Table is made of, or None."""
 
 
-def site(width: str, *, default: str | None = None) -> Any:
+def site(width: str, *, default: str | None = None, masks: tuple[str, ...] = ()) -> Any:
     """Declares a site of a dataclass of Sites; its default is None.
 
     Args:
         width: the name by which `Sites.check` is told its number of features.
         default: the site whose table it takes when it has none.
+        masks: the fields of `gradroute.primitives.arguments.ActivationMasks` that its table belongs to.
     """
-    return dataclasses.field(default=None, metadata={"width": width, "default": default})
+    return dataclasses.field(default=None, metadata={"width": width, "default": default, "masks": masks})
 
 
 class Sites:
@@ -48,8 +49,8 @@ class Sites:
         groups: what `gradroute.skipping` derives of the effective sites, once per width.
     """
 
-    #: Each site's `width` and `default`, by name.
-    declared: ClassVar[dict[str, Mapping[str, str]]] = {}
+    #: Each site's `width`, `default` and `masks`, by name.
+    declared: ClassVar[dict[str, Mapping[str, Any]]] = {}
     tables: dict[str, Table]
     groups: dict[Any, Any]
 

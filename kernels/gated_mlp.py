@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, wanted
-from ..primitives.protocol import ActivationTables
+from ..primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, ActivationMasks, wanted
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .activations import value_and_derivative
@@ -16,7 +15,7 @@ from .launch import config_of, launch
 from .linear import TOKENS_PER_PARTIAL
 from .masks import Routing, load_tokens, masked
 from .matrices import Matrix, load_tile
-from .mlp import ActivationMasks
+from .mlp import MaskWeights
 from .rounding import rounded
 
 
@@ -31,7 +30,7 @@ def glu_bwd_kernel(
     gate_partial,  # [ceil(T / TOKENS), F] fp32 or None
     up_partial,  # [ceil(T / TOKENS), F] fp32 or None
     routing,  # Routing of [T]
-    masks,  # ActivationMasks
+    masks,  # MaskWeights
     num_tokens,
     num_features,
     ACTIVATION: tl.constexpr,
@@ -39,10 +38,10 @@ def glu_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """With dh = m_hidden ⊙ m_forward ⊙ dz: dgate = m_pre ⊙ dh ⊙ up ⊙ act'(gate), dup = m_pre ⊙ dh ⊙ act(gate).
+    """With dh = m_dh ⊙ dz: dgate = m_da ⊙ dh ⊙ up ⊙ act'(gate), dup = m_da ⊙ dh ⊙ act(gate).
 
-    On the way z = m_update_out ⊙ m_forward ⊙ act(gate) ⊙ up, and partial sums of m_update_in ⊙ dgate and
-    m_update_in ⊙ dup over runs of TOKENS tokens.
+    On the way z = m_z ⊙ act(gate) ⊙ up, and partial sums of m_update ⊙ dgate and m_update ⊙ dup over runs of TOKENS
+    tokens.
     """
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = features < num_features
@@ -59,20 +58,26 @@ def glu_bwd_kernel(
         up_tile = load_tile(up, rows, features, valid).to(tl.float32)
         value, derivative = value_and_derivative(gate_tile.to(tl.float32), ACTIVATION)
         if z is not None:
-            z_tile = masked(value * up_tile, masks.forward, routing, tokens, features, inside)
-            z_tile = masked(z_tile, masks.update_out, routing, tokens, features, inside)
+            z_tile = value * up_tile
+            for i in tl.static_range(len(masks.z)):
+                z_tile = masked(z_tile, masks.tables[masks.z[i]], routing, tokens, features, inside)
             tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
         if dz is not None:
             dh = load_tile(dz, rows, features, valid).to(tl.float32)
-            dh = masked(dh, masks.forward, routing, tokens, features, inside)
-            dh = masked(dh, masks.hidden, routing, tokens, features, inside)
-            dgate_tile = masked(dh * up_tile * derivative, masks.pre, routing, tokens, features, inside)
-            dup_tile = masked(dh * value, masks.pre, routing, tokens, features, inside)
+            for i in tl.static_range(len(masks.dh)):
+                dh = masked(dh, masks.tables[masks.dh[i]], routing, tokens, features, inside)
+            dgate_tile, dup_tile = dh * up_tile * derivative, dh * value
+            for i in tl.static_range(len(masks.da)):
+                weights = masks.tables[masks.da[i]]
+                dgate_tile = masked(dgate_tile, weights, routing, tokens, features, inside)
+                dup_tile = masked(dup_tile, weights, routing, tokens, features, inside)
             tl.store(dgate + out, rounded(dgate_tile, dgate.dtype.element_ty), mask=valid)
             tl.store(dup + out, rounded(dup_tile, dup.dtype.element_ty), mask=valid)
             if gate_partial is not None:
-                dgate_tile = masked(dgate_tile, masks.update_in, routing, tokens, features, inside)
-                dup_tile = masked(dup_tile, masks.update_in, routing, tokens, features, inside)
+                for i in tl.static_range(len(masks.update)):
+                    weights = masks.tables[masks.update[i]]
+                    dgate_tile = masked(dgate_tile, weights, routing, tokens, features, inside)
+                    dup_tile = masked(dup_tile, weights, routing, tokens, features, inside)
                 gate_total += tl.sum(dgate_tile, axis=0)
                 up_total += tl.sum(dup_tile, axis=0)
     if gate_partial is not None:
@@ -86,7 +91,7 @@ def glu_backward(
     gate: Tensor,
     up: Tensor,
     routes: Routes,
-    sites: ActivationTables,
+    masks: ActivationMasks,
     activation: str,
     *,
     want_z: bool,
@@ -95,7 +100,7 @@ def glu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.primitives.protocol.Primitives`."""
     dgate, dup, z, db_gate, db_up = glu_backward_op(
-        dz, gate, up, *ActivationArguments.of(gate, routes, sites, activation, want_z, want_bias)
+        dz, gate, up, *ActivationArguments.of(gate, routes, masks, activation, want_z, want_bias)
     )
     has_grad = dz is not None
     return wanted((dgate, has_grad), (dup, has_grad), (z, want_z), (db_gate, want_bias), (db_up, want_bias))
@@ -136,7 +141,7 @@ def glu_backward_op(
         gate_partial=gate_partial if want_bias else None,
         up_partial=up_partial if want_bias else None,
         routing=Routing.of(arguments.ids, arguments.strength),
-        masks=ActivationMasks.of(arguments.tables),
+        masks=MaskWeights.of(arguments),
         num_tokens=tokens,
         num_features=features,
         ACTIVATION=arguments.activation,

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, wanted
-from ..primitives.protocol import ActivationTables
+from ..primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, ActivationMasks, wanted
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from .activations import value_and_derivative
@@ -21,19 +20,31 @@ from .matrices import Matrix, load_tile
 from .rounding import rounded
 
 
-class ActivationMasks(NamedTuple):
-    """The masks of an MLP's activations as kernels take them; None where there is no table."""
+class MaskWeights(NamedTuple):
+    """ActivationMasks as kernels take them: each table once, since a second pointer to it would take registers.
 
-    pre: Weights | None
-    hidden: Weights | None
-    forward: Weights | None
-    update_out: Weights | None
-    update_in: Weights | None
+    Attributes:
+        tables: the tables of all fields.
+        dh: which of the tables this field has, like the fields that follow.
+        da: see dh.
+        z: see dh.
+        update: see dh.
+    """
+
+    tables: tuple[Weights | None, ...]
+    dh: tuple[tl.constexpr, ...]
+    da: tuple[tl.constexpr, ...]
+    z: tuple[tl.constexpr, ...]
+    update: tuple[tl.constexpr, ...]
 
     @staticmethod
-    def of(tables: dict[str, Tensor | None]) -> ActivationMasks:
-        """The argument for the tables' weights by name."""
-        return ActivationMasks(**{name: Weights.of(table) for name, table in tables.items()})
+    def of(arguments: ActivationArguments) -> MaskWeights:
+        """The argument for the tables' weights."""
+        fields = (arguments.dh, arguments.da, arguments.z, arguments.update)
+        tables = {id(table): table for tables in fields for table in tables}
+        places = {key: tl.constexpr(place) for place, key in enumerate(tables)}
+        dh, da, z, update = (tuple(places[id(table)] for table in tables) for tables in fields)
+        return MaskWeights(tuple(map(Weights.of, tables.values())), dh, da, z, update)
 
 
 @triton.jit
@@ -44,7 +55,7 @@ def activation_bwd_kernel(
     z,  # [T, F] or None
     partial,  # [ceil(T / TOKENS), F] fp32 or None
     routing,  # Routing of [T]
-    masks,  # ActivationMasks
+    masks,  # MaskWeights
     num_tokens,
     num_features,
     ACTIVATION: tl.constexpr,
@@ -52,9 +63,9 @@ def activation_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """da = m_pre ⊙ m_hidden ⊙ m_forward ⊙ dz ⊙ act'(a).
+    """da = m_da ⊙ m_dh ⊙ dz ⊙ act'(a).
 
-    On the way z = m_update_out ⊙ m_forward ⊙ act(a), and partial sums of m_update_in ⊙ da over runs of TOKENS tokens.
+    On the way z = m_z ⊙ act(a), and partial sums of m_update ⊙ da over runs of TOKENS tokens.
     """
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = features < num_features
@@ -69,17 +80,21 @@ def activation_bwd_kernel(
         a_tile = load_tile(a, rows, features, valid)
         value, derivative = value_and_derivative(a_tile.to(tl.float32), ACTIVATION)
         if z is not None:
-            z_tile = masked(value, masks.forward, routing, tokens, features, inside)
-            z_tile = masked(z_tile, masks.update_out, routing, tokens, features, inside)
+            z_tile = value
+            for i in tl.static_range(len(masks.z)):
+                z_tile = masked(z_tile, masks.tables[masks.z[i]], routing, tokens, features, inside)
             tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
         if dz is not None:
             g = load_tile(dz, rows, features, valid).to(tl.float32)
-            g = masked(g, masks.forward, routing, tokens, features, inside)
-            g = masked(g, masks.hidden, routing, tokens, features, inside)
-            g = masked(g * derivative, masks.pre, routing, tokens, features, inside)
+            for i in tl.static_range(len(masks.dh)):
+                g = masked(g, masks.tables[masks.dh[i]], routing, tokens, features, inside)
+            g = g * derivative
+            for i in tl.static_range(len(masks.da)):
+                g = masked(g, masks.tables[masks.da[i]], routing, tokens, features, inside)
             tl.store(da + out, rounded(g, da.dtype.element_ty), mask=valid)
             if partial is not None:
-                g = masked(g, masks.update_in, routing, tokens, features, inside)
+                for i in tl.static_range(len(masks.update)):
+                    g = masked(g, masks.tables[masks.update[i]], routing, tokens, features, inside)
                 total += tl.sum(g, axis=0)
     if partial is not None:
         tl.store(
@@ -93,7 +108,7 @@ def activation_backward(
     dz: Tensor | None,
     a: Tensor,
     routes: Routes,
-    sites: ActivationTables,
+    masks: ActivationMasks,
     activation: str,
     *,
     want_z: bool,
@@ -102,7 +117,7 @@ def activation_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See `gradroute.primitives.protocol.Primitives`."""
     da, z, db = activation_backward_op(
-        dz, a, *ActivationArguments.of(a, routes, sites, activation, want_z, want_bias)
+        dz, a, *ActivationArguments.of(a, routes, masks, activation, want_z, want_bias)
     )
     return wanted((da, dz is not None), (z, want_z), (db, want_bias))
 
@@ -134,7 +149,7 @@ def activation_backward_op(
         z=z if want_z else None,
         partial=partial if want_bias else None,
         routing=Routing.of(arguments.ids, arguments.strength),
-        masks=ActivationMasks.of(arguments.tables),
+        masks=MaskWeights.of(arguments),
         num_tokens=tokens,
         num_features=features,
         ACTIVATION=arguments.activation,

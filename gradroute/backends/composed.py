@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..primitives import shared
-from ..primitives.arguments import AdamWOptions, NormArguments, product_dtype
+from ..primitives.arguments import ActivationMasks, AdamWOptions, NormArguments, product_dtype
 from ..primitives.attention_pattern import Pattern
-from ..primitives.protocol import ActivationTables, AttentionTables
+from ..primitives.protocol import AttentionTables
 from ..routes import Routes
 from ..tables import Table
 from . import attention
@@ -94,23 +94,25 @@ def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
     return masked_product(g, routes, table).sum(0)
 
 
-def _mask_middle(da: Tensor, routes: Routes, sites: ActivationTables) -> None:
-    """m_pre ⊙ m_hidden ⊙ m_forward ⊙ da in place: masks commute with the derivative, so dz need not be copied."""
-    for table in (sites.forward, sites.hidden, sites.pre):
-        masked_product_(da, routes, table)
+def _mask(g: Tensor, routes: Routes, *groups: tuple[Table, ...]) -> None:
+    """The product of masks times g in place. They commute with the derivative, so dz need not be copied."""
+    for tables in groups:
+        for table in tables:
+            masked_product_(g, routes, table)
 
 
-def _mask_output(z: Tensor, routes: Routes, sites: ActivationTables) -> None:
-    """m_update_out ⊙ m_forward ⊙ z in place."""
-    for table in (sites.forward, sites.update_out):
-        masked_product_(z, routes, table)
+def _updates(g: Tensor, routes: Routes, tables: tuple[Table, ...]) -> Tensor:
+    """The sum over tokens of the product of masks times g."""
+    for table in tables:
+        g = masked_product(g, routes, table)
+    return g.sum(0)
 
 
 def activation_backward(
     dz: Tensor | None,
     a: Tensor,
     routes: Routes,
-    sites: ActivationTables,
+    masks: ActivationMasks,
     activation: str,
     *,
     want_z: bool,
@@ -121,13 +123,13 @@ def activation_backward(
     z = db = None
     if want_z:
         z = act.value(a)
-        _mask_output(z, routes, sites)
+        _mask(z, routes, masks.z)
     if dz is None:
         return None, z, None
     da = act.backward(dz, a)
-    _mask_middle(da, routes, sites)
+    _mask(da, routes, masks.dh, masks.da)
     if want_bias:
-        db = bias_grad(da, routes, sites.update_in)
+        db = _updates(da, routes, masks.update)
     return da, z, db
 
 
@@ -136,7 +138,7 @@ def glu_backward(
     gate: Tensor,
     up: Tensor,
     routes: Routes,
-    sites: ActivationTables,
+    masks: ActivationMasks,
     activation: str,
     *,
     want_z: bool,
@@ -148,14 +150,14 @@ def glu_backward(
     z = db_gate = db_up = None
     if want_z:
         z = value * up
-        _mask_output(z, routes, sites)
+        _mask(z, routes, masks.z)
     if dz is None:
         return None, None, z, None, None
     dgate, dup = act.backward(dz * up, gate), dz * value
     for branch in (dgate, dup):
-        _mask_middle(branch, routes, sites)
+        _mask(branch, routes, masks.dh, masks.da)
     if want_bias:
-        db_gate, db_up = (bias_grad(branch, routes, sites.update_in) for branch in (dgate, dup))
+        db_gate, db_up = (_updates(branch, routes, masks.update) for branch in (dgate, dup))
     return dgate, dup, z, db_gate, db_up
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..routes import Routes
+from ..sites import Sites
 from ..tables import Table
 from .schema import schema_of
-
-if TYPE_CHECKING:
-    from .protocol import ActivationTables
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,60 +34,75 @@ def tokens_of(routes: Routes) -> tuple[Tensor, Tensor | None]:
     return routes.ids, routes.strength
 
 
+class ActivationMasks(NamedTuple):
+    """The tables that the backward of an activation applies, by what they mask, each field in the order of application.
+
+    Which sites' tables these are, their declarations say: `site(…, masks=…)` in `gradroute.mlp`. So the primitives and
+    their kernels know no sites of the MLPs.
+
+    Attributes:
+        dh: masks of the hidden activations' gradient.
+        da: masks of the pre-activations' gradients, those of both branches where there are two.
+        z: masks of the hidden activations, as the output weight's gradient needs them.
+        update: masks of the pre-activations' gradients on their way to the input weights and biases.
+    """
+
+    dh: tuple[Table, ...] = ()
+    da: tuple[Table, ...] = ()
+    z: tuple[Table, ...] = ()
+    update: tuple[Table, ...] = ()
+
+    @staticmethod
+    def of(sites: Sites) -> ActivationMasks:
+        """The masks of effective sites. Values meet them in the order of declaration, gradients in the reverse."""
+        dh, da, z, update = (
+            tuple(table for name, table in sites.tables.items() if field in sites.declared[name]["masks"])
+            for field in ActivationMasks._fields
+        )
+        return ActivationMasks(dh[::-1], da[::-1], z, update[::-1])
+
+
 class ActivationArguments(NamedTuple):
     """The arguments of an activation's backward after its matrices: the routing, the masks, and what is wanted.
 
     Attributes:
         ids: `[T]` int32.
         strength: `[T]`, 0-dim or None.
-        pre: m_pre's weights, like those that follow `[R, F]`, `[R, 1]` or None.
-        hidden: m_hidden's.
-        forward: m_forward's.
-        update_out: m_update_out's, None where z is not wanted.
-        update_in: m_update_in's, None where the bias gradient is not wanted.
+        dh: the weights of the masks of the hidden activations' gradient, like those that follow `[R, F]` or `[R, 1]`.
+        da: those of the pre-activations' gradients.
+        z: those of the hidden activations; none where z is not wanted.
+        update: those of the input parameters' updates; none where the bias gradient is not wanted.
         activation: its name.
-        want_z: recompute m_update_out ⊙ z.
+        want_z: recompute the masked hidden activations.
         want_bias: sum the bias gradient.
     """
 
     ids: Tensor
     strength: Tensor | None
-    pre: Tensor | None
-    hidden: Tensor | None
-    forward: Tensor | None
-    update_out: Tensor | None
-    update_in: Tensor | None
+    dh: list[Tensor]
+    da: list[Tensor]
+    z: list[Tensor]
+    update: list[Tensor]
     activation: str
     want_z: bool
     want_bias: bool
 
     @staticmethod
     def of(
-        a: Tensor, routes: Routes, sites: ActivationTables, activation: str, want_z: bool, want_bias: bool
+        a: Tensor, routes: Routes, masks: ActivationMasks, activation: str, want_z: bool, want_bias: bool
     ) -> ActivationArguments:
         """The arguments on the device of `a`, from those of the primitive."""
-        pre, hidden, forward, update_out, update_in = weights_on(
-            a.device,
-            sites.pre,
-            sites.hidden,
-            sites.forward,
-            sites.update_out if want_z else None,
-            sites.update_in if want_bias else None,
-        )
+        device = a.device
         return ActivationArguments(
-            *tokens_of(routes), pre, hidden, forward, update_out, update_in, activation, want_z, want_bias
+            *tokens_of(routes),
+            [table.on(device) for table in masks.dh],
+            [table.on(device) for table in masks.da],
+            [table.on(device) for table in masks.z] if want_z else [],
+            [table.on(device) for table in masks.update] if want_bias else [],
+            activation,
+            want_z,
+            want_bias,
         )
-
-    @property
-    def tables(self) -> dict[str, Tensor | None]:
-        """The masks by name, in the order in which kernels take them."""
-        return {
-            "pre": self.pre,
-            "hidden": self.hidden,
-            "forward": self.forward,
-            "update_out": self.update_out,
-            "update_in": self.update_in,
-        }
 
 
 class NormArguments(NamedTuple):

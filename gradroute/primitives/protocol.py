@@ -17,32 +17,8 @@ from torch import Tensor
 
 from ..routes import Routes
 from ..tables import Table
-from .arguments import AdamWOptions, NormArguments
+from .arguments import ActivationMasks, AdamWOptions, NormArguments
 from .attention_pattern import Pattern
-
-
-class ActivationTables(Protocol):
-    """The tables that the backward of an activation reads: of effective `ActivationSites` or `MLPSites`."""
-
-    @property
-    def pre(self) -> Table | None:
-        """m_pre."""
-
-    @property
-    def hidden(self) -> Table | None:
-        """m_hidden."""
-
-    @property
-    def forward(self) -> Table | None:
-        """m_forward."""
-
-    @property
-    def update_in(self) -> Table | None:
-        """m_update_in, read where the bias gradient is wanted."""
-
-    @property
-    def update_out(self) -> Table | None:
-        """m_update_out, read where z is wanted."""
 
 
 class AttentionTables(Protocol):
@@ -102,22 +78,22 @@ class Primitives(Protocol):
         dz: Tensor | None,
         a: Tensor,
         routes: Routes,
-        sites: ActivationTables,
+        masks: ActivationMasks,
         activation: str,
         *,
         want_z: bool,
         want_bias: bool,
         overwrite: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradient of z = m_forward ⊙ act(a), and what the weights beside it need.
+        """The gradient of z = m_z ⊙ act(a), and what the weights beside it need: m_z is of `masks`, as m_dh is.
 
         Args:
             dz: `[T, F]`, or None where only z is wanted.
             a: `[T, F]`.
             routes: the batch's routes.
-            sites: effective sites.
+            masks: what is masked.
             activation: a name of `gradroute.activations.ACTIVATIONS`.
-            want_z: recompute m_update_out ⊙ z.
+            want_z: compute z.
             want_bias: sum the bias gradient; dz is given.
             overwrite: dz and a are the caller's own, and the caller reads neither again: a backend may leave da in dz
                 and z in a instead of allocating. On the CPU that pays, where new matrices cost page faults: with them
@@ -125,8 +101,7 @@ class Primitives(Protocol):
                 2 cores).
 
         Returns:
-            da = m_pre ⊙ m_hidden ⊙ m_forward ⊙ dz ⊙ act'(a) `[T, F]`; m_update_out ⊙ z `[T, F]`;
-            Σ_t m_update_in ⊙ da `[F]`; None for what is not wanted.
+            da = m_da ⊙ m_dh ⊙ dz ⊙ act'(a) `[T, F]`; z `[T, F]`; Σ_t m_update ⊙ da `[F]`; None for what is not wanted.
         """
 
     def glu_backward(
@@ -135,29 +110,29 @@ class Primitives(Protocol):
         gate: Tensor,
         up: Tensor,
         routes: Routes,
-        sites: ActivationTables,
+        masks: ActivationMasks,
         activation: str,
         *,
         want_z: bool,
         want_bias: bool,
         overwrite: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of z = m_forward ⊙ (act(gate) * up), and what the weights beside it need.
+        """The gradients of z = m_z ⊙ (act(gate) * up), and what the weights beside it need: see activation_backward.
 
         Args:
             dz: `[T, F]`, or None where only z is wanted.
             gate: `[T, F]`.
             up: `[T, F]`.
             routes: the batch's routes.
-            sites: effective sites.
+            masks: what is masked.
             activation: a name of `gradroute.activations.ACTIVATIONS`.
-            want_z: recompute m_update_out ⊙ z.
+            want_z: compute z.
             want_bias: sum the bias gradients; dz is given.
             overwrite: as for activation_backward: a backend may leave dgate in dz, dup in up and z in gate.
 
         Returns:
-            dgate and dup `[T, F]`; m_update_out ⊙ z `[T, F]`; Σ_t m_update_in ⊙ dgate and Σ_t m_update_in ⊙ dup `[F]`;
-            None for what is not wanted.
+            With dh = m_dh ⊙ dz: dgate = m_da ⊙ dh ⊙ up ⊙ act'(gate) and dup = m_da ⊙ dh ⊙ act(gate) `[T, F]`;
+            z `[T, F]`; Σ_t m_update ⊙ dgate and Σ_t m_update ⊙ dup `[F]`; None for what is not wanted.
         """
 
     def norm_backward(

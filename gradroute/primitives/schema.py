@@ -10,12 +10,12 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 from torch import Tensor
 
 #: One argument of an op.
-Flat = Tensor | bool | int | float | str | None
+Flat = Tensor | list[Tensor] | bool | int | float | str | None
 
 Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
 
 # An int may be symbolic while a program is traced: then its value does not become part of the program.
-_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
+_TYPES = {Tensor: "Tensor", list[Tensor]: "Tensor[]", bool: "bool", int: "SymInt", float: "float", str: "str"}
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def _fields(arguments: type[tuple[Any, ...]]) -> tuple[tuple[str, str | type[tup
 
 
 def _schema_type(arguments: type, name: str, hint: Any) -> str | type[tuple[Any, ...]]:
-    if isinstance(hint, type) and issubclass(hint, tuple):
+    if isinstance(hint, type) and get_origin(hint) is None and issubclass(hint, tuple):
         return hint
     is_optional = get_origin(hint) in (Union, types.UnionType)
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if is_optional else [hint]

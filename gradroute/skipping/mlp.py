@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..primitives.protocol import ActivationTables, Primitives
+from ..primitives.arguments import ActivationMasks
+from ..primitives.protocol import Primitives
 from ..routes import Routes
 from ..tables import Table
 from .parts import Group, Part, Product, live, part_of, rectangles, run_of, runs, splits, width_of
@@ -17,32 +18,22 @@ if TYPE_CHECKING:
     from ..mlp import MLPSites
 
 
-class SpanTables(NamedTuple):
-    """The tables of an MLP on some features, None where some routes' weights are ones."""
-
-    pre: Table | None
-    hidden: Table | None
-    forward: Table | None
-    update_in: Table | None
-    update_out: Table | None
-
-
 class Span(NamedTuple):
     """Features of some routes' tokens.
 
     Attributes:
         features: a run of `[T, d_ff]`.
-        tables: the tables on these features.
+        masks: the tables on these features, without those that are ones for all these routes.
         has_grad: whether gradient passes here.
         outputs: the features from which the output weight is updated: as counted from the span's first, and of d_ff.
-        updates: the features whose input weights are updated, likewise, with the table there.
+        updates: the features whose input weights are updated, likewise, with the tables there.
     """
 
     features: slice
-    tables: ActivationTables
+    masks: ActivationMasks
     has_grad: bool
     outputs: tuple[tuple[slice, slice], ...]
-    updates: tuple[tuple[slice, slice, Table | None], ...]
+    updates: tuple[tuple[slice, slice, tuple[Table, ...]], ...]
 
 
 class MLPProduct(Product[Span]):
@@ -50,40 +41,44 @@ class MLPProduct(Product[Span]):
 
     def __init__(self, sites: MLPSites, d_ff: int) -> None:
         super().__init__(sites, d_ff)
-        self.sites = sites
+        self.masks = sites.masks
 
     def live(self, route: int) -> tuple[tuple[slice, ...], ...]:
         """The runs of features with gradient, for the output weight, and for the input weights."""
-        sites, (d_ff,) = self.sites, self.widths
-        middle = (sites.pre, sites.hidden, sites.forward)
+        masks, (d_ff,) = self.masks, self.widths
+        gradient = (*masks.dh, *masks.da)
         return (
-            live(middle, route, d_ff),
-            live((sites.forward, sites.update_out), route, d_ff),
-            live((*middle, sites.update_in), route, d_ff),
+            live(gradient, route, d_ff),
+            live(masks.z, route, d_ff),
+            live((*gradient, *masks.update), route, d_ff),
         )
 
     def group(self, first: int, last: int) -> Group[Span]:
         with_grad, of_z, updated = self.live(first)
+        of_updates = ActivationMasks(update=self.masks.update)
         spans = []
         for features in with_grad:
             updates = tuple(
-                (inside, rows, part_of(self.sites.update_in, rows, first, last))
+                (inside, rows, masks_on(of_updates, rows, first, last).update)
                 for inside, rows in _inside(features, updated)
             )
             # z is made of all features of the span or of none: a pass over both operands more would cost more.
             outputs = _inside(features, tuple(run for run in of_z if _contains(features, run)))
-            spans.append(Span(features, self._tables(features, first, last), True, outputs, updates))
+            spans.append(Span(features, masks_on(self.masks, features, first, last), True, outputs, updates))
         for features in of_z:
             if not any(_contains(span.features, features) for span in spans if span.has_grad):
-                tables = self._tables(features, first, last)
-                spans.append(Span(features, tables, False, ((ALL, features),), ()))
+                masks = masks_on(self.masks, features, first, last)
+                spans.append(Span(features, masks, False, ((ALL, features),), ()))
         # dH and dX cost as much as both weights' gradients (gated: three products to two and one).
         cost = 0.5 * width_of(with_grad) + 0.33 * width_of(updated) + 0.17 * width_of(of_z)
         return Group(first, last, tuple(spans), cost / max(self.widths[0], 1))
 
-    def _tables(self, features: slice, first: int, last: int) -> SpanTables:
-        tables = (getattr(self.sites, name) for name in SpanTables._fields)
-        return SpanTables(*(part_of(table, features, first, last) for table in tables))
+
+def masks_on(masks: ActivationMasks, features: slice, first: int, last: int) -> ActivationMasks:
+    """The masks on some features, without those that are ones for the routes from first to last."""
+    tables = {table: part_of(table, features, first, last) for group in masks for table in group}
+    groups = ([tables[table] for table in group] for group in masks)
+    return ActivationMasks(*(tuple(table for table in group if table is not None) for group in groups))
 
 
 def _contains(features: slice, run: slice) -> bool:
@@ -109,7 +104,7 @@ def split(routes: Routes, sites: MLPSites, d_ff: int, dtype: torch.dtype) -> lis
         d_ff: the hidden width.
         dtype: that of the products.
     """
-    whole = (Span(ALL, sites, True, ((ALL, ALL),), ((ALL, ALL, sites.update_in),)),)
+    whole = (Span(ALL, sites.masks, True, ((ALL, ALL),), ((ALL, ALL, sites.masks.update),)),)
     if not splits(routes.device) or routes.host_counts is None or len(routes) == 0:
         return [Part(None, routes, whole)]
     run = run_of(dtype, routes)
@@ -165,8 +160,9 @@ class Branch:
             self._bias_total.add(bias, span.features)
         if self._weight_total is not None:
             assert x is not None
-            for inside, rows, table in span.updates:
-                primitives.masked_product_(grad[:, inside], part.routes, table)
+            for inside, rows, tables in span.updates:
+                for table in tables:
+                    primitives.masked_product_(grad[:, inside], part.routes, table)
                 self._weight_total.add_product(grad[:, inside].T, x, rows, ALL)
 
     def weight_grad(self) -> Tensor | None:
@@ -272,14 +268,14 @@ class MLPBackward:
         a = [part.of(branch.a, span.features) for branch in self.branches]
         want_bias = self._need_bias and dz is not None
         overwrite = isinstance(part.tokens, Tensor)  # then a was gathered; dz is made for this alone
-        routes, tables, activation = part.routes, span.tables, self.activation
+        routes, masks, activation = part.routes, span.masks, self.activation
         if len(a) == 1:
             da, z, db = self.primitives.activation_backward(
-                dz, a[0], routes, tables, activation, want_z=want_z, want_bias=want_bias, overwrite=overwrite
+                dz, a[0], routes, masks, activation, want_z=want_z, want_bias=want_bias, overwrite=overwrite
             )
             return (da,), z, (db,)
         gate, up = a
         dgate, dup, z, db_gate, db_up = self.primitives.glu_backward(
-            dz, gate, up, routes, tables, activation, want_z=want_z, want_bias=want_bias, overwrite=overwrite
+            dz, gate, up, routes, masks, activation, want_z=want_z, want_bias=want_bias, overwrite=overwrite
         )
         return (dgate, dup), z, (db_gate, db_up)

@@ -215,7 +215,7 @@ def test_nothing_is_launched_for_empty_matrices(module, rows, cols):
     """The launch of an empty grid would be an error. The operands are as backend cuda hands them over."""
     m, heads = (0, rows, cols, cols, 1, 0), (0, (1, 2, rows, cols), (0, 0, 0, 0), 0)
     routing, stream = (0, 0, 0, False), (0, 0)
-    mask, masks = (routing, None), (routing, *[None] * 5)
+    mask, masks = (routing, None), (routing, (), (), ())
     calls = {
         "masked_product": (m, m, (routing, (0, 1)), []),
         "bias_grad": (m, m, mask),

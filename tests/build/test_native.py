@@ -138,7 +138,7 @@ def test_activations_over_the_whole_line(activation, instruction_set):
         torch.ones_like(a),
         a,
         of_routes([0]),
-        MLPSites().effective,
+        MLPSites().masks,
         activation,
         want_z=True,
         want_bias=False,
@@ -152,7 +152,7 @@ def test_activations_over_the_whole_line(activation, instruction_set):
 def test_a_nan_activation_is_not_hidden(activation, instruction_set):
     a = torch.tensor([[float("nan"), 1.0]])
     da, z, _ = native.activation_backward(
-        torch.ones_like(a), a, of_routes([0]), MLPSites().effective, activation, want_z=True, want_bias=False
+        torch.ones_like(a), a, of_routes([0]), MLPSites().masks, activation, want_z=True, want_bias=False
     )
     assert z[0, 0].isnan()
     assert torch.isfinite(da[0, 1])
@@ -412,11 +412,11 @@ def test_the_gil_is_released_while_a_kernel_runs(monkeypatch):
     """One kernel in another thread; this thread never waits for as long as it takes."""
     monkeypatch.setattr(loading, "instruction_set", "baseline")
     a = torch.ones(4096, 4096)
-    sites, routes, took = MLPSites().effective, of_routes([0] * 4096), []
+    masks, routes, took = MLPSites().masks, of_routes([0] * 4096), []
 
     def work():
         start = time.perf_counter()
-        native.activation_backward(a, a, routes, sites, "gelu", want_z=False, want_bias=False)
+        native.activation_backward(a, a, routes, masks, "gelu", want_z=False, want_bias=False)
         took.append(time.perf_counter() - start)
 
     thread, longest, last = threading.Thread(target=work), 0.0, time.perf_counter()

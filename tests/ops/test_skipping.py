@@ -21,6 +21,7 @@ from gradroute import (
     testing,
 )
 from gradroute.linear import routed_linears
+from gradroute.primitives.arguments import ActivationMasks
 from gradroute.skipping import mlp as skipping
 from gradroute.skipping import parts, totals
 from gradroute.tables import localize
@@ -392,8 +393,8 @@ def test_groups_are_made_once_for_a_width():
 
 def test_tables_that_are_ones_for_a_rectangle_are_dropped():
     (first, *_), *_ = (part.spans for part in skipping.split(*_split_arguments(quarters(1024, True))))
-    assert first.tables == (None,) * 5
-    assert (first.features, first.updates) == (slice(0, 4), ((slice(0, 4), slice(0, 4), None),))
+    assert first.masks == ActivationMasks()
+    assert (first.features, first.updates) == (slice(0, 4), ((slice(0, 4), slice(0, 4), ()),))
 
 
 def _split_arguments(call):

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, wanted
-from ...primitives.protocol import ActivationTables
+from ...primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, ActivationMasks, wanted
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from .launch import launch, new_like, new_sums, summed
@@ -20,7 +19,7 @@ def glu_backward(
     gate: Tensor,
     up: Tensor,
     routes: Routes,
-    sites: ActivationTables,
+    masks: ActivationMasks,
     activation: str,
     *,
     want_z: bool,
@@ -28,7 +27,7 @@ def glu_backward(
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dz = None if dz is None else dz.to(gate.dtype)
-    arguments = ActivationArguments.of(gate, routes, sites, activation, want_z, want_bias)
+    arguments = ActivationArguments.of(gate, routes, masks, activation, want_z, want_bias)
     has_grad = dz is not None
     dgate, dup, z = dz, up, gate
     if overwrite:

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, wanted
-from ...primitives.protocol import ActivationTables
+from ...primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, ActivationMasks, wanted
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from .launch import launch, new_like, new_sums, summed
@@ -18,7 +17,7 @@ def activation_backward(
     dz: Tensor | None,
     a: Tensor,
     routes: Routes,
-    sites: ActivationTables,
+    masks: ActivationMasks,
     activation: str,
     *,
     want_z: bool,
@@ -26,7 +25,7 @@ def activation_backward(
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dz = None if dz is None else dz.to(a.dtype)
-    arguments = ActivationArguments.of(a, routes, sites, activation, want_z, want_bias)
+    arguments = ActivationArguments.of(a, routes, masks, activation, want_z, want_bias)
     if overwrite:
         db = activation_backward_in_place_op(dz, a, *arguments)
         return wanted((dz, True), (a, want_z), (db, want_bias))
@@ -74,4 +73,7 @@ def _activation_backward(
 
 def masks_of(arguments: ActivationArguments) -> MLPMasks:
     """The masks that an MLP's backward applies."""
-    return MLPMasks(Routing(arguments.ids, arguments.strength), *map(Weights, arguments.tables.values()))
+    groups = ((*arguments.dh, *arguments.da), arguments.z, arguments.update)
+    return MLPMasks(
+        Routing(arguments.ids, arguments.strength), *(tuple(map(Weights, group)) for group in groups)
+    )

@@ -63,14 +63,12 @@ class Mask(NamedTuple):
 
 
 class MLPMasks(NamedTuple):
-    """The masks of an MLP."""
+    """The masks of an MLP's gradients before the activation, of its hidden activations, and of its input updates."""
 
     routing: Routing
-    pre: Weights
-    hidden: Weights
-    forward: Weights
-    update_out: Weights
-    update_in: Weights
+    gradient: tuple[Weights, ...]
+    z: tuple[Weights, ...]
+    update: tuple[Weights, ...]
 
 
 class HeadMasks(NamedTuple):

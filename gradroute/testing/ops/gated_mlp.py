@@ -8,7 +8,7 @@ from ..activations import ACTIVATION_VARIANTS, PLAIN_ACTIVATIONS
 from ..draw import Draw
 from ..marks import Marks
 from ..op import Op
-from .mlp import activation_sites, mlp_output, mlp_sites
+from .mlp import activation_sites, hidden, mlp_input, mlp_output, mlp_sites, pre
 
 
 def _glu_inputs(draw: Draw) -> dict[str, Tensor | None]:
@@ -16,8 +16,7 @@ def _glu_inputs(draw: Draw) -> dict[str, Tensor | None]:
 
 
 def _glu(marks: Marks, gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    h = PLAIN_ACTIVATIONS[activation](marks.gradient("pre", gate)) * marks.gradient("pre", up)
-    return marks.forward("forward", marks.gradient("hidden", h))
+    return hidden(marks, PLAIN_ACTIVATIONS[activation](pre(marks, gate)) * pre(marks, up))
 
 
 def _gated_mlp_inputs(draw: Draw) -> dict[str, Tensor | None]:
@@ -44,9 +43,7 @@ def _gated_mlp(
     b_down: Tensor | None,
     activation: str = "silu",
 ) -> Tensor:
-    update_in = marks.table("update_in", "update")
-    gate = marks.linear(x, w_gate, b_gate, rows=update_in, bias_rows=update_in)
-    up = marks.linear(x, w_up, b_up, rows=update_in, bias_rows=update_in)
+    gate, up = mlp_input(marks, x, w_gate, b_gate), mlp_input(marks, x, w_up, b_up)
     return mlp_output(marks, _glu(marks, gate, up, activation), w_down, b_down)
 
 

@@ -22,7 +22,16 @@ def activation_sites(sizes: Sizes, num_routes: int, bias: bool) -> dict[str, int
 
 
 def _activation(marks: Marks, a: Tensor, activation: str) -> Tensor:
-    h = PLAIN_ACTIVATIONS[activation](marks.gradient("pre", a))
+    return hidden(marks, PLAIN_ACTIVATIONS[activation](pre(marks, a)))
+
+
+def pre(marks: Marks, a: Tensor) -> Tensor:
+    """The pre-activations of a branch, their site marked."""
+    return marks.gradient("pre", a)
+
+
+def hidden(marks: Marks, h: Tensor) -> Tensor:
+    """The hidden activations, their sites marked."""
     return marks.forward("forward", marks.gradient("hidden", h))
 
 
@@ -57,9 +66,13 @@ def _mlp(
     b_out: Tensor | None,
     activation: str = "gelu",
 ) -> Tensor:
+    return mlp_output(marks, _activation(marks, mlp_input(marks, x, w_in, b_in), activation), w_out, b_out)
+
+
+def mlp_input(marks: Marks, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """An input layer of an MLP, its site marked."""
     update_in = marks.table("update_in", "update")
-    a = marks.linear(x, w_in, b_in, rows=update_in, bias_rows=update_in)
-    return mlp_output(marks, _activation(marks, a, activation), w_out, b_out)
+    return marks.linear(x, weight, bias, rows=update_in, bias_rows=update_in)
 
 
 def mlp_output(marks: Marks, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
