@@ -41,11 +41,11 @@ class ShardedLinear:
 
     Attributes:
         placements: how each parameter is sharded.
-        sharded_sites: the sites of LinearSites along the sharded features.
+        sharded_widths: the widths of LinearSites that are sharded.
     """
 
     placements: ClassVar[dict[str, Any]]
-    sharded_sites: ClassVar[tuple[str, ...]]
+    sharded_widths: ClassVar[tuple[str, ...]]
     in_features: int
     out_features: int
     _rank: Rank
@@ -71,7 +71,7 @@ class ShardedLinear:
 
     def _sites_of_ops(self, sites: LinearSites) -> tuple[Any, ...]:
         (sites,) = super()._sites_of_ops(sites)  # type: ignore[misc]
-        return (_rank_sites(sites, self.sharded_sites, self._rank),)
+        return (_rank_sites(sites, self.sharded_widths, self._rank),)
 
 
 def _is_resharded(parameter: DTensor) -> bool:
@@ -83,14 +83,14 @@ class RowShard(ShardedLinear):
     """A rank makes its own outputs of the whole input: gate, up, q, k, v."""
 
     placements: ClassVar[dict[str, Any]] = {"weight": Shard(0), "bias": Shard(0)}
-    sharded_sites = ("output", "update_rows", "update_bias")
+    sharded_widths = ("outputs", "bias")
 
 
 class ColumnShard(ShardedLinear):
     """A rank makes its summand of all outputs, of its own inputs: down, o."""
 
     placements: ClassVar[dict[str, Any]] = {"weight": Shard(1), "bias": Replicate()}
-    sharded_sites = ("input", "update_cols")
+    sharded_widths = ("inputs",)
 
     def _local_bias(self, bias: DTensor) -> Tensor:
         return summed_gradient(bias.to_local(), self._rank) * float(self._rank.number == 0)
@@ -123,8 +123,8 @@ class ParallelSublayer:
         return (summed(y[0], self._rank), *y[1:]) if isinstance(y, tuple) else summed(y, self._rank)
 
 
-_HIDDEN_UNIT_SITES = ("pre", "hidden", "forward", "update", "update_in", "update_out")
-_HEAD_SITES = ("query", "key", "value", "heads", "forward_heads")
+_HIDDEN_WIDTHS = ("d_ff",)
+_HEAD_WIDTHS = ("heads", "kv_heads")
 
 
 class ParallelMLP(ParallelSublayer):
@@ -133,10 +133,10 @@ class ParallelMLP(ParallelSublayer):
     def _sites_of_ops(self, sites: Sites) -> MLPOps:
         ops: MLPOps = super()._sites_of_ops(sites)  # type: ignore[misc]
         return MLPOps(
-            fused=_rank_sites(ops.fused, _HIDDEN_UNIT_SITES, self._rank),
-            inner=_rank_sites(ops.inner, RowShard.sharded_sites, self._rank),
-            middle=_rank_sites(ops.middle, _HIDDEN_UNIT_SITES, self._rank),
-            outer=_rank_sites(ops.outer, ColumnShard.sharded_sites, self._rank),
+            fused=_rank_sites(ops.fused, _HIDDEN_WIDTHS, self._rank),
+            inner=_rank_sites(ops.inner, RowShard.sharded_widths, self._rank),
+            middle=_rank_sites(ops.middle, _HIDDEN_WIDTHS, self._rank),
+            outer=_rank_sites(ops.outer, ColumnShard.sharded_widths, self._rank),
         )
 
 
@@ -146,18 +146,20 @@ class ParallelAttention(ParallelSublayer):
     def _sites_of_ops(self, sites: Sites) -> tuple[Any, ...]:
         *inner, output, attention = super()._sites_of_ops(sites)  # type: ignore[misc]
         return (
-            *(_rank_sites(linear, RowShard.sharded_sites, self._rank) for linear in inner),
-            _rank_sites(output, ColumnShard.sharded_sites, self._rank),
-            _rank_sites(attention, _HEAD_SITES, self._rank),
+            *(_rank_sites(linear, RowShard.sharded_widths, self._rank) for linear in inner),
+            _rank_sites(output, ColumnShard.sharded_widths, self._rank),
+            _rank_sites(attention, _HEAD_WIDTHS, self._rank),
         )
 
 
-def _rank_sites(sites: GivenSites, names: Sequence[str], rank: Rank) -> GivenSites:
-    """Sites whose tables `names` have this rank's features alone; `[R, 1]` is for all of them."""
+def _rank_sites(sites: GivenSites, widths: Sequence[str], rank: Rank) -> GivenSites:
+    """Sites whose tables of these widths have this rank's features alone; `[R, 1]` is for all of them."""
     if sites is None:
         return sites
     tables = {
-        name: _columns(table, rank) if name in names and table.features > 1 else table
+        name: _columns(table, rank)
+        if sites.declared[name]["width"] in widths and table.features > 1
+        else table
         for name, table in sites.tables.items()
     }
     return type(sites)(**tables)

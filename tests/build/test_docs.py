@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
+import gradroute.layers
+import gradroute.testing
+
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
@@ -111,6 +114,24 @@ def test_every_public_name_is_in_the_reference(module):
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
     documented = set(re.findall(rf"^::: {re.escape(module)}\.(\w+)$", pages, re.MULTILINE))
     assert names - documented == set()
+
+
+def sites_of_public_names():
+    """The sites class of every op and layer; None where an op takes a table."""
+    for op, known in gradroute.testing.OPS.items():
+        yield op, None if known.sites_name is None else known.sites_class()
+    for name in gradroute.layers.__all__:
+        if name.startswith("Routed") and name != "RoutedModule":
+            yield name, vars(gradroute.layers)[name].sites_type
+
+
+@pytest.mark.parametrize(("name", "sites_type"), [*sites_of_public_names()])
+def test_the_table_of_layers_has_every_op_layer_and_site(name, sites_type):
+    text = (ROOT / "docs/layers.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and f"`{name}`" in line]
+    assert len(rows) == 1
+    missing = [site for site in (sites_type.declared if sites_type else ()) if f"`{site}`" not in rows[0]]
+    assert missing == []
 
 
 def source():
