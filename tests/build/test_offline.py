@@ -49,6 +49,7 @@ def test_no_kernel_spills_or_exceeds_shared_memory(reports):
     assert {report["kernel"] for report in compiled} == {name.partition(".")[0] for name in CONFIGS}
 
 
+@pytest.mark.slow
 def test_tuples_keep_the_width_of_accesses(tmp_path):
     """A kernel that takes tuples reads and writes global memory as its twin with flat arguments does."""
     found = printed("offline_tuples.py", cache=tmp_path)

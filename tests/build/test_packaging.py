@@ -184,6 +184,7 @@ def native_wheel(sources, tmp_path_factory):
     return built(sources, tmp_path_factory.mktemp("native"), **QUICK)
 
 
+@pytest.mark.slow
 @needs_toolchain
 def test_native_wheel(native_wheel, tmp_path):
     wheel, said = native_wheel
@@ -202,6 +203,7 @@ def test_native_wheel(native_wheel, tmp_path):
     check_wheel.check_links(tmp_path / name, wheel)
 
 
+@pytest.mark.slow
 @needs_toolchain
 @pytest.mark.skipif(setup.find_tool("ninja") is None, reason="there is no ninja, which says what it compiles")
 def test_another_installation_compiles_nothing_again(sources, native_wheel, tmp_path):

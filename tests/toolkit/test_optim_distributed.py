@@ -20,6 +20,8 @@ PATIENCE = 300  # seconds; ten times what the cells take on two idle cores
 # unit in the last place of the weight of a norm.
 TOLERANCE = 1e-4
 
+pytestmark = pytest.mark.slow  # every test waits for two processes
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -50,7 +52,6 @@ def passed(results, name):
     return results[name]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name in optim_worker.CELLS if "block_dim" in name or "clipped" in name]
 )
