@@ -5,6 +5,8 @@ import signal
 import sys
 from types import FrameType
 
+NEEDED = ("tqdm", "matplotlib")  # the packages of the extra `bench`
+
 
 def main() -> int:
     print("python -m bench: loading PyTorch and gradroute", file=sys.stderr, flush=True)
@@ -14,6 +16,14 @@ def main() -> int:
 
         signal.signal(signal.SIGINT, earlier)
         return run()
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        print(
+            f"python -m bench: got no package {error.name}; pip install '.[bench]' -c constraints.txt brings it",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("\npython -m bench: interrupted", file=sys.stderr)
         return 130

@@ -50,14 +50,18 @@ def main(a: Path, b: Path, threshold: float) -> int:
         threshold: by how much ratios may differ and be the same, such as 0.05.
 
     Raises:
-        ValueError: an argument names no run, or the folders have none of one name.
+        ValueError: an argument names no run, the folders have none of one name, or nothing was timed in both.
     """
     pairs, text = paired(load(a, "A"), load(b, "B"))
     regressions: list[Change] = []
+    number = 0
     for before, after in pairs:
         found = changes(before, after)
+        number += len(found)
         regressions += [change for change in found if change.is_regression(threshold)]
         text += ["", *header(before, after), *lines(found, threshold), *unpaired(before, after)]
+    if number == 0:
+        raise ValueError("A, B: got no case that both timed, expected at least one to compare")
     print("\n".join([*text, "", *summary(regressions, threshold)]))
     return int(bool(regressions))
 

@@ -310,7 +310,9 @@ def warm_step_on_cpu(setting: Setting, name: str, mode: str) -> Step:
 
 def automatic(op: str, device: torch.device) -> str:
     """The backend that the automatic choice tries first; targets are about its times."""
-    return backends.available_backends(op, device)[0]
+    able = backends.available_backends(op, device)
+    # A case for a device that is not here is listed all the same.
+    return able[0] if able else backends.OPS[op][0]
 
 
 def plan(

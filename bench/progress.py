@@ -9,8 +9,6 @@ import shutil
 import sys
 from collections.abc import Iterable
 
-from tqdm import tqdm
-
 _INDENT = "  "
 
 
@@ -46,4 +44,6 @@ def rounds(numbers: Iterable[int], text: str) -> Iterable[int]:
     clear()
     if not sys.stderr.isatty():
         stage(text)
+    from tqdm import tqdm  # the extra `bench` has it; lists and comparisons need no bars
+
     return tqdm(numbers, desc=_INDENT + text, unit="round", leave=False, disable=None)

@@ -70,10 +70,14 @@ __all__ = [
 ]
 
 # Submodules around the layers are imported when they are asked for: torch.distributed.tensor alone takes two seconds.
-_SUBMODULES = ("blocks", "era", "labels", "models", "optim", "telemetry")
+_SUBMODULES = ("blocks", "era", "labels", "models", "optim", "telemetry", "testing")
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -42,10 +42,17 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int) -> None:
     raise ValueError(f"{name}: got shape {list(shape)}, expected [{wanted}]")
 
 
-def check_features(name: str, x: Tensor, features: int, origin: str) -> None:
-    """Raises ValueError unless the last dimension of `x` is `features`, which `origin` explains."""
+def check_features(name: str, x: Tensor, features: int, origin: str, weight: Tensor) -> None:
+    """Raises ValueError unless the last dimension of `x` is `features`, which `origin` explains, and both have memory.
+
+    PyTorch refuses a weight on another device by itself, but computes with one on meta as if its numbers were there.
+    """
     if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected [*tokens, {features}] ({origin})")
+    if weight.is_meta and not x.is_meta:
+        raise ValueError(
+            f"{name}: got a tensor on {x.device} for a weight on meta, expected both on one device"
+        )
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

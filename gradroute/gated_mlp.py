@@ -60,7 +60,7 @@ def routed_gated_mlp(
     assert routes is not None and sites is not None
     check_shape("w_gate", w_gate, -1, -1)
     d_ff, d_model = w_gate.shape
-    check_features("x", x, d_model, "w_gate is [d_ff, d_model]")
+    check_features("x", x, d_model, "w_gate is [d_ff, d_model]", w_gate)
     check_shape("w_up", w_up, d_ff, d_model)
     check_shape("w_down", w_down, -1, d_ff)
     check_shape("b_gate", b_gate, d_ff)

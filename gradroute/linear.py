@@ -125,7 +125,7 @@ def routed_linears(
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: LinearSites) -> None:
     check_shape("weight", weight, -1, -1)
     outputs, inputs = weight.shape
-    check_features("x", x, inputs, "weight is [O, I]")
+    check_features("x", x, inputs, "weight is [O, I]", weight)
     check_shape("bias", bias, outputs)
     routes.check(x, "x")
     sites.check(routes, LinearSites.widths(inputs, outputs, bias))

@@ -142,7 +142,7 @@ def routed_mlp(
     assert routes is not None and sites is not None
     check_shape("w_in", w_in, -1, -1)
     d_ff, d_model = w_in.shape
-    check_features("x", x, d_model, "w_in is [d_ff, d_model]")
+    check_features("x", x, d_model, "w_in is [d_ff, d_model]", w_in)
     check_shape("b_in", b_in, d_ff)
     check_shape("w_out", w_out, -1, d_ff)
     check_shape("b_out", b_out, w_out.shape[0])

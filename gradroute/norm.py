@@ -130,7 +130,7 @@ def routed_layer_norm(
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: NormSites) -> None:
     check_shape("weight", weight, -1)
     features = weight.shape[0]
-    check_features("x", x, features, "weight is [D]")
+    check_features("x", x, features, "weight is [D]", weight)
     check_shape("bias", bias, features)
     routes.check(x, "x")
     sites.check(routes, {"features": features})

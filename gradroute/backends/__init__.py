@@ -52,7 +52,16 @@ if _triton_is_installed and (
 ):
     _load_triton()
 
-_process_wide: str | None = os.environ.get("GRADROUTE_BACKEND") or None
+
+def _from_environment() -> str | None:
+    """The backend that GRADROUTE_BACKEND names."""
+    named = os.environ.get("GRADROUTE_BACKEND") or None
+    if named is not None and named not in _BACKENDS:
+        raise ValueError(f"GRADROUTE_BACKEND: got {named!r}, expected one of {', '.join(_BACKENDS)}")
+    return named
+
+
+_process_wide: str | None = None
 
 
 class BackendError(RuntimeError):
@@ -101,6 +110,8 @@ def unavailable_backends(op: str | None = None, device: torch.device | str | Non
     reasons = {}
     for name in BACKENDS:
         reason = _why_not(op, name, where)
+        if reason is None and where is not None and where.type == "cuda" and not torch.cuda.is_available():
+            reason = "no CUDA device is visible"
         if reason is not None:
             reasons[name] = reason
     return reasons
@@ -129,7 +140,7 @@ def choose(
         ValueError: no such backend.
         BackendError: the explicit backend, or every backend, cannot run the call.
     """
-    explicit = requested or _process_wide
+    explicit = _process_wide if requested is None else requested
     if explicit is not None:
         _check_name(explicit)
         reason = _why_not(op, explicit, x.device, x.dtype) or (refused or {}).get(explicit)
@@ -303,3 +314,6 @@ def _warn_slow(op: str, name: str, rejected: dict[str, str]) -> None:
 
 def _listed(rejected: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+
+
+_process_wide = _from_environment()

@@ -386,7 +386,7 @@ def test_the_checkout_names_the_copy_that_has_the_module(tmp_path, monkeypatch):
     assert f"not built for the copy of gradroute in {tmp_path}/checkout/gradroute" in why
     assert f"the copy installed in {installed} has it: run from outside of the checkout" in why
     monkeypatch.setattr(sys, "path", [str(tmp_path / "checkout")])
-    assert loading._why_missing() == "the native module was not built"
+    assert loading._why_missing() == "the native module was not built (docs/install.md says what it needs)"
 
 
 def test_the_best_instruction_set_comes_first():

@@ -88,7 +88,7 @@ def test_without_the_native_module_it_says_why(monkeypatch, capsys):
     assert report.main([]) == 0
     said = capsys.readouterr().out
     assert "native    the native module was not built\n" in said
-    assert "the native module was not built: see" in said
+    assert said.count("the native module was not built") > 1  # in the row of backend cpu too
 
 
 def test_devices_are_listed():

@@ -182,7 +182,32 @@ def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("GRADROUTE_BACKEND", "fastest")
     run = subprocess.run([sys.executable, "-c", CHOOSE], capture_output=True, text=True, check=False)
     assert run.returncode != 0
-    assert "got 'fastest', expected one of reference, torch, cpu, triton, cuda" in run.stderr
+    assert (
+        "GRADROUTE_BACKEND: got 'fastest', expected one of reference, torch, cpu, triton, cuda" in run.stderr
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_has_no_backends():
+    assert available_backends("routed_linear", "cuda") == ()
+    assert unavailable_backends(device="cuda")["torch"] == "no CUDA device is visible"
+
+
+def test_an_empty_name_is_no_choice():
+    with pytest.raises(ValueError, match="backend: got '', expected one of reference"):
+        choose("route_grad", "", X)
+
+
+def test_a_weight_without_memory_is_refused():
+    x, weight = torch.randn(3, 4), torch.randn(5, 4, device="meta")
+    routes, sites = (
+        gradroute.Routes.of(torch.zeros(3, dtype=torch.int64), 1),
+        gradroute.LinearSites(output=[[0.5]]),
+    )
+    with pytest.raises(
+        ValueError, match="x: got a tensor on cpu for a weight on meta, expected both on one device"
+    ):
+        gradroute.routed_linear(x, weight, None, routes, sites)
 
 
 # The automatic choice

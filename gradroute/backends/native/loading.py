@@ -34,7 +34,7 @@ def _why_missing() -> str:
     why = "the native module was not built"
     elsewhere = _installed_elsewhere()
     if elsewhere is None:
-        return why
+        return f"{why} (docs/install.md says what it needs)"
     return (
         f"{why} for the copy of gradroute in {_PACKAGE}, which Python found first; the copy installed in {elsewhere} "
         "has it: run from outside of the checkout, or build it there by `pip install -e . -c constraints.txt`"
@@ -78,7 +78,7 @@ instruction_set = _instruction_set()
 def why_not(name: str) -> str | None:
     """Why the native module has no kernels for backend `name`, "cpu" or "cuda"; None when it has."""
     if module is None:
-        return f'{load_error}: see "Build wheels for a cluster" in the README'
+        return load_error
     if name == "cuda" and not hasattr(module, "cuda"):
         return "the native module was built without CUDA: build it where a GPU is visible, or with GRADROUTE_CUDA=1"
     return None

@@ -70,6 +70,11 @@ class MLPMasks(NamedTuple):
     z: tuple[Weights, ...]
     update: tuple[Weights, ...]
 
+    def taken(self, device: torch.device) -> tuple[Any, ...]:
+        """(the routing, the tables of each group); by `taken` below it took 2 of the 20 µs of a small call."""
+        groups = [tuple([weights.taken(device) for weights in group]) for group in self[1:]]
+        return self.routing.taken(device), *groups
+
 
 class HeadMasks(NamedTuple):
     """The masks of attention's output, whose tables have one column per head."""
@@ -202,10 +207,10 @@ def taken(operand: Any, device: torch.device) -> Any:
     """
     if isinstance(operand, Tensor):
         return _view(operand, device)
-    if isinstance(operand, (Routing, Weights, Positions)):
+    if isinstance(operand, (Routing, Weights, Positions, MLPMasks)):
         return operand.taken(device)
     if isinstance(operand, tuple):
-        return tuple([taken(field, device) for field in operand])
+        return tuple([None if field is None else taken(field, device) for field in operand])
     return operand
 
 
