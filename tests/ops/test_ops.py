@@ -229,7 +229,7 @@ ELEMENTWISE = {
 
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_site_is_known_to_shield_or_not(op):
-    """What is missing in both tables would be tested by nothing."""
+    """A site that is in neither table would be tested by nothing."""
     unshielded = UNSHIELDED.get(op, set())
     assert unshielded.isdisjoint(SHIELDED[op])
     assert unshielded | set(SHIELDED[op]) == set(testing.site_names(op))
