@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
@@ -178,8 +179,11 @@ def localize(
 
     Raises:
         TypeError: features are neither a slice, integers nor booleans.
-        ValueError: a route is not in `[0, num_routes)`, or an index not in `[-features, features)`.
+        ValueError: a route is not in `[0, num_routes)`, an index not in `[-features, features)`, a weight not finite.
     """
+    for name, weight in (("on", on), ("off", off)):
+        if not math.isfinite(weight):
+            raise ValueError(f"{name}: got {weight}, expected a finite weight")
     weights = torch.ones(num_routes, features, device="cpu")
     for route, features_of_route in where.items():
         if not isinstance(route, int | np.integer) or not 0 <= route < num_routes:

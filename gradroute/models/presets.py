@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..attention import AttentionSites
@@ -242,6 +243,8 @@ def era(
         The plan. `route` raises ValueError where a model has no such layers or units.
     """
     routes = _count(route, num_routes)
+    if not isinstance(units, int | np.integer):
+        raise TypeError(f"units: got {units!r}, expected an integer")
 
     def sites(index: int, shape: Shape) -> MLPSites | None:
         _check_count("units", units, shape.d_ff)
@@ -254,7 +257,12 @@ def era(
 
 def _count(route: int, num_routes: int | None) -> int:
     """The number of routes: as many as one route needs, where none is given."""
-    return max(2, route + 1) if num_routes is None else num_routes
+    if not isinstance(route, int | np.integer):
+        raise TypeError(f"route: got {route!r}, expected an integer")
+    number = max(2, route + 1) if num_routes is None else num_routes
+    if not 0 <= route < number:
+        raise ValueError(f"route: got {route}, expected 0 <= route < num_routes = {number}")
+    return number
 
 
 def _shape_of(config: Configuration) -> Shape:
@@ -267,6 +275,8 @@ def _last(routes: int, features: int, count: int, route: int, on: float = 1.0, o
 
 
 def _check_count(name: str, count: int, features: int) -> None:
+    if not isinstance(count, int | np.integer):
+        raise TypeError(f"{name}: got {count!r}, expected an integer from 0 to {features}")
     if not 0 <= count <= features:
         raise ValueError(f"{name}: got {count}, expected 0 to {features}")
 

@@ -98,3 +98,34 @@ def test_shape_that_plans_are_given(name):
     assert given == [(index, shape) for index in range(layers)]
     assert isinstance(model.routing_plan, RoutingPlan)
     assert all(isinstance(entry.tables["hidden"], Table) for entry in model.routing_plan.mlp)
+
+
+SMALL = Shape(2, 16, 24, 4, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: models.sgtm(SMALL, 1.5),
+            TypeError,
+            "forget_heads: got 1.5, expected an integer",
+        ),
+        (
+            lambda: models.sgtm(SMALL, 1, 16.0),
+            TypeError,
+            "forget_units: got 16.0, expected an integer",
+        ),
+        (lambda: models.era(units=1.5), TypeError, "units: got 1.5, expected an integer"),
+        (lambda: models.localize_mlp([0], 4, route="1"), TypeError, "route: got '1', expected an integer"),
+        (lambda: models.localize_mlp([0], 4, route=-1), ValueError, "route: got -1, expected 0 <= route <"),
+        (
+            lambda: models.steering([0], 1, route=5, num_routes=2),
+            ValueError,
+            "route: got 5, expected 0 <= route < num_routes = 2",
+        ),
+    ],
+)
+def test_numbers_of_plans_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

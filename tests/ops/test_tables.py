@@ -269,3 +269,9 @@ def test_ragged_tables_are_named():
     message = "LinearSites.output: got [[1.0, 0.0], [1.0]], expected numbers in rows of one length"
     with pytest.raises(ValueError, match=re.escape(message)):
         LinearSites(output=[[1.0, 0.0], [1.0]])
+
+
+@pytest.mark.parametrize("name", ["on", "off"])
+def test_weights_of_localize_that_are_not_finite(name):
+    with expect(ValueError, f"{name}: got nan, expected a finite weight"):
+        localize(2, 8, {1: [0]}, **{name: float("nan")})
