@@ -141,7 +141,7 @@ class Block:
             chosen.append(Piece(name, dim, index, parameters[name].shape[dim]))
         if not chosen:
             raise ValueError("pieces: got none, expected at least one")
-        return cls([Part("", "parameters", torch.empty(0, dtype=torch.int64), tuple(chosen))])
+        return cls([Part("", "parameters", torch.empty(0, dtype=torch.int64, device="cpu"), tuple(chosen))])
 
     @property
     def is_whole(self) -> bool:

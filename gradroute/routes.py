@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .tables import as_tensor
+from .arguments import as_tensor
 
 MAX_ROUTES = 32768
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .arguments import as_tensor, check_int, check_is, check_number, check_values, ordinary_tensors
 
 # A table of more constant pieces than this is handled as dense: beyond it, a pass per piece costs more
 # than one pass with a gathered mask.
@@ -27,7 +27,9 @@ TableLike = Union["Table", Tensor, np.ndarray, Sequence[Sequence[float]]]
 class Table:
     """Weights `[R, F]` (or `[R, 1]`, broadcast over features): row r masks the gradient of tokens of route r.
 
-    Host fp32 constants, immutable: checked and classified once, copied to a device when first used there.
+    Host fp32 constants, immutable: checked and classified once, copied to a device when first used there. They are the
+    fp32 of what is given, whatever the default dtype and device are, and ordinary tensors also where they are made
+    under autocast, torch.inference_mode, a FakeTensorMode or a transform of torch.func.
     They carry no gradient, are not part of a state_dict and are untouched by a module's `.to(dtype)`.
     Route 0 is the base route, from which a strength interpolates.
 
@@ -42,13 +44,18 @@ class Table:
 
     Raises:
         TypeError: `weights` are not real numbers.
-        ValueError: `weights` are not two-dimensional, are empty, or are not finite.
+        ValueError: `weights` are not two-dimensional, are empty, are not finite, or have no values, as on meta.
     """
 
     __slots__ = ("__weakref__", "_copies", "binary", "density", "kind", "segments", "values", "weights")
 
     def __init__(self, weights: TableLike) -> None:
-        self.weights: Tensor = _host_weights(weights.weights if isinstance(weights, Table) else weights)
+        with ordinary_tensors():
+            self.weights: Tensor = _host_weights(weights.weights if isinstance(weights, Table) else weights)
+            self._classify()
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def _classify(self) -> None:
         segments = _segments(self.weights)
         changed = [bool((self.weights[:, start] != 1).any()) for start, _ in segments[: MAX_SEGMENTS + 1]]
         self.segments: tuple[tuple[int, int], ...] = ()
@@ -65,7 +72,6 @@ class Table:
         self.binary = bool(((self.weights == 0) | (self.weights == 1)).all())
         values = self.weights.unique().tolist()
         self.values: tuple[float, ...] = tuple(values) if len(values) <= MAX_VALUES else ()
-        self._copies: dict[torch.device, Tensor] = {}
 
     @classmethod
     def of(cls, weights: TableLike, name: str = "table") -> Table:
@@ -97,11 +103,13 @@ class Table:
         if device.type == "cpu":
             return self.weights
         copy = self._copies.get(device)
-        if copy is None:
-            copy = self.weights.to(device)
-            # A traced program may not write to a cache; layers fill it when they are made or moved.
-            if not torch.compiler.is_compiling():
-                self._copies[device] = copy
+        if copy is not None:
+            return copy
+        # A traced program may not write to a cache; layers fill it when they are made or moved.
+        if torch.compiler.is_compiling():
+            return self.weights.to(device)
+        with ordinary_tensors():
+            copy = self._copies[device] = self.weights.to(device)
         return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Table:
@@ -115,27 +123,9 @@ class Table:
         return f"Table([{rows}, {features}], {self.kind})"
 
 
-def as_tensor(values: object, expected: str) -> Tensor:
-    """A tensor as it is, detached; numbers of any other kind as a tensor on the CPU.
-
-    Raises:
-        TypeError: `values` are not numbers; the message says what was `expected`.
-        ValueError: likewise, where they are not of one shape.
-    """
-    # torch.as_tensor would move a tensor to an ambient device, such as meta while a model is being built.
-    if isinstance(values, Tensor):
-        return values.detach()
-    try:
-        return torch.as_tensor(values, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"got {reprlib.repr(values)}, expected {expected}: {error}") from None
-
-
 def _host_weights(weights: object) -> Tensor:  # [R, F]
     tensor = as_tensor(weights, "numbers in rows of one length, [routes, features] or [routes, 1]")
-    if tensor.is_meta:
-        raise ValueError("got weights on the meta device, which have no values; expected values")
+    check_values(tensor, "weights")
     if tensor.is_complex():
         raise TypeError(f"got weights of dtype {tensor.dtype}, expected real numbers")
     if tensor.dim() != 2 or 0 in tensor.shape:
@@ -181,48 +171,75 @@ def localize(
         TypeError: features are neither a slice, integers nor booleans.
         ValueError: a route is not in `[0, num_routes)`, an index not in `[-features, features)`, a weight not finite.
     """
-    for name, weight in (("on", on), ("off", off)):
-        if not math.isfinite(weight):
-            raise ValueError(f"{name}: got {weight}, expected a finite weight")
-    weights = torch.ones(num_routes, features, device="cpu")
+    num_routes = check_int("num_routes", num_routes, 1)
+    features = check_int("features", features, 1)
+    on, off = check_number("on", on), check_number("off", off)
+    if not isinstance(where, Mapping):
+        raise TypeError(f"where: got a {type(where).__name__}, expected a dict {{route: features}}")
+    weights = np.ones((num_routes, features))
     for route, features_of_route in where.items():
-        if not isinstance(route, int | np.integer) or not 0 <= route < num_routes:
+        if isinstance(route, bool) or not isinstance(route, (int, np.integer)):
+            raise TypeError(f"where: got route {route!r}, expected an int")
+        if not 0 <= route < num_routes:
             raise ValueError(f"where: got route {route!r}, expected 0 <= route < num_routes = {num_routes}")
         weights[route] = off
         weights[route, indices_of(features_of_route, features, f"where[{route}]")] = on
     return Table(weights)
 
 
-def indices_of(chosen: Features, features: int, name: str) -> slice | Tensor:
-    """Features as an index of a row: slices as they are, indices and booleans checked.
+def indices_of(chosen: Features, features: int, name: str) -> list[int]:
+    """The indices of features, each in `[0, features)`.
+
+    Nothing is chosen by `slice(0)`, by an empty list and by booleans that are all False, but by no other slice: one
+    that lies outside of the features, or ends before it starts, is a mistake.
 
     Raises:
         TypeError: they are not what Features may be; errors name the argument `name`.
-        ValueError: an index is not in `[-features, features)`, or there are more or fewer booleans than features.
+        ValueError: an index is not in `[-features, features)`, a bound of a slice not in `[-features, features]`, a
+            slice chooses nothing, or there are more or fewer booleans than features.
     """
     if isinstance(chosen, slice):
-        return chosen
+        return _indices_of_slice(chosen, features, name)
     try:
-        indices = as_tensor(chosen, "a slice, indices, or a boolean for each feature").flatten()
+        with ordinary_tensors():
+            indices = as_tensor(chosen, "a slice, indices, or a boolean for each feature")
+            check_values(indices, "indices")
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
-    if indices.is_meta:
-        raise ValueError(f"{name}: got indices on the meta device, which have no values; expected values")
-    indices = indices.cpu()
-    if indices.dtype == torch.bool:
-        if len(indices) != features:
-            raise ValueError(
-                f"{name}: got {len(indices)} booleans, expected one for each of {features} features"
-            )
-        return indices
+    if indices.dim() == 0:
+        raise TypeError(
+            f"{name}: got {indices.item()!r}, expected a slice or indices: [i] is one feature, slice(n) the first n"
+        )
+    if indices.dim() > 1:
+        raise ValueError(f"{name}: got indices of shape {list(indices.shape)}, expected one dimension")
     if indices.numel() and (indices.is_floating_point() or indices.is_complex()):
         raise TypeError(f"{name}: got indices of dtype {indices.dtype}, expected integers")
-    outside = (indices < -features) | (indices >= features)
-    if outside.any():
-        raise ValueError(
-            f"{name}: got index {int(indices[outside][0])}, expected -{features} <= index < {features} = features"
-        )
-    return indices.long()
+    listed = indices.tolist()
+    if indices.dtype == torch.bool:
+        if len(listed) != features:
+            raise ValueError(
+                f"{name}: got {len(listed)} booleans, expected one for each of {features} features"
+            )
+        return [index for index, is_chosen in enumerate(listed) if is_chosen]
+    for index in listed:
+        if not -features <= index < features:
+            raise ValueError(
+                f"{name}: got index {index}, expected -{features} <= index < {features} = features"
+            )
+    return [index % features for index in listed]
+
+
+def _indices_of_slice(chosen: slice, features: int, name: str) -> list[int]:
+    for bound in (chosen.start, chosen.stop, chosen.step):
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, np.integer))):
+            raise TypeError(f"{name}: got {chosen}, expected a slice of integers")
+    outside = [bound for bound in (chosen.start, chosen.stop) if not -features <= (bound or 0) <= features]
+    if outside or chosen.step == 0:
+        raise ValueError(f"{name}: got {chosen}, expected bounds from -{features} to {features} = features")
+    indices = list(range(features)[chosen])
+    if not indices and (chosen.start or 0, chosen.stop) != (0, 0):
+        raise ValueError(f"{name}: got {chosen}, which chooses none of {features} features")
+    return indices
 
 
 def heads(weights: TableLike, head_dim: int) -> Table:
@@ -230,9 +247,10 @@ def heads(weights: TableLike, head_dim: int) -> Table:
 
     Feature `h * head_dim + d` of head h gets the weight of head h, as projections of attention lay them out.
     """
-    if head_dim < 1:
-        raise ValueError(f"head_dim: got {head_dim}, expected a positive number of features per head")
-    return Table(Table.of(weights, "weights").weights.repeat_interleave(head_dim, dim=1))
+    head_dim = check_int("head_dim", head_dim, 1)
+    of_heads = Table.of(weights, "weights").weights
+    with ordinary_tensors():
+        return Table(of_heads.repeat_interleave(head_dim, dim=1))
 
 
 def concatenate(parts: Sequence[Table | None], widths: Sequence[int]) -> Table | None:
@@ -241,14 +259,35 @@ def concatenate(parts: Sequence[Table | None], widths: Sequence[int]) -> Table |
     Args:
         parts: of each part's features its table, `[R, width]` or `[R, 1]`, or None.
         widths: each part's number of features.
+
+    Raises:
+        TypeError: a part that is no Table, a width that is no integer.
+        ValueError: another number of widths than of parts, tables of different numbers of routes, or one that has
+            not its part's width.
     """
-    num_routes = next((part.num_routes for part in parts if part is not None), None)
+    check_is("parts", parts, (list, tuple), "a list of tables or None")
+    check_is("widths", widths, (list, tuple), "a list of numbers of features")
+    if len(widths) != len(parts):
+        raise ValueError(f"widths: got {len(widths)}, expected {len(parts)}, one for each of parts")
+    num_routes = None
+    for i, (part, width) in enumerate(zip(parts, widths, strict=True)):
+        width = check_int(f"widths[{i}]", width, 0)
+        if part is None:
+            continue
+        check_is(f"parts[{i}]", part, Table, "a gradroute.Table or None")
+        num_routes = part.num_routes if num_routes is None else num_routes
+        if part.num_routes != num_routes or part.features not in (1, width):
+            raise ValueError(
+                f"parts[{i}]: got a table [{part.num_routes}, {part.features}], expected [{num_routes}, {width}] or "
+                f"[{num_routes}, 1]"
+            )
     if num_routes is None:
         return None
-    weights = [
-        torch.ones(num_routes, width, device="cpu")
-        if part is None
-        else part.weights.expand(num_routes, width)
-        for part, width in zip(parts, widths, strict=True)
-    ]
-    return Table(torch.cat(weights, dim=1))
+    with ordinary_tensors():
+        weights = [
+            torch.ones(num_routes, width, dtype=torch.float32, device="cpu")
+            if part is None
+            else part.weights.expand(num_routes, width)
+            for part, width in zip(parts, widths, strict=True)
+        ]
+        return Table(torch.cat(weights, dim=1))

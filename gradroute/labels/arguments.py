@@ -8,6 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import arguments
+from ..arguments import check_int, is_number
+
+__all__ = [
+    "MAX_VOCABULARY",
+    "Values",
+    "as_bounds",
+    "as_integers",
+    "as_labels",
+    "as_numbers",
+    "as_row",
+    "as_tensor",
+    "as_vocabulary_ids",
+    "check_all",
+    "check_int",
+    "check_like",
+    "check_range",
+    "check_row",
+    "is_number",
+    "on_host",
+]
+
 #: A tensor, an array, a number, or nested sequences of numbers.
 Values = Tensor | np.ndarray | Sequence[object] | float
 
@@ -16,19 +38,11 @@ MAX_VOCABULARY = 1 << 24
 
 
 def as_tensor(name: str, value: Values) -> Tensor:
-    """`value` as a tensor; arrays and lists are copied to the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach()
+    """`value` as a tensor; arrays and lists are copied to the CPU. Python's floats are fp64."""
     try:
-        if isinstance(value, np.ndarray):
-            # A copy: torch warns of arrays that are not writable, as files of tokens mapped into memory are.
-            return torch.from_numpy(np.array(value, order="C"))
-        tensor = torch.as_tensor(value, device="cpu")
-        return tensor if tensor.numel() else tensor.long()  # an empty list has no dtype
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{name}: got a {type(value).__name__} that is no tensor ({error}), expected one"
-        ) from error
+        return arguments.as_tensor(value, "a tensor, an array, or numbers in rows of one length")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def as_integers(name: str, value: Values) -> Tensor:
@@ -58,9 +72,15 @@ def as_numbers(name: str, value: Values, bools: bool = False) -> Tensor:
     return tensor if tensor.is_floating_point() or tensor.dtype == torch.bool else as_integers(name, tensor)
 
 
-def as_row(name: str, value: Values) -> Tensor:
-    """`value` as `[n]` real numbers or bools."""
+def as_labels(name: str, value: Values) -> Tensor:
+    """`value` as ids, strengths or bools; strengths in a list, which has no dtype, are fp32."""
     tensor = as_numbers(name, value, bools=True)
+    return tensor.float() if tensor.is_floating_point() and not hasattr(value, "dtype") else tensor
+
+
+def as_row(name: str, value: Values) -> Tensor:
+    """`value` as `[n]` ids, strengths or bools."""
+    tensor = as_labels(name, value)
     check_row(name, tensor, None, "")
     return tensor
 
@@ -140,17 +160,3 @@ def check_all(name: str, values: Tensor, valid: Tensor, expected: str) -> None:
     if not bool(valid.all()):
         first = (~valid).nonzero()[0].tolist()
         raise ValueError(f"{name}: got {values[tuple(first)].item()} at {first}, expected {expected}")
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a real number of Python."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_int(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
-    """Raises unless a value is an int in its bounds."""
-    bounds = "" if least is None else f" of {least} or more" if most is None else f" from {least} to {most}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, expected an int{bounds}")
-    if (least is not None and value < least) or (most is not None and value > most):
-        raise ValueError(f"{name}: got {value}, expected an int{bounds}")

@@ -11,7 +11,7 @@ from .arguments import (
     Values,
     as_bounds,
     as_integers,
-    as_numbers,
+    as_labels,
     as_row,
     as_tensor,
     check_all,
@@ -136,7 +136,7 @@ def episodes(
     """
     if take not in ("first", "last"):
         raise ValueError(f"take: got {take!r}, expected 'first' or 'last'")
-    labels = as_numbers("labels", labels, bools=True)
+    labels = as_labels("labels", labels)
     first = _episode_starts(starts, dones)
     name = "starts" if dones is None else "dones"
     if labels.device != first.device:
@@ -189,7 +189,7 @@ def next_token(
         ValueError: a number without a dimension; `cu_seqlens` as in `match_ngrams`; a mask of another shape; both
             `cu_seqlens` and `attention_mask`.
     """
-    labels = as_numbers("labels", labels, bools=True)
+    labels = as_labels("labels", labels)
     if labels.dim() == 0:
         raise ValueError("labels: got one number, expected labels of tokens, [*, S]")
     if cu_seqlens is not None and attention_mask is not None:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ..attention import AttentionSites
 from ..embedding import EmbeddingSites
@@ -271,7 +270,7 @@ def _shape_of(config: Configuration) -> Shape:
 
 def _last(routes: int, features: int, count: int, route: int, on: float = 1.0, off: float = 0.0) -> Table:
     """A table that confines one route to the last `count` features."""
-    return localize(routes, features, {route: torch.arange(features - count, features)}, on, off)
+    return localize(routes, features, {route: list(range(features - count, features))}, on, off)
 
 
 def _check_count(name: str, count: int, features: int) -> None:

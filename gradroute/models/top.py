@@ -11,9 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import as_tensor
 from ..routes import Routes
 from ..sites import Sites
-from ..tables import as_tensor
 from .architectures import submodule
 from .attention_function import document_bounds, structured_mask
 from .lora import is_adapter

@@ -64,7 +64,7 @@ def adopt_group(saved: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 def check_state(parameter: Tensor, block_dim: int | None, saved: Mapping[str, Any]) -> None:
     """Raises ValueError where a saved state does not have the shape of its parameter."""
     shape, blocks = parameter.shape, block_shape(parameter.shape, block_dim)
-    steps = torch.as_tensor(saved.get("step", 0))
+    steps = _as_tensor(saved.get("step", 0))
     if steps.dim() and steps.shape != blocks:
         raise ValueError(
             f"state_dict: got steps of shape {list(steps.shape)} for a parameter of shape {list(shape)} and "
@@ -78,9 +78,14 @@ def check_state(parameter: Tensor, block_dim: int | None, saved: Mapping[str, An
             )
 
 
+def _as_tensor(count: Tensor | float) -> Tensor:
+    """A saved count of steps as a tensor; a number is not rounded to the default dtype."""
+    return count if isinstance(count, Tensor) else torch.tensor(count, dtype=torch.float64, device="cpu")
+
+
 def loaded_steps(parameter: Tensor, block_dim: int | None, saved: Tensor | float) -> Tensor:
     """Saved counts of steps on the parameter's device; a single number becomes the count of every block."""
-    steps = torch.as_tensor(saved)
+    steps = _as_tensor(saved)
     has_blocks = len(block_shape(parameter.shape, block_dim)) > 0
     if steps.dim() == 0 and (has_blocks or is_distributed(parameter) != is_distributed(steps)):
         return new_steps(parameter, block_dim, float(local_part(steps)))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import as_tensor
 from ..routes import Routes
 
 #: Route ids: integers of the shape of the tokens, flat integers, or one integer a sample.
@@ -31,11 +32,9 @@ class BatchRoutes:
         if isinstance(route_ids, Routes):
             route_ids = route_ids.ids.view(route_ids.shape)
         try:
-            ids = torch.as_tensor(route_ids)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"route_ids: got a {type(route_ids).__name__} that is no tensor ({error}), expected integers"
-            ) from error
+            ids = as_tensor(route_ids, "integers in rows of one length")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"route_ids: {error}") from None
         if ids.is_floating_point() or ids.is_complex():
             raise TypeError(f"route_ids: got dtype {ids.dtype}, expected an integer or bool dtype")
         self._ids = ids.to(torch.int64)

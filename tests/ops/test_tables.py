@@ -236,7 +236,7 @@ def test_heads():
 
 
 def test_heads_without_features():
-    with expect(ValueError, "head_dim: got 0, expected a positive number of features per head"):
+    with expect(ValueError, "head_dim: got 0, expected an int of 1 or more"):
         heads([[1.0]], 0)
 
 
@@ -249,7 +249,7 @@ def test_concatenate():
 @pytest.mark.parametrize(
     ("features", "error", "message"),
     [
-        ([0.5], TypeError, "where[1]: got indices of dtype torch.float32, expected integers"),
+        ([0.5], TypeError, "where[1]: got indices of dtype torch.float64, expected integers"),
         ("ab", TypeError, "where[1]: got 'ab', expected a slice, indices, or a boolean for each feature"),
         ([[1], [1, 2]], ValueError, "where[1]: got [[1], [1, 2]], expected a slice, indices"),
         ([True, False], ValueError, "where[1]: got 2 booleans, expected one for each of 4 features"),
@@ -273,5 +273,5 @@ def test_ragged_tables_are_named():
 
 @pytest.mark.parametrize("name", ["on", "off"])
 def test_weights_of_localize_that_are_not_finite(name):
-    with expect(ValueError, f"{name}: got nan, expected a finite weight"):
+    with expect(ValueError, f"{name}: got nan, expected a finite number"):
         localize(2, 8, {1: [0]}, **{name: float("nan")})

@@ -39,7 +39,11 @@ MASK = torch.zeros(2, 3, dtype=torch.bool)
             "input_ids: got dtype torch.float32, expected integers",
         ),
         (lambda: match_tokens(MASK, [1]), TypeError, "input_ids: got dtype torch.bool"),
-        (lambda: match_tokens("text", [1]), TypeError, "input_ids: got a str that is no tensor"),
+        (
+            lambda: match_tokens("text", [1]),
+            TypeError,
+            "input_ids: got 'text', expected a tensor, an array, or numbers",
+        ),
         (lambda: match_tokens(IDS, []), ValueError, "token_ids: got none, expected at least one"),
         (
             lambda: match_tokens(IDS, [3, -2]),
@@ -47,7 +51,7 @@ MASK = torch.zeros(2, 3, dtype=torch.bool)
             "token_ids: got -2 at [1], expected token ids from 0",
         ),
         (lambda: match_tokens(IDS, [1 << 30]), ValueError, "token_ids: got 1073741824"),
-        (lambda: match_tokens(IDS, [1.5]), TypeError, "token_ids: got dtype torch.float32"),
+        (lambda: match_tokens(IDS, [1.5]), TypeError, "token_ids: got dtype torch.float64"),
         (lambda: match_tokens(IDS, [[1]]), ValueError, "token_ids: got shape [1, 1], expected one dimension"),
         (lambda: match_ngrams(IDS.double(), [[1]]), TypeError, "input_ids: got dtype torch.float64"),
         (lambda: match_ngrams(IDS, []), ValueError, "sequences: got none, expected at least one"),
@@ -88,7 +92,7 @@ MASK = torch.zeros(2, 3, dtype=torch.bool)
             ValueError,
             "input_ids: got 2 of 3 out of range, values [-1, 9]; expected 0 <= id < 5, the vocab_size",
         ),
-        (lambda: token_counts([1.0], 5), TypeError, "input_ids: got dtype torch.float32"),
+        (lambda: token_counts([1.0], 5), TypeError, "input_ids: got dtype torch.float64"),
         (lambda: token_counts([1], 0), ValueError, "vocab_size: got 0, expected an int from 1"),
         (lambda: token_counts([1], 5.0), TypeError, "vocab_size: got 5.0, expected an int"),
         (
@@ -141,7 +145,7 @@ MASK = torch.zeros(2, 3, dtype=torch.bool)
         ),
         (lambda: documents([1]), TypeError, "lengths, cu_seqlens: got both or neither"),
         (lambda: documents([1], [-1]), ValueError, "lengths: got -1 at [0], expected lengths of 0 or more"),
-        (lambda: documents([1], [1.5]), TypeError, "lengths: got dtype torch.float32"),
+        (lambda: documents([1], [1.5]), TypeError, "lengths: got dtype torch.float64"),
         (lambda: documents(IDS, [1, 2]), ValueError, "labels: got shape [2, 3], expected one dimension"),
         (
             lambda: samples([1, 0], (3, 4)),

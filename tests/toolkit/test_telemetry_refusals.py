@@ -67,7 +67,7 @@ def test_parts_of_fused_modules_are_refused(name):
     ("ids", "error", "message"),
     [
         (torch.zeros(7), TypeError, "route_ids: got dtype torch.float32"),
-        ([[0], [1, 0]], TypeError, "route_ids: got a list that is no tensor ("),
+        ([[0], [1, 0]], ValueError, "route_ids: got [[0], [1, 0]], expected integers in rows of one length"),
         (torch.full((7,), 2), ValueError, "route_ids: got ids from 2 to 2, expected 0 to 1"),
         (torch.zeros(6, dtype=torch.long), ValueError, "got shape [6], expected that of the tokens of head, [7]"),
         (None, ValueError, "route_ids: got none for head"),

@@ -108,7 +108,7 @@ class Edges(NamedTuple):
         routes, ids = torch.unique(self.ids[0], return_inverse=True)
         if len(routes) ** 2 > tiling.ROWS * tiling.KEYS:
             return
-        ones = torch.ones(len(routes), len(routes), device=ids.device)
+        ones = torch.ones(len(routes), len(routes), dtype=torch.float32, device=ids.device)
         score, value = (ones if table is None else table[routes][:, routes] for table in self[1:])
         _, class_of = torch.unique(
             torch.cat([score, value], 1), dim=0, return_inverse=True
