@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <iterator>
 #include <list>
 #include <string>
 #include <type_traits>
@@ -57,11 +58,12 @@ class Reader {
   }
 
   void read(py::handle from, Activation& to) {
-    static const char* const names[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
+    static const char* const names[] = {"silu", "gelu", "gelu_tanh", "gelu_fast", "relu", "relu2"};
     const auto name = from.cast<std::string>();
-    for (int i = 0; i < 5; ++i)
+    for (size_t i = 0; i < std::size(names); ++i)
       if (name == names[i]) return void(to = Activation(i));
-    throw py::value_error("native kernels: got activation " + name + ", expected silu, gelu, gelu_tanh, relu or relu2");
+    throw py::value_error("native kernels: got activation " + name +
+                          ", expected silu, gelu, gelu_tanh, gelu_fast, relu or relu2");
   }
 
   // A sequence of integers, start and stop of each segment in turn.

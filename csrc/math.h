@@ -149,8 +149,9 @@ GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
     const C cdf = standard_normal_cdf(a);
     value = a * cdf;
     derivative = cdf + a * C(0.39894228040143267794) * exponential(C(-0.5) * a * a);
-  } else if (activation == Activation::gelu_tanh) {
-    constexpr C slope = C(0.79788456080286535588);  // sqrt(2 / pi)
+  } else if (activation == Activation::gelu_tanh || activation == Activation::gelu_fast) {
+    // sqrt(2 / pi), of which gelu_fast has ten digits; in fp32 they are one number.
+    constexpr C slope = activation == Activation::gelu_fast ? C(0.7978845608) : C(0.79788456080286535588);
     constexpr C cubic = C(0.044715);
     C s, complement;
     sigmoid(C(2) * slope * (a + cubic * a * a * a), s, complement);  // (1 + tanh(u)) / 2 and (1 - tanh(u)) / 2
@@ -181,6 +182,11 @@ GRADROUTE_INLINE void value_and_derivative(C a, C& value, C& derivative) {
     }                                                          \
     case Activation::gelu_tanh: {                              \
       constexpr Activation ACTIVATION = Activation::gelu_tanh; \
+      __VA_ARGS__;                                             \
+      break;                                                   \
+    }                                                          \
+    case Activation::gelu_fast: {                              \
+      constexpr Activation ACTIVATION = Activation::gelu_fast; \
       __VA_ARGS__;                                             \
       break;                                                   \
     }                                                          \

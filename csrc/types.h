@@ -9,7 +9,7 @@ namespace gradroute {
 
 enum class Dtype : int { float32, bfloat16, float16, float64 };
 
-enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2 };
+enum class Activation : int { silu, gelu, gelu_tanh, gelu_fast, relu, relu2 };
 
 // One number per dimension of a tensor of attention.
 using Sizes = int64_t[4];

@@ -39,7 +39,8 @@ def routed_gated_mlp(
         w_down: `[d_out, d_ff]`; d_out is usually d_model.
         routes: the batch's routes; None: the ordinary op.
         sites: where to mask; None: the ordinary op.
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        activation: "silu", "gelu" (erf), "gelu_tanh", "gelu_new", "gelu_fast" (both tanh too, with the rounding of
+            transformers' modules of these names), "relu" or "relu2" (squared ReLU).
         b_gate: `[d_ff]` or None.
         b_up: `[d_ff]` or None.
         b_down: `[d_out]` or None.
@@ -101,7 +102,8 @@ def routed_glu(
         up: `[*tokens, d_ff]`, of gate's dtype.
         routes: the batch's routes; None: the ordinary op.
         sites: where to mask; None: the ordinary op.
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        activation: "silu", "gelu" (erf), "gelu_tanh", "gelu_new", "gelu_fast" (both tanh too, with the rounding of
+            transformers' modules of these names), "relu" or "relu2" (squared ReLU).
         backend: see `gradroute.use_backend`; default: the fastest that supports the call.
 
     Returns:

@@ -125,7 +125,8 @@ def routed_mlp(
         b_out: `[d_out]` or None.
         routes: the batch's routes; None: the ordinary op.
         sites: where to mask; None: the ordinary op.
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        activation: "silu", "gelu" (erf), "gelu_tanh", "gelu_new", "gelu_fast" (both tanh too, with the rounding of
+            transformers' modules of these names), "relu" or "relu2" (squared ReLU).
         backend: see `gradroute.use_backend`; default: the fastest that supports the call.
 
     Returns:
@@ -269,7 +270,8 @@ def routed_activation(
         a: `[*tokens, d_ff]`, fp32, bf16, fp16 or fp64.
         routes: the batch's routes; None: the ordinary op.
         sites: where to mask; None: the ordinary op.
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        activation: "silu", "gelu" (erf), "gelu_tanh", "gelu_new", "gelu_fast" (both tanh too, with the rounding of
+            transformers' modules of these names), "relu" or "relu2" (squared ReLU).
         backend: see `gradroute.use_backend`; default: the fastest that supports the call.
 
     Returns:

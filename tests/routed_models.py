@@ -28,13 +28,6 @@ def routed(name, plan, **options):
     return route(name, fresh(name), plan, **options)
 
 
-def exact(name):
-    """The model with an activation whose eager rounding is that of the kernels: "gelu_new" rounds every step."""
-    if name in ("gpt2", "gpt_neo"):
-        return model_zoo.build(name, activation_function="gelu_pytorch_tanh")
-    return fresh(name)
-
-
 def batch(rows=2, tokens=10, routes=2, padding=True):
     """Tokens (the one called padding among them), targets (one for every position) and ids."""
     shape = (rows, tokens)

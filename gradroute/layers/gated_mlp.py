@@ -22,7 +22,8 @@ class RoutedGatedMLP(AnyRoutedMLP):
         d_model: width of the input and the output.
         d_ff: width of the hidden layer.
         sites: where to mask.
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        activation: "silu", "gelu" (erf), "gelu_tanh", "gelu_new", "gelu_fast" (both tanh too, with the rounding of
+            transformers' modules of these names), "relu" or "relu2" (squared ReLU).
         bias: whether the linear layers have a bias.
         device: the parameters' device.
         dtype: the parameters' dtype.

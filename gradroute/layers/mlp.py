@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..activations import check_activation
+from ..activations import check_activation, name_of_module
 from ..mlp import MLPSites, routed_mlp
 from ..routes import Routes
 from .module import Device
@@ -16,9 +16,6 @@ from .submodules import LinearsModule, check_no_dropout
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-# The op's name for the activation that an existing MLP has as a module.
-_ACTIVATION_NAMES = {nn.SiLU: "silu", nn.GELU: "gelu", nn.ReLU: "relu"}
 
 
 class AnyRoutedMLP(LinearsModule):
@@ -99,9 +96,7 @@ class AnyRoutedMLP(LinearsModule):
 
 def _check_activations(mlp: nn.Module, activation: str) -> None:
     for name, module in mlp.named_modules():
-        known = _ACTIVATION_NAMES.get(type(module))
-        if known == "gelu" and module.approximate == "tanh":
-            known = "gelu_tanh"
+        known = name_of_module(module)
         if known not in (None, activation):
             raise ValueError(f"activation: got {activation!r}, expected {known!r}, which mlp.{name} is")
 
@@ -113,7 +108,8 @@ class RoutedMLP(AnyRoutedMLP):
         d_model: width of the input and the output.
         d_ff: width of the hidden layer.
         sites: where to mask.
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        activation: "silu", "gelu" (erf), "gelu_tanh", "gelu_new", "gelu_fast" (both tanh too, with the rounding of
+            transformers' modules of these names), "relu" or "relu2" (squared ReLU).
         bias: whether the linear layers have a bias.
         device: the parameters' device.
         dtype: the parameters' dtype.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import activations
 from ..linear import LinearSites
 from ..mlp import ActivationSites, MLPSites, routed_activation, routed_mlp
 from ..routes import Routes
@@ -17,21 +18,6 @@ from .linear import call_linear, features, is_readable, matrix, scale_columns, s
 from .lora import swap_linear
 from .modules import AnyModule, is_watched
 from .swapped import Swapped, check_children
-
-# The op's name for an MLP's activation, by its class in torch.nn or transformers.
-_ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELU": "gelu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    # The same formula, but with eager PyTorch's rounding of every step.
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-}
 
 
 class MLPOps(NamedTuple):
@@ -68,7 +54,7 @@ class MLP(Swapped):
     @classmethod
     def check_module(cls, module: nn.Module) -> None:
         check_children(module, (*cls.names, cls.activation_name))
-        _activation_of(module.get_submodule(cls.activation_name))
+        activations.check_module(module.get_submodule(cls.activation_name))
 
     def swap_children(self) -> None:
         *inner, outer = self._linears()
@@ -144,7 +130,7 @@ class MLP(Swapped):
                 f"{type(self).__name__}.{self.activation_name}: got hooks or another forward, expected none beside "
                 "routes: the activation is part of a fused op; put hooks on the MLP or on its linear layers"
             )
-        return _activation_of(activation)
+        return activations.check_module(activation)
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         if routes is None or self._sites is None:
@@ -179,12 +165,3 @@ class NeoXMLP(MLP):
     """The MLP of GPT-NeoX and Pythia."""
 
     names = ("dense_h_to_4h", "dense_4h_to_h")
-
-
-def _activation_of(module: nn.Module) -> str:
-    name = type(module).__name__
-    if name == "GELU" and getattr(module, "approximate", "none") == "tanh":
-        return "gelu_tanh"
-    if name not in _ACTIVATIONS:
-        raise TypeError(f"got the activation {name}, expected one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..activations import ACTIVATIONS
 from ..routes import Routes
 from ..sites import Sites
 from ..tables import Table
@@ -72,7 +73,7 @@ class ActivationArguments(NamedTuple):
         da: those of the pre-activations' gradients.
         z: those of the hidden activations; none where z is not wanted.
         update: those of the input parameters' updates; none where the bias gradient is not wanted.
-        activation: its name.
+        activation: what kernels know it by.
         want_z: recompute the masked hidden activations.
         want_bias: sum the bias gradient.
     """
@@ -99,7 +100,7 @@ class ActivationArguments(NamedTuple):
             [table.on(device) for table in masks.da],
             [table.on(device) for table in masks.z] if want_z else [],
             [table.on(device) for table in masks.update] if want_bias else [],
-            activation,
+            ACTIVATIONS[activation].kernel or activation,
             want_z,
             want_bias,
         )

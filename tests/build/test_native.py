@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gradroute import MLPSites, Routes, Table, backends, testing
+from gradroute.activations import ACTIVATIONS
 from gradroute.backends import native
 from gradroute.backends.native import loading, operands
 from gradroute.backends.native.operands import (
@@ -125,7 +126,7 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_over_the_whole_line(activation, instruction_set):
     """Value and derivative within 4 eps of the larger of 1 and the value; saturated without overflow or NaN."""
     a = torch.cat(
@@ -148,7 +149,7 @@ def test_activations_over_the_whole_line(activation, instruction_set):
         assert error.max() <= 4 * torch.finfo(torch.float32).eps, a[0, error.argmax()]
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_nan_activation_is_not_hidden(activation, instruction_set):
     a = torch.tensor([[float("nan"), 1.0]])
     da, z, _ = native.activation_backward(

@@ -17,7 +17,6 @@ from routed_models import (
     batch,
     check,
     check_differ,
-    exact,
     expect,
     route,
     routed,
@@ -175,7 +174,7 @@ def test_parameter_sites_leave_attention_as_it_is(name, implementation):
     """Where attention itself masks nowhere, the model's own implementation runs."""
     tokens, targets, ids = batch(tokens=13)
     plan = RoutingPlan(2, **update_sites(name))
-    unrouted = exact(name)
+    unrouted = fresh(name)
     unrouted.set_attn_implementation(implementation)
     model = route(name, copy.deepcopy(unrouted), plan)
     got, expected = model_zoo.logits_of(model, tokens, route_ids=ids), model_zoo.logits_of(unrouted, tokens)
