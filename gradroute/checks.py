@@ -42,6 +42,34 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int) -> None:
     raise ValueError(f"{name}: got shape {list(shape)}, expected [{wanted}]")
 
 
+def is_plain(tensor: object) -> bool:
+    """Whether a tensor is its numbers: not of a class that computes otherwise with them, such as a quantised weight.
+
+    Such a class says itself what a linear layer of it is, forward and backward, and its numbers, if there are any, are
+    not what it stands for. torch's own classes for tracing are plain: they stand for ordinary tensors.
+    """
+    kind = type(tensor)
+    return kind is torch.nn.Parameter or kind is Tensor or _computes_as_tensor(kind)
+
+
+def _computes_as_tensor(kind: type) -> bool:
+    if kind.__module__.startswith("torch._subclasses."):
+        return True
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)  # type: ignore[attr-defined]
+    ordinary = (Tensor.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in ordinary  # type: ignore[attr-defined]
+
+
+def check_parameter(name: str, tensor: Tensor | None, *expected: int) -> None:
+    """As `check_shape`; raises TypeError where a parameter is not plain, because ops read its numbers."""
+    if tensor is not None and not is_plain(tensor):
+        raise TypeError(
+            f"{name}: got a {type(tensor).__name__}, expected an ordinary tensor, whose numbers are read: call the "
+            "layer of this one, and mask around it with gradroute.route_grad; of a DTensor pass to_local()"
+        )
+    check_shape(name, tensor, *expected)
+
+
 def check_features(name: str, x: Tensor, features: int, origin: str, weight: Tensor) -> None:
     """Raises ValueError unless the last dimension of `x` is `features`, which `origin` explains, and both have memory.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
-from .checks import check_shape, flat, refuse_double_backward, unrouted
+from .checks import check_parameter, flat, refuse_double_backward, unrouted
 from .function import Function, RoutedContext
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -61,7 +61,7 @@ def routed_embedding(
     if unrouted(routes, sites, EmbeddingSites):
         return F.embedding(tokens, weight, padding_idx)
     assert routes is not None and sites is not None
-    check_shape("weight", weight, -1, -1)
+    check_parameter("weight", weight, -1, -1)
     num_embeddings, features = weight.shape
     if padding_idx is not None:
         padding_idx = _checked_row(padding_idx, num_embeddings)

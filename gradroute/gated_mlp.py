@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
-from .checks import autocast, check_features, check_shape, unrouted
+from .checks import autocast, check_features, check_parameter, check_shape, unrouted
 from .mlp import ActivationFunction, ActivationSites, MLPFunction, MLPSites
 from .routes import Routes
 
@@ -59,14 +59,14 @@ def routed_gated_mlp(
         h = ACTIVATIONS[activation].value(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
         return F.linear(h, w_down, b_down)
     assert routes is not None and sites is not None
-    check_shape("w_gate", w_gate, -1, -1)
+    check_parameter("w_gate", w_gate, -1, -1)
     d_ff, d_model = w_gate.shape
     check_features("x", x, d_model, "w_gate is [d_ff, d_model]", w_gate)
-    check_shape("w_up", w_up, d_ff, d_model)
-    check_shape("w_down", w_down, -1, d_ff)
-    check_shape("b_gate", b_gate, d_ff)
-    check_shape("b_up", b_up, d_ff)
-    check_shape("b_down", b_down, w_down.shape[0])
+    check_parameter("w_up", w_up, d_ff, d_model)
+    check_parameter("w_down", w_down, -1, d_ff)
+    check_parameter("b_gate", b_gate, d_ff)
+    check_parameter("b_up", b_up, d_ff)
+    check_parameter("b_down", b_down, w_down.shape[0])
     routes.check(x, "x")
     sites.check(routes, MLPSites.widths(w_down.shape[0], d_ff, b_down))
     x, w_gate, w_up, w_down, b_gate, b_up, b_down = autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)

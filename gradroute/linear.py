@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
-from .checks import autocast, check_features, check_shape, flat, refuse_double_backward, unrouted
+from .checks import autocast, check_features, check_parameter, flat, refuse_double_backward, unrouted
 from .function import Context, Function, RoutedContext
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -123,10 +123,10 @@ def routed_linears(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: LinearSites) -> None:
-    check_shape("weight", weight, -1, -1)
+    check_parameter("weight", weight, -1, -1)
     outputs, inputs = weight.shape
     check_features("x", x, inputs, "weight is [O, I]", weight)
-    check_shape("bias", bias, outputs)
+    check_parameter("bias", bias, outputs)
     routes.check(x, "x")
     sites.check(routes, LinearSites.widths(inputs, outputs, bias))
 

@@ -14,7 +14,7 @@ from .activations import ACTIVATIONS, check_activation
 from .checks import (
     autocast,
     check_features,
-    check_shape,
+    check_parameter,
     flat,
     masked_forward,
     refuse_double_backward,
@@ -141,12 +141,12 @@ def routed_mlp(
     if unrouted(routes, sites, MLPSites):
         return F.linear(ACTIVATIONS[activation].value(F.linear(x, w_in, b_in)), w_out, b_out)
     assert routes is not None and sites is not None
-    check_shape("w_in", w_in, -1, -1)
+    check_parameter("w_in", w_in, -1, -1)
     d_ff, d_model = w_in.shape
     check_features("x", x, d_model, "w_in is [d_ff, d_model]", w_in)
-    check_shape("b_in", b_in, d_ff)
-    check_shape("w_out", w_out, -1, d_ff)
-    check_shape("b_out", b_out, w_out.shape[0])
+    check_parameter("b_in", b_in, d_ff)
+    check_parameter("w_out", w_out, -1, d_ff)
+    check_parameter("b_out", b_out, w_out.shape[0])
     routes.check(x, "x")
     sites.check(routes, MLPSites.widths(w_out.shape[0], d_ff, b_out))
     x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)

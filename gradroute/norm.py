@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
-from .checks import check_features, check_shape, flat, refuse_double_backward, unrouted
+from .checks import check_features, check_parameter, flat, refuse_double_backward, unrouted
 from .function import Function, RoutedContext
 from .norm_forward import rms_norm_eps, rms_norm_value
 from .primitives.arguments import NormArguments
@@ -128,10 +128,10 @@ def routed_layer_norm(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: NormSites) -> None:
-    check_shape("weight", weight, -1)
+    check_parameter("weight", weight, -1)
     features = weight.shape[0]
     check_features("x", x, features, "weight is [D]", weight)
-    check_shape("bias", bias, features)
+    check_parameter("bias", bias, features)
     routes.check(x, "x")
     sites.check(routes, {"features": features})
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Block
+from ..checks import is_plain
 from ..layers import RoutedModule
 from ..models.inspection import is_dtensor
 from ..models.plan import Shape
@@ -47,6 +48,11 @@ def check_parameters(block: Block, model: nn.Module) -> None:
         if is_dtensor(parameter):
             raise TypeError(
                 f"{piece.parameter}: got a sharded parameter, expected a whole one: do this before sharding"
+            )
+        if parameter is not None and not is_plain(parameter):
+            raise TypeError(
+                f"{piece.parameter}: got a {type(parameter).__name__}, expected an ordinary tensor: do this before "
+                "quantising"
             )
         if parameter is not None and parameter.is_meta:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import unrouted
+from ..checks import is_plain, unrouted
 from ..sites import Sites
 
 if TYPE_CHECKING:
@@ -76,6 +76,11 @@ def check_plain(name: str, module: nn.Module, expected: type[nn.Module], instead
         got = f"a {type(module).__name__}"
     elif "forward" in vars(module) or "weight" not in module._parameters:
         got = f"a {expected.__name__} whose forward or weight was replaced"
+    else:
+        special = [
+            f"{key} is a {type(one).__name__}" for key, one in module.named_parameters() if not is_plain(one)
+        ]
+        got = f"a {expected.__name__} whose {special[0]}" if special else None
     if got is not None:
         raise TypeError(
             f"{name}: got {got}, expected a torch.nn.{expected.__name__} itself, because its parameters are read and "

@@ -149,7 +149,7 @@ class Attention(Swapped):
             q, k = self._rotate(q, k, *kwargs.pop("position_embeddings"))
         z, probabilities = self._attend(q, k, v, routes, **kwargs)  # [B, S, H, D]
         z = z.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        y = call_linear(getattr(self, self.names[-1]), z, routes, self._linear_sites()[-1])
+        y = call_linear(getattr(self, self.names[-1]), z, routes, self._linear_sites()[-1], self.backend)
         if self.dropout_name is not None:
             y = getattr(self, self.dropout_name)(y)
         return y, probabilities
@@ -160,7 +160,8 @@ class Attention(Swapped):
         if all(map(is_fusible, linears)) and not torch.compiler.is_compiling():
             outputs = call_linears(linears, x, routes, self.backend)
         else:
-            outputs = tuple(map(call_linear, linears, repeat(x), repeat(routes), self._linear_sites()))
+            sites, backend = self._linear_sites(), repeat(self.backend)
+            outputs = tuple(map(call_linear, linears, repeat(x), repeat(routes), sites, backend))
         q, k, v = (y.unflatten(-1, (-1, head_dim)) for y in outputs)  # each [B, S, heads, D]
         q, k = self._normed("q_norm", q, routes), self._normed("k_norm", k, routes)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..embedding import EmbeddingSites, routed_embedding
 from ..layers import check_embedding
 from ..routes import Routes
-from .modules import full_name, refuse_dtensor
+from .modules import full_name, refuse_dtensor, refuse_special
 from .swapped import Swapped
 
 
@@ -25,6 +25,7 @@ class Embedding(Swapped):
     def check_module(cls, module: nn.Module) -> None:
         if not isinstance(module, nn.Embedding):
             raise TypeError(f"got a {full_name(module)}, expected a torch.nn.Embedding")
+        refuse_special(module)
         check_embedding(module.max_norm, module.scale_grad_by_freq, module.sparse)
 
     def _widths(self) -> Mapping[str, int | str]:

@@ -52,7 +52,7 @@ class FusedAttention(ConfiguredWindowAttention):
         return [cls._lay_out(torch.cat((q, kv, kv)), head_dim)]
 
     def _project(self, x: Tensor, routes: Routes) -> tuple[Tensor, ...]:
-        qkv = call_linear(getattr(self, self.names[0]), x, routes, self._linear_sites()[0])
+        qkv = call_linear(getattr(self, self.names[0]), x, routes, self._linear_sites()[0], self.backend)
         head_dim = self.heads_of(self).dim
         return tuple(
             x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in qkv.split(self._splits(), dim=-1)
@@ -122,5 +122,5 @@ class NeoXAttention(FusedAttention):
         return by_head.flatten(-3)
 
     def _project(self, x: Tensor, routes: Routes) -> tuple[Tensor, ...]:
-        qkv = call_linear(getattr(self, self.names[0]), x, routes, self._linear_sites()[0])
+        qkv = call_linear(getattr(self, self.names[0]), x, routes, self._linear_sites()[0], self.backend)
         return qkv.unflatten(-1, (-1, 3 * self.head_size)).transpose(1, 2).chunk(3, dim=-1)

@@ -36,14 +36,14 @@ class GatedMLP(MLP):
         sites = self._op_sites
         gate, up, down = self._linears()
         z = routed_glu(
-            call_linear(gate, x, routes, sites.inner),
-            call_linear(up, x, routes, sites.inner),
+            call_linear(gate, x, routes, sites.inner, self.backend),
+            call_linear(up, x, routes, sites.inner, self.backend),
             routes,
             sites.middle,
             self._activation(),
             backend=self.backend,
         )
-        return call_linear(down, z, routes, sites.outer)
+        return call_linear(down, z, routes, sites.outer, self.backend)
 
 
 class PhiMLP(GatedMLP):
@@ -59,6 +59,6 @@ class PhiMLP(GatedMLP):
     def _called(self, x: Tensor, routes: Routes) -> Tensor:
         sites = self._op_sites
         gate_up, down = self._linears()
-        gate, up = call_linear(gate_up, x, routes, sites.inner).chunk(2, dim=-1)
+        gate, up = call_linear(gate_up, x, routes, sites.inner, self.backend).chunk(2, dim=-1)
         z = routed_glu(gate, up, routes, sites.middle, self._activation(), backend=self.backend)
-        return call_linear(down, z, routes, sites.outer)
+        return call_linear(down, z, routes, sites.outer, self.backend)

@@ -7,18 +7,72 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ..linear import LinearSites, routed_linear, routed_linears
+from ..route_grad import route_grad
 from ..routes import Routes
-from .modules import AnyModule, full_name, is_dtensor, is_watched, refuse_dtensor
+from ..tables import Table
+from .modules import (
+    AnyModule,
+    Argument,
+    full_name,
+    is_dtensor,
+    is_watched,
+    refuse_dtensor,
+    refuse_replaced,
+    special_parameters,
+)
 from .swapped import Swapped
 
 
-class Linear(Swapped):
-    """torch.nn.Linear: `gradroute.routed_linear`."""
+class CalledLinear(Swapped):
+    """A linear layer that is called whatever it is, such as a quantised one, and masked around.
+
+    Who may update a weight is decided where its gradient is formed, and that is the layer's own business here.
+    """
 
     sites_type = LinearSites
     owns_sites = True
-    weight: Tensor
     bias: Tensor | None
+
+    @classmethod
+    def check_module(cls, module: nn.Module) -> None:
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"got a {full_name(module)}, expected a torch.nn.Linear")
+
+    def _widths(self) -> Mapping[str, int | str]:
+        outputs, inputs = features(self)
+        return LinearSites.widths(inputs, outputs, self.bias)
+
+    def _sites_of_ops(self, sites: LinearSites) -> tuple[LinearSites, ...]:
+        self._refuse_updates(sites, TypeError)
+        return super()._sites_of_ops(sites)
+
+    def _refuse_updates(self, sites: LinearSites, error: type[Exception]) -> None:
+        """Raises where sites say who may update a layer that forms its weight's gradient itself, if it has one."""
+        masking = sites.effective.tables  # where a table of ones, which masks nothing, is missing
+        names = [name for name in sites.tables if name.startswith("update") and name in masking]
+        if names:
+            special = special_parameters(self)
+            raise error(
+                f"{', '.join(names)}: got tables for {full_name(self)}{' with ' if special else ''}{special}, expected "
+                "none: it is frozen, or its own class forms its gradient; mask activations instead (hidden, pre, "
+                "output, heads), or train adapters around it (LoRA)"
+            )
+
+    def forward(self, x: Tensor, *args: Argument, routes: Routes | None = None, **kwargs: Argument) -> Tensor:
+        if routes is None or self._sites is None:
+            return super().forward(x, *args, **kwargs)
+        sites = self._op_sites[0]
+        y = super().forward(self._masked(x, sites.input, routes), *args, **kwargs)
+        return self._masked(y, sites.output, routes)
+
+    def _masked(self, x: Tensor, table: Table | None, routes: Routes) -> Tensor:
+        return x if table is None else route_grad(x, routes, table, backend=self.backend)
+
+
+class Linear(CalledLinear):
+    """torch.nn.Linear: `gradroute.routed_linear`; with a weight that is not an ordinary tensor it is called."""
+
+    weight: Tensor
     in_features: int
     out_features: int
 
@@ -31,14 +85,17 @@ class Linear(Swapped):
         """The weight as torch.nn.Linear lays it out."""
         return self.weight
 
-    def _widths(self) -> Mapping[str, int | str]:
-        outputs, inputs = self.matrix().shape
-        return LinearSites.widths(inputs, outputs, self.bias)
+    def _refuse_updates(self, sites: LinearSites, error: type[Exception]) -> None:
+        if special_parameters(self):
+            super()._refuse_updates(sites, error)
 
-    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:  # type: ignore[override]
         if routes is None or self._sites is None:
             return super().forward(x)
         refuse_dtensor(self)
+        if special_parameters(self):
+            self._refuse_updates(self._sites, RuntimeError)  # it was quantised since it was routed
+            return super().forward(x, routes=routes)
         return routed_linear(x, self.matrix(), self.bias, routes, self._op_sites[0], backend=self.backend)
 
 
@@ -77,8 +134,13 @@ def features(linear: AnyModule) -> tuple[int, int]:
     return outputs, inputs
 
 
-def call_linear(linear: nn.Module, x: Tensor, routes: Routes, sites: LinearSites | None) -> Tensor:
-    """A linear submodule's output; it must take the routes where something of it is routed."""
+def call_linear(
+    linear: AnyModule, x: Tensor, routes: Routes, sites: LinearSites | None, backend: str | None
+) -> Tensor:
+    """A linear submodule's output; it must take the routes where something of it is routed.
+
+    An ordinary linear layer that stands in the place of a routed one is routed like it.
+    """
     if isinstance(linear, Swapped):
         return linear(x, routes=routes)
     if hasattr(linear, "base_layer"):
@@ -86,7 +148,11 @@ def call_linear(linear: nn.Module, x: Tensor, routes: Routes, sites: LinearSites
             f"{full_name(linear)}: got an adapter around a linear layer of a routed model, whose own parameters are "
             "not routed; expected route() after the adapter was added"
         )
-    return linear(x) if sites is None else linear(x, routes=routes)
+    if sites is None:
+        return linear(x)
+    if not is_readable(linear):
+        refuse_replaced(linear)
+    return routed_linear(x, matrix(linear), linear.bias, routes, sites, backend=backend)
 
 
 def is_fusible(linear: nn.Module) -> bool:
@@ -108,7 +174,12 @@ def is_readable(linear: AnyModule) -> bool:
     made = getattr(type(linear), "whole", type(linear))
     plain = made is nn.Linear or is_conv1d(linear)
     swapped = getattr(made, "mixin", None) in (Linear, Conv1D) and "mixin" in made.__dict__
-    return (plain or swapped) and not is_watched(linear) and not is_dtensor(linear.weight)
+    return (
+        (plain or swapped)
+        and not is_watched(linear)
+        and not is_dtensor(linear.weight)
+        and not special_parameters(linear)
+    )
 
 
 def scale_rows(linear: AnyModule, weights: Tensor) -> None:

@@ -13,8 +13,8 @@ from ..route_grad import route_grad
 from ..routes import Routes
 from ..sites import given
 from ..tables import Table
-from .linear import Conv1D, Linear, call_linear, is_conv1d
-from .modules import AnyModule, Argument, full_name, is_dtensor
+from .linear import CalledLinear, Conv1D, Linear, call_linear, is_conv1d
+from .modules import AnyModule, Argument, full_name, is_dtensor, special_parameters
 from .swapped import Swapped, swap
 
 
@@ -24,8 +24,17 @@ def is_adapter(module: nn.Module) -> bool:
 
 
 def is_lora(module: nn.Module) -> bool:
-    """Whether a module is PEFT's LoRA around a linear layer that is not quantised."""
-    return (type(module).__module__, type(module).__name__) == ("peft.tuners.lora.layer", "Linear")
+    """Whether a module is PEFT's LoRA around a linear layer, which may be quantised."""
+    return (type(module).__module__, type(module).__name__) in _LORA
+
+
+# The classes of PEFT that add B A x to what the layer within computes: by the module and the name.
+_LORA = {
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+}
 
 
 class Adapter(Swapped):
@@ -61,6 +70,8 @@ class LoRAOps(NamedTuple):
 
 class LoRALinear(Swapped):
     """PEFT's LoRA around a torch.nn.Linear or a Conv1D of transformers: y = base(x) + Σ scaling B A dropout(x).
+
+    The base layer may be quantised (torchao, bitsandbytes): it is then frozen, and called as it is.
 
     The linear layer's sites mean this, for every active adapter:
 
@@ -119,6 +130,7 @@ class LoRALinear(Swapped):
             raise TypeError(f"got {type(variant).__name__} in adapter {name!r}, expected plain LoRA")
         if not isinstance(self.base_layer, Swapped):
             swap_linear(self.base_layer, self._base_sites(), self.backend)
+            self._check_frozen_base()
         for name, lora_a in self.lora_A.items():
             lora_b = self.lora_B[name]
             sites_a, sites_b = self._adapter_sites(name, lora_b.bias is not None)
@@ -141,7 +153,17 @@ class LoRALinear(Swapped):
         return LoRAOps(sites, given(LinearSites, **{name: sites.tables.get(name) for name in names}))
 
     def _base_sites(self) -> LinearSites | None:
-        return self._op_sites.base if self._op_sites else None
+        return self._op_sites.base if self._op_sites and not _is_quantised(self.base_layer) else None
+
+    def _check_frozen_base(self) -> None:
+        """Raises where a token may update a part of a quantised base layer: nothing of it is routed."""
+        if self._op_sites and self._op_sites.base is not None and _is_quantised(self.base_layer):
+            trained = [name for name, one in self.base_layer.named_parameters() if one.requires_grad]
+            if trained:
+                raise TypeError(
+                    f"{full_name(self.base_layer)}.{trained[0]}: got requires_grad=True beside sites, expected a "
+                    "quantised base layer to be frozen"
+                )
 
     def _adapter_sites(self, name: str, has_bias: bool) -> tuple[LinearSites, LinearSites]:
         """The sites of an adapter's A, and those of its B."""
@@ -161,7 +183,7 @@ class LoRALinear(Swapped):
             return super().forward(x, *args, **kwargs)
         self._refuse(kwargs)
         x = self._masked("input", x, routes)
-        y = call_linear(self.base_layer, x, routes, self._base_sites())
+        y = call_linear(self.base_layer, x, routes, self._base_sites(), self.backend)
         dtype = y.dtype
         for name in self._active():
             y = y + self._adapted(name, x, routes) * self.scaling[name]
@@ -196,18 +218,27 @@ class LoRALinear(Swapped):
         return x if table is None else route_grad(x, routes, table, backend=self.backend)
 
 
+def _is_quantised(base: nn.Module) -> bool:
+    """Whether a base layer is called as it is: by its class, or because of its weight's."""
+    made = type(base).original if isinstance(base, Swapped) else type(base)
+    return bool(special_parameters(base)) or (made is not nn.Linear and isinstance(base, nn.Linear))
+
+
 def linear_mixin(module: nn.Module) -> type[Swapped]:
     """The mixin that routes a linear layer; what cannot be routed is refused when it is swapped."""
     if is_adapter(module):
         return LoRALinear if is_lora(module) else Adapter
-    return Conv1D if is_conv1d(module) else Linear
+    if is_conv1d(module):
+        return Conv1D
+    return Linear if type(module) is nn.Linear else CalledLinear
 
 
 def swap_linear(module: nn.Module, sites: LinearSites | None, backend: str | None) -> None:
     """Routes a linear layer that a routed module calls; where nothing of it is routed it may be of any class.
 
     Raises:
-        TypeError: something is routed, and it is neither a torch.nn.Linear nor a Conv1D nor PEFT's LoRA of one.
+        TypeError: something is routed, and it is neither a torch.nn.Linear nor a Conv1D nor PEFT's LoRA of one; or a
+            table says who may update a layer that is quantised.
     """
     if sites is not None or is_adapter(module):
         swap(module, linear_mixin(module), sites, backend)
@@ -266,7 +297,10 @@ def _product(*tables: Table | None) -> Table | None:
 
 
 def refuse_unreadable(path: str, linear: nn.Module) -> None:
-    """Raises where a linear layer's own parameters are not all that it computes with, or are distributed."""
+    """Raises where a linear layer's own parameters are not all that it computes with, or are no ordinary tensors."""
+    special = special_parameters(linear)
+    if special:
+        raise TypeError(f"{path}: got {special}, expected ordinary tensors: do this before quantising")
     if is_adapter(linear) or any(map(is_dtensor, linear.parameters(recurse=False))):
         raise TypeError(
             f"{path}: got adapters or sharded parameters, expected a plain linear layer: merge adapters first "

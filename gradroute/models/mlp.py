@@ -156,9 +156,9 @@ class MLP(Swapped):
     def _called(self, x: Tensor, routes: Routes) -> Tensor:
         sites = self._op_sites
         fc_in, fc_out = self._linears()
-        a = call_linear(fc_in, x, routes, sites.inner)
+        a = call_linear(fc_in, x, routes, sites.inner, self.backend)
         z = routed_activation(a, routes, sites.middle, self._activation(), backend=self.backend)
-        return call_linear(fc_out, z, routes, sites.outer)
+        return call_linear(fc_out, z, routes, sites.outer, self.backend)
 
 
 class NeoXMLP(MLP):

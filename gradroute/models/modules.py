@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_plain
 from ..routes import Routes
 from ..sites import Sites
 
@@ -51,6 +52,37 @@ def refuse_dtensor(module: nn.Module) -> None:
             )
 
 
+def special_parameters(module: nn.Module) -> str:
+    """Which of a module's parameters are of a class that computes otherwise with them, in words; "" if none is."""
+    special = [
+        f"a {name} of {type(parameter).__name__}"
+        for name in module._parameters
+        if (parameter := getattr(module, name, None)) is not None
+        and not is_plain(parameter)
+        and not is_dtensor(parameter)
+    ]
+    return " and ".join(special)
+
+
+def refuse_special(module: nn.Module) -> None:
+    """Raises where a module's parameters are not ordinary tensors: who may update them is decided by their class."""
+    special = special_parameters(module)
+    if special:
+        raise TypeError(f"got a {full_name(module)} with {special}, expected ordinary tensors: they are read")
+
+
+def refuse_replaced(module: nn.Module) -> NoReturn:
+    """Raises about a module that stands in the place of a routed one."""
+    raise RuntimeError(
+        f"got a {full_name(module)} in the place of a module that route() had made routed, expected that one: "
+        "something replaced it since; unroute() the model and route() it again after replacing modules"
+    )
+
+
 def call(module: nn.Module, x: Tensor, routes: Routes, sites: Sites | None) -> Tensor:
     """A submodule's output; it takes the routes where something of it is routed."""
-    return module(x) if sites is None else module(x, routes=routes)
+    if sites is None:
+        return module(x)
+    if not hasattr(module, "_sites"):
+        refuse_replaced(module)
+    return module(x, routes=routes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..norm import NormSites, routed_layer_norm, routed_rms_norm
 from ..routes import Routes
-from .modules import full_name, refuse_dtensor
+from .modules import full_name, refuse_dtensor, refuse_special
 from .swapped import Swapped
 
 
@@ -24,6 +24,7 @@ class Norm(Swapped):
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 1:
             raise TypeError(f"got a {full_name(module)}, expected a norm with a weight of one dimension")
+        refuse_special(module)
 
     def _widths(self) -> Mapping[str, int | str]:
         return {"features": self.weight.shape[0]}
