@@ -1,10 +1,9 @@
-"""Masks of tokens that are among some ids, or belong to n-grams such as the words of a tokenizer."""
+"""Masks of tokens that are among some ids, or belong to n-grams such as those of `token_sequences`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,150 +42,6 @@ def _match(ids: Tensor, wanted: Tensor) -> Tensor:
     table[wanted] = True
     # The last entry is for tokens outside the table on either side: an index of -1 counts from the end.
     return table.to(ids.device)[ids.clamp(-1, size)]
-
-
-def token_sequences(
-    tokenizer: Any, words: Iterable[str], case_variants: bool = True, leading_space: bool = True
-) -> list[tuple[int, ...]]:
-    """The token sequences that words may be written as, for `match_ngrams`.
-
-    Args:
-        tokenizer: a tokenizer of transformers, or a `tokenizers.Tokenizer`; no special tokens are added.
-        words: words or phrases, at least one.
-        case_variants: whether words are also written in lower case, in upper case, with the first letter of the phrase
-            in upper case, and with the first letter of every word in upper case.
-        leading_space: whether words are also written with a space before, which is another token in most vocabularies:
-            " tree" inside a sentence, "tree" at its beginning.
-
-    Returns:
-        Each sequence once, in the order of the words. Forms with the tokenizer's unknown token are left out, because
-        they would match everything else that the tokenizer does not know. Forms of which it drops characters, as a BPE
-        without an unknown token does, are left out too, because they would match other words. Slow tokenizers of
-        transformers do not say what they drop.
-
-    Raises:
-        TypeError: `words` is one string or has other things than strings; the tokenizer is none.
-        ValueError: no words, an empty word, or one that has no form which the tokenizer knows.
-    """
-    if isinstance(words, str):
-        raise TypeError(f"words: got the string {words!r}, expected a list of words")
-    words = list(words)
-    if not words:
-        raise ValueError("words: got none, expected at least one")
-    encode = _encoder(tokenizer)
-    unknown = _unknown_token(tokenizer)
-    drops = _dropper(tokenizer)
-    found: dict[tuple[int, ...], None] = {}
-    for index, word in enumerate(words):
-        _check_word(f"words[{index}]", word)
-        encoded = {form: tuple(encode(form)) for form in _forms(word, case_variants, leading_space)}
-        known = [
-            sequence
-            for form, sequence in encoded.items()
-            if sequence and unknown not in sequence and not drops(form)
-        ]
-        if not known:
-            expected = (
-                f"a word without its unknown token ({unknown})"
-                if unknown in encoded[word]
-                else "a word of which the tokenizer drops no characters"
-            )
-            raise ValueError(
-                f"words[{index}]: got {word!r}, which the tokenizer turns into {list(encoded[word])}, expected "
-                f"{expected}"
-            )
-        found.update(dict.fromkeys(known))
-    return list(found)
-
-
-def _check_word(name: str, word: object) -> None:
-    if not isinstance(word, str):
-        raise TypeError(f"{name}: got {word!r}, expected a string")
-    if not word.strip():
-        raise ValueError(f"{name}: got {word!r}, expected a word that is not empty")
-
-
-def _forms(word: str, case_variants: bool, leading_space: bool) -> dict[str, None]:
-    """The ways to write a word, the word itself first; the keys of a dict, which keep their order."""
-    forms = [word]
-    if case_variants:
-        titled = " ".join(part[:1].upper() + part[1:] for part in word.split(" "))
-        forms += [word.lower(), word.upper(), word[:1].upper() + word[1:], titled]
-    if leading_space:
-        forms += [" " + form for form in forms]
-    return dict.fromkeys(forms)
-
-
-def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    if not callable(getattr(tokenizer, "encode", None)):
-        raise TypeError(
-            f"tokenizer: got a {type(tokenizer).__name__}, expected a tokenizer of transformers or a "
-            "tokenizers.Tokenizer"
-        )
-
-    def encode(text: str) -> list[int]:
-        encoded = tokenizer.encode(text, add_special_tokens=False)
-        return list(getattr(encoded, "ids", encoded))  # an Encoding of tokenizers, or the ids of transformers
-
-    return encode
-
-
-def _unknown_token(tokenizer: Any) -> int | None:
-    known = getattr(tokenizer, "unk_token_id", None)
-    inner = _inner_tokenizer(tokenizer)
-    if known is not None or inner is None:
-        return known
-    if hasattr(inner.model, "unk_token"):
-        return None if inner.model.unk_token is None else inner.token_to_id(inner.model.unk_token)
-    # A Unigram has no attribute for its unknown token.
-    return json.loads(inner.to_str())["model"].get("unk_id")
-
-
-def _inner_tokenizer(tokenizer: Any) -> Any:
-    """The `tokenizers.Tokenizer` that a tokenizer is or has; None: it has none."""
-    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    return inner if hasattr(inner, "model") and hasattr(inner, "to_str") else None
-
-
-def _dropper(tokenizer: Any) -> Callable[[str], bool]:
-    """A function that says whether a tokenizer drops characters of a text; it says False where there are no offsets.
-
-    A BPE lays its tokens end to end, so that dropped characters are missing at the end of the offsets. Characters that
-    the normaliser changes or removes are not dropped, because every text goes through it, but they have no offsets
-    either: NFKC makes one character of an e and a combining accent, at the place of the e. So the normalised text is
-    looked at. A normaliser that changes its own output again (it prepends a space, or turns bytes into characters)
-    makes another text of it; then the text itself is looked at too.
-    """
-    inner = _inner_tokenizer(tokenizer)
-    if inner is None:
-        return lambda text: False
-
-    def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        if inner is tokenizer:
-            encoding = tokenizer.encode(text, add_special_tokens=False)
-            return encoding.ids, encoding.offsets
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], encoded["offset_mapping"]
-
-    def is_short(text: str) -> bool:
-        ids, offsets = encode(text)
-        covered = {place for span in offsets for place in range(*span)}
-        # Byte-level offsets may be trimmed of a space that was prepended, and so begin a character late.
-        if ids and inner.id_to_token(ids[0]).startswith("Ġ"):
-            covered.add(0)
-        # Normalisers make "▁" of a space.
-        return any(
-            not char.isspace() and char != "▁" and place not in covered for place, char in enumerate(text)
-        )
-
-    def drops(text: str) -> bool:
-        if inner.normalizer is None:
-            return is_short(text)
-        normalised = inner.normalizer.normalize_str(text)
-        is_stable = inner.normalizer.normalize_str(normalised) == normalised
-        return is_short(normalised) and (is_stable or is_short(text))
-
-    return drops
 
 
 def match_ngrams(

@@ -1,0 +1,109 @@
+"""Labels: the sequences of words, with tokenizers of every kind, against the words that a regular expression finds."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from labels_cases import expect
+from tokenizer_cases import KINDS, tokenizer_of
+
+from gradroute.labels import match_ngrams, match_spans, token_sequences
+
+WORDS = ["tree", "mill"]
+TEXT = (
+    'tree by the road.\ntree (tree) "tree" oak-tree, a tree\nmill [mill] the mill\tTree\r\n{TREE}, the Tree\'s\n\n'
+    "“tree” «mill» *mill* :tree; -mill? 'tree' tree's the tree, and a (mill), and the mill."
+)
+SPLITTING = [kind for kind in KINDS if kind not in ("unsplit", "llama2")]
+
+
+def marks(kind, text, **options):
+    """What sequences mark, what spans mark, and the tokens as text."""
+    encoding = tokenizer_of(kind).encode(text, add_special_tokens=False)
+    sequences = token_sequences(tokenizer_of(kind), WORDS, **options)
+    words = match_spans(text, encoding.offsets, WORDS, ignore_case=options.get("case_variants", True))
+    return match_ngrams(torch.tensor(encoding.ids), sequences), words, encoding.tokens
+
+
+@pytest.mark.parametrize("kind", SPLITTING)
+def test_words_are_found_between_all_neighbours(kind):
+    """At a line's start, behind brackets, quotes, dashes and tabs; nothing is warned of, for nothing is missed."""
+    found, words, tokens = marks(kind, TEXT)
+    assert words.sum() >= len(re.findall(r"(?i)\b(tree|mill)\b", TEXT)) == 22
+    missed = [tokens[place] for place in (words & ~found).nonzero().squeeze(1).tolist()]
+    assert not missed
+    # A lone mark of a space may belong to a word.
+    assert {tokens[place] for place in (found & ~words).nonzero().squeeze(1).tolist()} <= {"▁", "Ġ"}
+
+
+@pytest.mark.parametrize("kind", ["unsplit", "llama2"])
+def test_spellings_that_are_merged_are_warned_of(kind):
+    """A tokenizer that splits nowhere makes tokens of a word's end and what follows."""
+    tokenizer = tokenizer_of(kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sequences = token_sequences(tokenizer, WORDS)
+    encoding = tokenizer.encode("the tree of", add_special_tokens=False)
+    found = match_ngrams(torch.tensor(encoding.ids), sequences)
+    words = match_spans("the tree of", encoding.offsets, WORDS)
+    is_named = any("'the tree of'" in str(warning.message) for warning in caught)
+    assert is_named == bool((words & ~found).any())
+    assert is_named == (kind == "llama2")
+
+
+def test_a_quote_that_takes_a_letter_is_no_obstacle():
+    """GPT-2 takes the first letters of 'tree for the end of a word such as can't."""
+    encoding = tokenizer_of("gpt2").encode("'tree'")
+    assert encoding.tokens[0] == "'t"
+    found, words, _ = marks("gpt2", "'tree' (tree)")
+    assert torch.equal(found, words)
+
+
+def test_a_word_with_its_own_space_has_no_neighbours():
+    encode = tokenizer_of("gpt2").encode
+    sequences = token_sequences(tokenizer_of("gpt2"), [" the"], case_variants=False, leading_space=False)
+    assert sequences == [tuple(encode(" the").ids)]
+
+
+def test_padding_and_truncation_of_the_tokenizer_are_not_taken_for_the_word():
+    tokenizers = pytest.importorskip("tokenizers")
+    own = tokenizers.Tokenizer.from_str(tokenizer_of("bert").to_str())
+    own.enable_padding(length=16)
+    own.enable_truncation(3)
+    assert token_sequences(own, ["oak tree"]) == token_sequences(tokenizer_of("bert"), ["oak tree"])
+    assert own.padding["length"] == 16
+    assert own.truncation["max_length"] == 3
+
+
+class Slow:
+    """A tokenizer without offsets, with the ids of another."""
+
+    unk_token_id = None
+
+    def __init__(self, kind):
+        self.tokenizer = tokenizer_of(kind)
+
+    def encode(self, text, add_special_tokens):
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+@pytest.mark.parametrize("kind", ["bpe first", "unigram first", "bert"])
+def test_without_offsets_the_tokens_behind_a_neighbours_are_the_word(kind):
+    text = "tree\ntree (tree) [mill] the mill"
+    encoding = tokenizer_of(kind).encode(text, add_special_tokens=False)
+    sequences = token_sequences(Slow(kind), WORDS)
+    found = match_ngrams(torch.tensor(encoding.ids), sequences)
+    assert (found | ~match_spans(text, encoding.offsets, WORDS)).all()
+
+
+def test_without_offsets_a_quote_that_takes_a_letter_is_warned_of():
+    with pytest.warns(RuntimeWarning, match=r"no sequence finds the spellings \"'tree\": the tokenizer"):
+        token_sequences(Slow("gpt2"), WORDS)
+
+
+def test_options_are_bools():
+    with expect(TypeError, "case_variants: got 1, expected True or False"):
+        token_sequences(tokenizer_of("bert"), WORDS, 1)
+    with expect(TypeError, "leading_space: got 'no', expected True or False"):
+        token_sequences(tokenizer_of("bert"), WORDS, leading_space="no")
