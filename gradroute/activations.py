@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import shown
-
 
 class Activation(NamedTuple):
     """An elementwise activation.
@@ -99,10 +97,9 @@ ACTIVATIONS = {
 
 
 def check_activation(name: str) -> None:
-    """Raises unless `name` is one of the activations."""
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        kind: type[Exception] = ValueError if isinstance(name, str) else TypeError
-        raise kind(f"activation: got {shown(name)}, expected one of {', '.join(ACTIVATIONS)}")
+    """Raises ValueError unless `name` is one of the activations."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: got {name!r}, expected one of {', '.join(ACTIVATIONS)}")
 
 
 # The activation that a module is, by its class in torch.nn, transformers, minGPT (NewGELU).

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_bool, check_int, check_number
 from ..attention import AttentionSites, routed_attention
-from ..backends import check_backend
 from ..checks import check_shape, unrouted
-from ..linear import LinearSites, routed_linear
+from ..linear import LinearSites
 from ..routes import Routes
+from .children import call_linear, check_whole
 from .module import Device
 from .projections import ProjectionSites, check_sites, widths
-from .submodules import LinearsModule, check_no_dropout
+from .submodules import NO_FEATURES, LinearsModule, check_no_dropout, features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,14 +72,12 @@ class RoutedAttention(LinearsModule):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(heads, kv_heads)
-        d_model, bias = check_int("d_model", d_model, 1), check_bool("bias", bias)
-        self.head_dim = (
-            _head_dim(d_model, heads, "d_model") if head_dim is None else check_int("head_dim", head_dim, 1)
-        )
-        _check_options(causal, window, scale, dropout)
+        self.head_dim = _head_dim(d_model, heads, "d_model") if head_dim is None else head_dim
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim: got {head_dim}, expected a positive number of features per head")
         self.heads, self.kv_heads = heads, kv_heads
         self.causal, self.window, self.scale, self.dropout = causal, window, scale, dropout
-        self.backend = check_backend(backend)
+        self.backend = backend
         for name, (outputs, inputs) in zip(self.names, self._shapes(d_model), strict=True):
             self.add_module(name, nn.Linear(inputs, outputs, bias, device, dtype))
         self.sites = sites
@@ -102,8 +99,8 @@ class RoutedAttention(LinearsModule):
     ) -> Self:
         """Routed attention that shares the linear submodules of `module` under their names, and so has its keys.
 
-        The forward of `module` must be that of the layer: four linear layers and attention, nothing else. Hooks are
-        not copied, and those of the submodules do not run, because the submodules are read and not called.
+        The forward of `module` must be that of the layer: four linear layers and attention, nothing else. Its hooks are
+        not copied; those of the submodules run, because a submodule that has some is called.
 
         Args:
             module: the existing module.
@@ -128,13 +125,12 @@ class RoutedAttention(LinearsModule):
         check_no_dropout("module", module, "give that of the probabilities as dropout=, and set p = 0")
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(heads, kv_heads)
-        _check_options(causal, window, scale, dropout)
         query = layer._linears()[0]
         layer.head_dim = _head_dim(query.out_features, heads, f"the outputs of {layer.names[0]}")
         layer.heads, layer.kv_heads = heads, kv_heads
-        layer._check_linears()
+        layer._check_linears("names")
         layer.causal, layer.window, layer.scale, layer.dropout = causal, window, scale, dropout
-        layer.backend = check_backend(backend)
+        layer.backend = backend
         layer.sites = sites
         return layer
 
@@ -143,15 +139,14 @@ class RoutedAttention(LinearsModule):
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return [(q_width, d_model), (kv_width, d_model), (kv_width, d_model), (d_model, q_width)]
 
-    def _check_linears(self) -> None:
-        """Raises unless the layers fit together."""
-        linears = self._linears()
-        d_model = linears[0].in_features
-        for name, linear, expected in zip(self.names, linears, self._shapes(d_model), strict=True):
-            if tuple(linear.weight.shape) != expected:
+    def _check_linears(self, argument: str) -> None:
+        """Raises unless the layers fit together; the message names `argument`."""
+        got = [features(linear) for linear in self._linears()]
+        for name, one, expected in zip(self.names, got, self._shapes(got[0][1]), strict=True):
+            if one != expected and NO_FEATURES not in (one, got[0]):
                 raise ValueError(
-                    f"names: got {name} of shape {list(linear.weight.shape)}, expected {list(expected)}: "
-                    f"{self.names[0]} is {list(linears[0].weight.shape)}, with {self.heads} heads and "
+                    f"{argument}: got {name} of shape {list(one)}, expected {list(expected)}: "
+                    f"{self.names[0]} is {list(got[0])}, with {self.heads} heads and "
                     f"{self.kv_heads} key and value heads"
                 )
 
@@ -161,7 +156,8 @@ class RoutedAttention(LinearsModule):
 
     def _output_bias(self) -> int | str:
         output = self._linears()[-1]
-        return f"{self.names[-1]} has no bias" if output.bias is None else output.out_features
+        has_bias = getattr(output, "bias", None) is not None
+        return features(output)[0] if has_bias else f"{self.names[-1]} has no bias"
 
     def forward(
         self,
@@ -183,15 +179,16 @@ class RoutedAttention(LinearsModule):
             cu_seqlens: `[documents + 1]` int32, for a batch of one: attention stays inside documents.
             key_mask: `[B, S_k]` bool; False keys are padding.
         """
-        q_proj, k_proj, v_proj, o_proj = self._linears()
-        check_shape("x", x, -1, -1, q_proj.in_features)
+        self._check_linears(type(self).__name__)
+        check_shape("x", x, -1, -1, features(self._linears()[0])[1])
         if not unrouted(routes, self._sites, AttentionSites):
             assert routes is not None
             self._check_routes(x, routes)
         q_sites, kv_sites, out_sites, sites = self._op_sites or (None,) * 4
-        q = self._by_head(self._project(q_proj, x, routes, q_sites))
-        k = self._by_head(self._project(k_proj, x, routes, kv_sites))
-        v = self._by_head(self._project(v_proj, x, routes, kv_sites))
+        q_proj, k_proj, v_proj, o_proj = self.names
+        q = self._by_head(q_proj, self.heads, x, routes, q_sites)
+        k = self._by_head(k_proj, self.kv_heads, x, routes, kv_sites)
+        v = self._by_head(v_proj, self.kv_heads, x, routes, kv_sites)
         if rotate is not None:
             q, k = rotate(q, k)
         if cache is not None:
@@ -210,19 +207,19 @@ class RoutedAttention(LinearsModule):
             self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        return self._project(o_proj, z.transpose(1, 2).flatten(2), routes, out_sites)
+        return call_linear(self, o_proj, z.transpose(1, 2).flatten(2), routes, out_sites)
 
     def _check_routes(self, x: Tensor, routes: Routes) -> None:
         routes.check(x, "x")
         self._sites.check(routes, widths(routes.num_routes, self.heads, self.kv_heads, self._output_bias()))
 
-    def _project(
-        self, linear: nn.Linear, x: Tensor, routes: Routes | None, sites: LinearSites | None
+    def _by_head(
+        self, name: str, heads: int, x: Tensor, routes: Routes | None, sites: LinearSites | None
     ) -> Tensor:
-        return routed_linear(x, linear.weight, linear.bias, routes, sites, backend=self.backend)
-
-    def _by_head(self, x: Tensor) -> Tensor:  # [B, S, heads * D] → [B, heads, S, D]
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        """The output of a projection, `[B, heads, S, D]`."""
+        y = call_linear(self, name, x, routes, sites)
+        check_whole(self, name, y, heads * self.head_dim)
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         names = ("heads", "kv_heads", "head_dim", "causal", "window", "scale", "dropout")
@@ -230,16 +227,9 @@ class RoutedAttention(LinearsModule):
         return f"{options}, {super().extra_repr()}"
 
 
-def _check_options(causal: bool, window: int | None, scale: float | None, dropout: float) -> None:
-    check_bool("causal", causal)
-    check_int("window", window, 1, optional=True)
-    check_number("scale", scale, optional=True)
-    check_number("dropout", dropout, 0, 1)
-
-
 def _check_heads(heads: int, kv_heads: int) -> None:
-    check_int("heads", heads, 1)
-    check_int("kv_heads", kv_heads)
+    if heads < 1:
+        raise ValueError(f"heads: got {heads}, expected a positive number of query heads")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"kv_heads: got {kv_heads}, expected a divisor of heads = {heads}")
 

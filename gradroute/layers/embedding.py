@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_int
-from ..backends import check_backend
 from ..embedding import EmbeddingSites, routed_embedding
 from ..routes import Routes
 from .module import Device, RoutedModule, check_plain, share
+from .reading import refuse_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,6 +41,7 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
     """
 
     sites_type = EmbeddingSites
+    routes_are_second = True
 
     def __init__(
         self,
@@ -60,10 +60,6 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
         sites: EmbeddingSites | None = None,
         backend: str | None = None,
     ) -> None:
-        num_embeddings = check_int("num_embeddings", num_embeddings, 0)
-        embedding_dim = check_int("embedding_dim", embedding_dim, 0)
-        if padding_idx is not None:
-            padding_idx = check_int("padding_idx", padding_idx, -num_embeddings, num_embeddings - 1)
         check_embedding(max_norm, scale_grad_by_freq, sparse)
         super().__init__(
             num_embeddings,
@@ -75,7 +71,7 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
             device=device,
             dtype=dtype,
         )
-        self.backend = check_backend(backend)
+        self.backend = backend
         self.sites = sites
 
     @classmethod
@@ -103,10 +99,21 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
     def _widths(self) -> Mapping[str, int | str]:
         return {"features": self.embedding_dim}
 
-    def forward(self, tokens: Tensor, routes: Routes | None = None) -> Tensor:
-        return routed_embedding(
-            tokens, self.weight, routes, self.sites, self.padding_idx, backend=self.backend
-        )
+    def forward(
+        self, tokens: Tensor, routes: Routes | None = None, *, sites: EmbeddingSites | None = None
+    ) -> Tensor:
+        """tokens `[*tokens]` → `[*tokens, D]`.
+
+        Args:
+            tokens: any integer dtype.
+            routes: the routes of the tokens; None: the ordinary layer.
+            sites: masks of this call in the place of the layer's own: those of a layer that this one is a part of.
+        """
+        sites = self._sites if sites is None else sites
+        weight = self.weight
+        if routes is not None:
+            refuse_dtensor(self, "weight", weight)
+        return routed_embedding(tokens, weight, routes, sites, self.padding_idx, backend=self.backend)
 
 
 def check_embedding(max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:

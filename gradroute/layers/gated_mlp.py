@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..activations import check_activation
-from ..backends import check_backend
-from ..gated_mlp import routed_gated_mlp
-from ..mlp import MLPSites
+from ..gated_mlp import routed_gated_mlp, routed_glu
+from ..mlp import ActivationSites, MLPSites
 from ..routes import Routes
 from .mlp import AnyRoutedMLP
 from .module import Device
+from .submodules import AnyModule
 
 
 class RoutedGatedMLP(AnyRoutedMLP):
@@ -53,22 +53,26 @@ class RoutedGatedMLP(AnyRoutedMLP):
         super().__init__()
         check_activation(activation)
         self.activation = activation
-        self.backend = check_backend(backend)
+        self.backend = backend
         self._make_linears(d_model, d_ff, bias, device, dtype)
         self.sites = sites
 
-    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
-        gate, up, down = self._linears()
+    def _fused(self, linears: list[AnyModule], x: Tensor, routes: Routes | None) -> Tensor:
+        gate, up, down = linears
         return routed_gated_mlp(
             x,
             gate.weight,
             up.weight,
             down.weight,
             routes,
-            self.sites,
+            self._sites,
             self.activation,
             gate.bias,
             up.bias,
             down.bias,
             backend=self.backend,
         )
+
+    def _middle(self, a: list[Tensor], routes: Routes | None, sites: ActivationSites | None) -> Tensor:
+        gate, up = a
+        return routed_glu(gate, up, routes, sites, self.activation, backend=self.backend)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_bool, check_int
-from ..backends import check_backend
 from ..linear import LinearSites, routed_linear
 from ..routes import Routes
 from .module import Device, RoutedModule, check_plain, share
+from .reading import is_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,6 +35,7 @@ class RoutedLinear(RoutedModule, nn.Linear):
     """
 
     sites_type = LinearSites
+    routes_are_second = True
 
     def __init__(
         self,
@@ -48,11 +48,8 @@ class RoutedLinear(RoutedModule, nn.Linear):
         sites: LinearSites | None = None,
         backend: str | None = None,
     ) -> None:
-        in_features = check_int("in_features", in_features, 0)
-        out_features = check_int("out_features", out_features, 0)
-        bias = check_bool("bias", bias)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.backend = check_backend(backend)
+        self.backend = backend
         self.sites = sites
 
     @classmethod
@@ -73,5 +70,21 @@ class RoutedLinear(RoutedModule, nn.Linear):
     def _widths(self) -> Mapping[str, int | str]:
         return LinearSites.widths(self.in_features, self.out_features, self.bias)
 
-    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
-        return routed_linear(x, self.weight, self.bias, routes, self.sites, backend=self.backend)
+    def forward(self, x: Tensor, routes: Routes | None = None, *, sites: LinearSites | None = None) -> Tensor:
+        """x `[*tokens, I]` → `[*tokens, O]`.
+
+        Args:
+            x: the input.
+            routes: the routes of the tokens; None: the ordinary layer.
+            sites: masks of this call in the place of the layer's own: those of a layer that this one is a part of.
+        """
+        sites = self._sites if sites is None else sites
+        weight: Any = self.weight
+        bias: Any = self.bias
+        if routes is not None and sites is not None and is_dtensor(weight):
+            from .sharded import (
+                sharded_linear,
+            )  # here, because importing DTensor takes longer than all of gradroute
+
+            return sharded_linear(x, weight, bias, routes, sites, self.backend)
+        return routed_linear(x, weight, bias, routes, sites, backend=self.backend)

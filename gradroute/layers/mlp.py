@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..activations import check_activation, name_of_module
-from ..arguments import check_bool, check_int
-from ..backends import check_backend
-from ..mlp import MLPSites, routed_mlp
+from ..checks import unrouted
+from ..linear import LinearSites
+from ..mlp import ActivationSites, MLPSites, routed_activation, routed_mlp
 from ..routes import Routes
+from ..sites import given
+from .children import call_linear, check_whole
 from .module import Device
-from .submodules import LinearsModule, check_no_dropout
+from .reading import is_readable
+from .submodules import NO_FEATURES, AnyModule, LinearsModule, check_no_dropout, features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class MLPOps(NamedTuple):
+    """The sites of the ops that an MLP runs as: all of it fused, or its middle between linear layers that are called.
+
+    Attributes:
+        fused: the fused op's sites.
+        inner: the sites of each linear layer that makes hidden units.
+        middle: the activation's sites.
+        outer: the sites of the linear layer that reads the hidden units.
+    """
+
+    fused: MLPSites | None
+    inner: LinearSites | None
+    middle: ActivationSites | None
+    outer: LinearSites | None
+
+    @classmethod
+    def of(cls, sites: MLPSites) -> MLPOps:
+        """Splits the sites of an MLP each of whose inner linear layers makes one branch of hidden units."""
+        tables = sites.tables
+        middle = {name: tables.get(name) for name in ("pre", "hidden", "forward")}
+        return cls(
+            fused=sites,
+            inner=given(LinearSites, update_rows=sites.table("update_in")),
+            middle=given(ActivationSites, **middle),
+            outer=given(
+                LinearSites,
+                output=tables.get("output"),
+                update_cols=sites.table("update_out"),
+                update_bias=tables.get("update_output_bias"),
+            ),
+        )
+
+
+_NO_OPS = MLPOps(None, None, None, None)
 
 
 class AnyRoutedMLP(LinearsModule):
@@ -25,6 +64,7 @@ class AnyRoutedMLP(LinearsModule):
 
     sites_type = MLPSites
     activation: str
+    _op_sites: MLPOps | tuple[()]
 
     @classmethod
     def from_mlp(
@@ -39,7 +79,7 @@ class AnyRoutedMLP(LinearsModule):
         """A routed MLP that shares the linear submodules of `mlp` under their names, and so has its state_dict keys.
 
         The forward of `mlp` must be that of the op: linear layers and an activation, nothing else. Hooks are not
-        copied, and those of the submodules do not run, because the submodules are read and not called.
+        copied; those of the submodules run, because a submodule that has some is called.
 
         Args:
             mlp: the existing module.
@@ -56,7 +96,7 @@ class AnyRoutedMLP(LinearsModule):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.activation = cls.activation if activation is None else activation
-        layer.backend = check_backend(backend)
+        layer.backend = backend
         check_activation(layer.activation)
         instead = (
             "call such modules, with gradroute.routed_activation (gated: gradroute.routed_glu) between them"
@@ -65,34 +105,78 @@ class AnyRoutedMLP(LinearsModule):
         dropout = "a routed MLP has no dropout; apply it to the output yourself and set p = 0"
         check_no_dropout("mlp", mlp, dropout)
         _check_activations(mlp, layer.activation)
-        layer._check_linears()
+        layer._check_linears("names")
         layer.sites = sites
         return layer
 
     def _make_linears(
         self, d_model: int, d_ff: int, bias: bool, device: Device, dtype: torch.dtype | None
     ) -> None:
-        d_model, d_ff = check_int("d_model", d_model, 0), check_int("d_ff", d_ff, 0)
-        bias = check_bool("bias", bias)
         *inner, outer = self.names
         for name in inner:
             self.add_module(name, nn.Linear(d_model, d_ff, bias, device, dtype))
         self.add_module(outer, nn.Linear(d_ff, d_model, bias, device, dtype))
 
-    def _check_linears(self) -> None:
-        """Raises unless the layers fit together."""
-        *inner, outer = self._linears()
-        for name, linear in zip(self.names, inner, strict=False):
-            if (linear.out_features, linear.in_features) != (outer.in_features, inner[0].in_features):
+    def _check_linears(self, argument: str) -> list[AnyModule]:
+        """The linear layers; raises unless they fit together, with a message that names `argument`."""
+        linears = self._linears()
+        d_ff = features(linears[-1])[1]
+        d_model = features(linears[0])[1]
+        for linear in linears[:-1]:
+            if features(linear) != (d_ff, d_model):
+                self._refuse_shapes(argument)
+        return linears
+
+    def _refuse_shapes(self, argument: str) -> None:
+        *inner, outer = map(features, self._linears())
+        expected = (outer[1], inner[0][1])
+        for name, got in zip(self.names, inner, strict=False):
+            if got != expected and NO_FEATURES not in (got, outer, inner[0]):
                 raise ValueError(
-                    f"names: got {name} of shape {[linear.out_features, linear.in_features]}, "
-                    f"expected {[outer.in_features, inner[0].in_features]}: "
-                    f"{self.names[-1]} is {[outer.out_features, outer.in_features]}"
+                    f"{argument}: got {name} of shape {list(got)}, expected {list(expected)}: "
+                    f"{self.names[-1]} is {list(outer)}"
                 )
+
+    def _sites_of_ops(self, sites: MLPSites) -> MLPOps:
+        sites.check(None, self._widths())
+        return MLPOps.of(sites)
+
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+        """x `[*tokens, d_model]` → `[*tokens, d_model]`.
+
+        Args:
+            x: the input.
+            routes: the routes of the tokens; None: the ordinary layer.
+        """
+        linears = self._check_linears(type(self).__name__)
+        for linear in linears:
+            if not is_readable(linear):
+                return self._called(x, routes)
+        return self._fused(linears, x, routes)
+
+    def _fused(self, linears: list[AnyModule], x: Tensor, routes: Routes | None) -> Tensor:
+        """All of it as one op, which reads the linear layers."""
+        raise NotImplementedError
+
+    def _middle(self, a: list[Tensor], routes: Routes | None, sites: ActivationSites | None) -> Tensor:
+        """The hidden units of the pre-activations of the inner linear layers."""
+        raise NotImplementedError
+
+    def _called(self, x: Tensor, routes: Routes | None) -> Tensor:
+        """The middle alone, between linear layers that are called."""
+        unrouted(routes, self._sites, MLPSites)  # raises where routes are none, before anything is called
+        *inner, outer = self.names
+        ops: MLPOps = self._op_sites or _NO_OPS
+        d_ff = features(self._linears()[-1])[1]
+        a = [call_linear(self, name, x, routes, ops.inner) for name in inner]
+        if routes is not None and ops.middle is not None:
+            for name, branch in zip(inner, a, strict=True):
+                check_whole(self, name, branch, d_ff)
+        return call_linear(self, outer, self._middle(a, routes, ops.middle), routes, ops.outer)
 
     def _widths(self) -> Mapping[str, int | str]:
         outer = self._linears()[-1]
-        return MLPSites.widths(outer.out_features, outer.in_features, outer.bias)
+        return MLPSites.widths(*features(outer), getattr(outer, "bias", None))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, {super().extra_repr()}"
@@ -142,12 +226,12 @@ class RoutedMLP(AnyRoutedMLP):
         super().__init__()
         check_activation(activation)
         self.activation = activation
-        self.backend = check_backend(backend)
+        self.backend = backend
         self._make_linears(d_model, d_ff, bias, device, dtype)
         self.sites = sites
 
-    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
-        fc_in, fc_out = self._linears()
+    def _fused(self, linears: list[AnyModule], x: Tensor, routes: Routes | None) -> Tensor:
+        fc_in, fc_out = linears
         return routed_mlp(
             x,
             fc_in.weight,
@@ -155,7 +239,10 @@ class RoutedMLP(AnyRoutedMLP):
             fc_out.weight,
             fc_out.bias,
             routes,
-            self.sites,
+            self._sites,
             self.activation,
             backend=self.backend,
         )
+
+    def _middle(self, a: list[Tensor], routes: Routes | None, sites: ActivationSites | None) -> Tensor:
+        return routed_activation(a[0], routes, sites, self.activation, backend=self.backend)

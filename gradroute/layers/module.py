@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import is_plain, unrouted
 from ..sites import Sites
+from .lora_sites import sites_around
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,6 +24,8 @@ class RoutedModule(nn.Module):
 
     sites_type: ClassVar[type[Sites]]
     backend: str | None = None
+    #: Whether the second positional argument of a call is the routes.
+    routes_are_second: ClassVar[bool] = False
     _sites: Any = None  # a sites_type, or None
     _op_sites: tuple[Any, ...] = ()  # one Sites or None an op
 
@@ -47,13 +50,19 @@ class RoutedModule(nn.Module):
         sites.check(None, self._widths())
         return (sites,)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 2 and self.routes_are_second:
+            args, kwargs = name_routes(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
     def _copy_tables(self) -> None:
         """Fills the tables' caches for the parameters' devices: traced code cannot, and would copy in every call."""
         devices = {parameter.device for parameter in self.parameters() if not parameter.is_meta}
         for sites in filter(None, self._op_sites):
-            for table in sites.effective.tables.values():
-                for device in devices:
-                    table.on(device)
+            for one in (sites, *filter(None, sites_around(sites))):
+                for table in one.effective.tables.values():
+                    for device in devices:
+                        table.on(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         module = super()._apply(fn, recurse)
@@ -67,6 +76,13 @@ class RoutedModule(nn.Module):
     def extra_repr(self) -> str:
         backend = "" if self.backend is None else f"backend={self.backend!r}"
         return ", ".join(filter(None, (super().extra_repr(), f"sites={self.sites}", backend)))
+
+
+def name_routes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with the second one as `routes`: hooks that return another input drop positional ones."""
+    if len(args) < 2 or "routes" in kwargs:
+        return args, kwargs
+    return (args[0], *args[2:]), {**kwargs, "routes": args[1]}
 
 
 def check_plain(name: str, module: nn.Module, expected: type[nn.Module], instead: str) -> None:

@@ -1,22 +1,30 @@
-"""Layers whose parameters are those of linear submodules, which they read and do not call."""
+"""Layers whose parameters are those of linear submodules, which they read where a call would do nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 from torch import nn
 
 from .module import RoutedModule, check_plain
 
+# What stands in the place of a torch.nn.Linear may be of any class.
+AnyModule = Any
+# The features of a submodule that does not say how many it has.
+NO_FEATURES = (-1, -1)
+
 
 class LinearsModule(RoutedModule):
-    """A layer of linear submodules, called `names` in the order of the op's weights, that are read and not called."""
+    """A layer of linear submodules, called `names` in the order of the op's weights."""
 
     names: tuple[str, ...]
+    routes_are_second = True
 
-    def _linears(self) -> list[nn.Linear]:
-        return [getattr(self, name) for name in self.names]
+    def _linears(self) -> list[AnyModule]:
+        modules = self._modules  # getattr of a submodule takes ten times as long
+        return [modules[name] for name in self.names]
 
     def _take_linears(self, argument: str, module: nn.Module, names: Sequence[str], instead: str) -> None:
         """Shares the submodules `names` of `module`, which may have no other parameters."""
@@ -57,3 +65,11 @@ def check_no_dropout(argument: str, module: nn.Module, instead: str) -> None:
     for name, child in module.named_modules():
         if isinstance(child, nn.Dropout) and child.p > 0:
             raise ValueError(f"{argument}.{name}: got dropout with p = {child.p}, expected none: {instead}")
+
+
+def features(linear: AnyModule) -> tuple[int, int]:
+    """The numbers of outputs and inputs of a linear submodule, or of what stands in its place."""
+    try:
+        return linear.out_features, linear.in_features
+    except AttributeError:
+        return NO_FEATURES

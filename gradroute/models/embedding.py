@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..embedding import EmbeddingSites, routed_embedding
 from ..layers import check_embedding
+from ..layers.reading import full_name
 from ..routes import Routes
-from .modules import full_name, refuse_dtensor, refuse_special
+from .modules import refuse_dtensor, refuse_special
 from .swapped import Swapped
 
 

@@ -6,20 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from ..layers.reading import full_name, is_dtensor, is_watched
 from ..linear import LinearSites, routed_linear, routed_linears
 from ..route_grad import route_grad
 from ..routes import Routes
 from ..tables import Table
-from .modules import (
-    AnyModule,
-    Argument,
-    full_name,
-    is_dtensor,
-    is_watched,
-    refuse_dtensor,
-    refuse_replaced,
-    special_parameters,
-)
+from .modules import AnyModule, Argument, refuse_dtensor, refuse_replaced, special_parameters
 from .swapped import Swapped
 
 

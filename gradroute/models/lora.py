@@ -5,36 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from ..layers.lora import is_adapter as is_adapter
+from ..layers.lora import is_lora
+from ..layers.lora_sites import anything, product
+from ..layers.reading import full_name, is_dtensor
 from ..linear import LinearSites
 from ..route_grad import route_grad
 from ..routes import Routes
 from ..sites import given
 from ..tables import Table
 from .linear import CalledLinear, Conv1D, Linear, call_linear, is_conv1d
-from .modules import AnyModule, Argument, full_name, is_dtensor, special_parameters
+from .modules import AnyModule, Argument, special_parameters
 from .swapped import Swapped, swap
-
-
-def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's around a layer, of any method. PEFT need not be imported for that."""
-    return type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer")
-
-
-def is_lora(module: nn.Module) -> bool:
-    """Whether a module is PEFT's LoRA around a linear layer, which may be quantised."""
-    return (type(module).__module__, type(module).__name__) in _LORA
-
-
-# The classes of PEFT that add B A x to what the layer within computes: by the module and the name.
-_LORA = {
-    ("peft.tuners.lora.layer", "Linear"),
-    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
-    ("peft.tuners.lora.bnb", "Linear4bit"),
-    ("peft.tuners.lora.bnb", "Linear8bitLt"),
-}
 
 
 class Adapter(Swapped):
@@ -170,11 +154,11 @@ class LoRALinear(Swapped):
         rows, cols, adapter = self._table("update_rows"), self._table("update_cols"), self.adapters.get(name)
         bias = self._table("update_bias") or rows
         return (
-            LinearSites(update_rows=_product(_any(rows), adapter), update_cols=cols),
+            LinearSites(update_rows=product(anything(rows), adapter), update_cols=cols),
             LinearSites(
                 update_rows=rows,
-                update_cols=_product(_any(cols), adapter),
-                update_bias=_product(bias, adapter) if has_bias else None,
+                update_cols=product(anything(cols), adapter),
+                update_bias=product(bias, adapter) if has_bias else None,
             ),
         )
 
@@ -278,22 +262,6 @@ def adapters_of(module: nn.Module) -> tuple[str, ...]:
 def holds_adapters(module: nn.Module, adapters: Mapping[str, Table]) -> bool:
     """Whether an adapter of one of these names is in a module, at any depth."""
     return any(name in adapters for inner in module.modules() for name in adapters_of(inner))
-
-
-def _any(table: Table | None) -> Table | None:  # [R, 1]
-    """1 for the routes that may update anything at all, else 0."""
-    return None if table is None else Table((table.weights != 0).any(dim=1, keepdim=True).to(torch.float32))
-
-
-def _product(*tables: Table | None) -> Table | None:
-    """The product of several masks; None masks nothing."""
-    weights = [table.weights for table in tables if table is not None]
-    if not weights:
-        return None
-    product = weights[0]
-    for other in weights[1:]:
-        product = product * other
-    return Table(product)
 
 
 def refuse_unreadable(path: str, linear: nn.Module) -> None:

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import activations
+from ..layers.mlp import MLPOps
+from ..layers.reading import is_watched
 from ..linear import LinearSites
-from ..mlp import ActivationSites, MLPSites, routed_activation, routed_mlp
+from ..mlp import MLPSites, routed_activation, routed_mlp
 from ..routes import Routes
 from ..sites import given
 from ..tables import Table, concatenate
 from .linear import call_linear, features, is_readable, matrix, scale_columns, scale_rows
 from .lora import swap_linear
-from .modules import AnyModule, is_watched
+from .modules import AnyModule
 from .swapped import Swapped, check_children
-
-
-class MLPOps(NamedTuple):
-    """The sites of the ops that an MLP runs as: all of it fused, or its middle between linear layers that are called.
-
-    Attributes:
-        fused: the fused op's sites.
-        inner: the sites of each linear layer that makes hidden units.
-        middle: the activation's sites.
-        outer: the sites of the linear layer that reads the hidden units.
-    """
-
-    fused: MLPSites
-    inner: LinearSites | None
-    middle: ActivationSites | None
-    outer: LinearSites | None
 
 
 class MLP(Swapped):
@@ -91,20 +76,9 @@ class MLP(Swapped):
 
     def _sites_of_ops(self, sites: MLPSites) -> MLPOps:
         sites.check(None, self._widths())
-        tables = sites.tables
-        update_in, update_out = sites.table("update_in"), sites.table("update_out")
-        middle = {name: tables.get(name) for name in ("pre", "hidden", "forward")}
-        return MLPOps(
-            fused=sites,
-            inner=given(LinearSites, update_rows=self._row_table(update_in)),
-            middle=given(ActivationSites, **middle),
-            outer=given(
-                LinearSites,
-                output=tables.get("output"),
-                update_cols=update_out,
-                update_bias=tables.get("update_output_bias"),
-            ),
-        )
+        ops = MLPOps.of(sites)
+        rows = self._row_table(sites.table("update_in"))
+        return ops._replace(inner=given(LinearSites, update_rows=rows))
 
     def _row_table(self, table: Table | None) -> Table | None:
         """A table of hidden units for the rows of an inner linear layer."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from ..checks import is_plain
+from ..layers.reading import full_name, is_dtensor
 from ..routes import Routes
 from ..sites import Sites
 
@@ -15,31 +15,6 @@ from ..sites import Sites
 AnyModule = Any
 # Arguments and results of such a module's forward, which a routed module passes on.
 Argument = Any
-
-# DTensors exist only where torch.distributed does.
-_DTensor: type | tuple[()] = ()
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor as _DTensor
-
-
-def full_name(module: nn.Module) -> str:
-    """A module's class, with the Python module that defines it."""
-    return f"{type(module).__module__}.{type(module).__name__}"
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says: hooks, or another forward."""
-    return "forward" in vars(module) or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether a parameter is distributed."""
-    return isinstance(tensor, _DTensor)
 
 
 def refuse_dtensor(module: nn.Module) -> None:

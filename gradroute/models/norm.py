@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ..layers.reading import full_name
 from ..norm import NormSites, routed_layer_norm, routed_rms_norm
 from ..routes import Routes
-from .modules import full_name, refuse_dtensor, refuse_special
+from .modules import refuse_dtensor, refuse_special
 from .swapped import Swapped
 
 

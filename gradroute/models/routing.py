@@ -7,16 +7,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..arguments import shown
 from ..attention import AttentionSites
-from ..backends import check_backend
 from ..mlp import MLPSites
 from ..sites import Sites
 from .architectures import Architecture, architecture_of, inner_model, submodule
 from .attention_function import register
 from .decoder_layer import LayerRouting
 from .embedding import PositionEmbedding
-from .inspection import added_units
 from .linear import Linear
 from .lora import LoRALinear, holds_adapters, linear_mixin, route_adapters
 from .modules import AnyModule
@@ -59,9 +56,6 @@ def route(
     """
     if not isinstance(plan, RoutingPlan):
         raise TypeError(f"plan: got a {type(plan).__name__}, expected a RoutingPlan")
-    if architecture is not None and not isinstance(architecture, Architecture):
-        raise TypeError(f"architecture: got {shown(architecture)}, expected an Architecture or None")
-    check_backend(backend)
     inner = inner_model(model)
     for module in (inner, *filter(_is_routed, inner.modules())):
         refuse_unswappable(module)
@@ -217,8 +211,7 @@ def _shape_of(model: nn.Module, layers: nn.ModuleList, architecture: Architectur
     config = getattr(model, "config", None)
     known = hasattr(config, "num_attention_heads")
     shape = Shape.of(config) if known else architecture.layer.shape_of(layers)
-    biases = architecture.layer.output_biases(layers[0])
-    return shape._replace(layers=len(layers), added_units=added_units(model), **biases)
+    return shape._replace(layers=len(layers), **architecture.layer.output_biases(layers[0]))
 
 
 def _unswap_all(model: nn.Module) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..function import Context, Function
+from ..layers.mlp import MLPOps
 from ..linear import LinearSites
 from ..sites import Sites
 from ..tables import Table
-from .mlp import MLPOps
 from .modules import Argument
 
 GivenSites = TypeVar("GivenSites", bound=Sites | None)

@@ -46,6 +46,7 @@ from gradroute import (
     routed_attention,
     testing,
 )
+from gradroute.layers import children
 from gradroute.tables import localize
 
 
@@ -213,10 +214,8 @@ def test_a_step_changes_what_the_sites_allow() -> None:
 
 def test_backend_reaches_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for name in ("routed_linear", "routed_attention"):
-        monkeypatch.setattr(
-            gradroute.layers.attention, name, recorded(getattr(gradroute, name), seen, "backend")
-        )
+    for module, name in ((children, "routed_linear"), (gradroute.layers.attention, "routed_attention")):
+        monkeypatch.setattr(module, name, recorded(getattr(gradroute, name), seen, "backend"))
     make_layer(all_sites(), backend="reference")(random_input(), random_routes())
     assert seen == ["reference"] * 5
 
