@@ -147,16 +147,28 @@ class Routes:
         Raises:
             ValueError: they are on the meta device, where they have no values.
         """
-        if torch.device(device) == self.device:
+        device = torch.device(device)
+        if device == self.device:
             return self
         if self.ids.is_meta:
             raise ValueError(f"device: got {device}, expected meta: routes on the meta device have no values")
+        if self.strength is not None and self.strength.dim() == 0:
+            return self._moved(
+                device, non_blocking
+            )  # a 0-dim strength may be written to, so no copy of it is kept
+        return self.derived(("device", device), lambda: self._moved(device, non_blocking))
+
+    def _moved(self, device: torch.device, non_blocking: bool) -> Routes:
         tensors = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
         return self._copy(**tensors)
+
+    def alias(self) -> Routes:
+        """Another object of the same routes, which shares all that was derived of them."""
+        return self._copy(_derived=self._derived)
 
     def _at(self, tokens: slice | Tensor) -> Routes:
         """The ids and strength of some of the flattened tokens, for kernels: nothing else is derived again."""

@@ -11,7 +11,8 @@ from .architectures import ARCHITECTURES, NANO_GPT, Architecture
 from .collator import RouteCollator
 from .plan import ResidualSites, RoutingPlan, Shape
 from .presets import era, localize_mlp, sgtm, steering
-from .routing import route, unroute
+from .routing import route, routing, unroute, unrouted
+from .top import UnroutedWarning
 
 __all__ = [
     "ARCHITECTURES",
@@ -23,16 +24,19 @@ __all__ = [
     "RoutedMLPParallel",
     "RoutingPlan",
     "Shape",
+    "UnroutedWarning",
     "ablate",
     "contract",
     "era",
     "expand",
     "localize_mlp",
     "route",
+    "routing",
     "sgtm",
     "steering",
     "tensor_parallel",
     "unroute",
+    "unrouted",
 ]
 
 if TYPE_CHECKING:

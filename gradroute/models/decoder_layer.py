@@ -11,6 +11,7 @@ from ..route_grad import route_grad
 from ..routes import Routes
 from ..sites import Sites
 from .attention import Attention, AttentionRouting
+from .calls import Call
 from .linear import features
 from .mlp import MLP
 from .modules import AnyModule, Argument, call
@@ -210,14 +211,10 @@ class NeoXLayer(DecoderLayer):
 class NeoLayer(DecoderLayer):
     """The decoder layer of GPT-Neo: a module stands around attention, and the probabilities are returned too."""
 
-    def __call__(self, *args: Argument, **kwargs: Argument) -> Argument:
-        if self._documents is not None and "routes" not in kwargs:
-            kwargs["cu_seq_lens_q"] = self._documents
-        return super().__call__(*args, **kwargs)
-
-    def hand(self, routes: Routes | None, documents: Tensor | None = None) -> None:
-        super().hand(routes)
-        self._documents = documents
+    def _take_routes(self, call: Call | None, kwargs: dict[str, Argument]) -> None:
+        super()._take_routes(call, kwargs)
+        if call is not None and call.documents is not None:
+            kwargs["cu_seq_lens_q"] = call.documents
 
     @classmethod
     def attention_of(cls, layer: nn.Module) -> AnyModule:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
 
 from ..attention import AttentionSites
 from ..mlp import MLPSites
+from ..routes import Routes
 from ..sites import Sites
 from .architectures import Architecture, architecture_of, inner_model, submodule
 from .attention_function import register
-from .decoder_layer import LayerRouting
+from .calls import Owner, offering, retire
+from .decoder_layer import DecoderLayer, LayerRouting
 from .embedding import PositionEmbedding
 from .linear import Linear
 from .lora import LoRALinear, holds_adapters, linear_mixin, route_adapters
@@ -74,18 +78,103 @@ def route(
 def unroute(model: Model) -> Model:
     """Makes a routed model ordinary again, in place: classes, parameters and state_dict keys are what they were.
 
+    What others put around the model stays and calls the ordinary forward: mixed precision of accelerate and of Trainer,
+    hooks of device_map, DistributedDataParallel, torch.compile. A checkpoint of a forward before, whose backward comes
+    after, is refused in that backward, because it would run again without its routes.
+
+    Args:
+        model: the model that was routed, or what wraps it.
+
+    Returns:
+        The same object.
+
     Raises:
+        TypeError: it is not a module; it was sharded since (FSDP2, tensor parallel): unroute before that.
         ValueError: it is not routed.
-        TypeError: it was sharded since; unroute before that.
     """
-    if not isinstance(inner_model(model), TopModel):
-        raise ValueError(
-            f"model: got a {type(model).__name__} that is not routed, expected one that route() made so"
-        )
-    for module in model.modules():  # all of them before anything changes
+    top = routed_model(model)
+    for module in top.modules():  # all of them before anything changes
         refuse_remade(module)
-    _unswap_all(model)
+    owner = top._owner
+    layers = [module for module in top.modules() if isinstance(module, DecoderLayer)]
+    _unswap_all(top)
+    retire(owner, layers)
     return model
+
+
+@contextmanager
+def routing(
+    model: nn.Module,
+    route_ids: object = None,
+    *,
+    route_strength: object = None,
+    routes: Routes | None = None,
+) -> Iterator[None]:
+    """Hands routes to the forwards of a model in a `with` block whose callers do not pass them on.
+
+    For trainers and evaluations that call `model(input_ids=..., attention_mask=...)` themselves. Every forward of the
+    model in this thread that is given no routes takes these, and passes them on as if they had been its arguments; so
+    they are right with the checkpointing of layers, torch.compile and DistributedDataParallel. A checkpoint around the
+    whole model is refused in backward, because it knows the model's arguments alone. `generate` stays unrouted.
+
+    Args:
+        model: a routed model, or what wraps it.
+        route_ids: see the forward of a routed model: integers `[B, S]`.
+        route_strength: likewise.
+        routes: a Routes in the place of both.
+
+    Raises:
+        TypeError: `model` is not a module, or `routes` is no Routes.
+        ValueError: it is not routed, or there are no routes, or two sorts.
+        RuntimeError: at the end of the block, where no forward took the routes.
+    """
+    top = routed_model(model)
+    given = {"route_ids": route_ids, "route_strength": route_strength, "routes": routes}
+    arguments = {name: value for name, value in given.items() if value is not None}
+    if "routes" in arguments and len(arguments) > 1:
+        raise ValueError("routes: got routes beside route_ids or route_strength, expected one of both")
+    if "routes" not in arguments and "route_ids" not in arguments:
+        raise ValueError("route_ids: got None, expected route_ids or routes; unrouted(model) is for none")
+    if routes is not None and not isinstance(routes, Routes):
+        raise TypeError(f"routes: got a {type(routes).__name__}, expected gradroute.Routes")
+    with offering(top._owner, arguments) as offer:
+        yield
+    if not offer.taken:
+        raise RuntimeError(
+            f"routing: got no forward of the {type(top).__name__} in the block that took its routes, expected at least "
+            "one in this thread, without routes of its own"
+        )
+
+
+@contextmanager
+def unrouted(model: nn.Module) -> Iterator[None]:
+    """Says that forwards without routes are meant, in a `with` block: no UnroutedWarning, and not routing()'s routes.
+
+    Args:
+        model: a routed model, or what wraps it.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it is not routed.
+    """
+    with offering(routed_model(model)._owner, {}):
+        yield
+
+
+def routed_model(model: nn.Module) -> AnyModule:
+    """The routed model in a module: itself, or what PEFT's, DistributedDataParallel, torch.compile or others wrap.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: there is none, or there are several.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}, expected a torch.nn.Module")
+    found = [module for module in model.modules() if isinstance(module, TopModel)]
+    if len(found) != 1:
+        many = f"with {len(found)} routed models in it" if found else "that is not routed"
+        raise ValueError(f"model: got a {type(model).__name__} {many}, expected one that route() made so")
+    return found[0]
 
 
 def _is_routed(module: nn.Module) -> bool:
@@ -107,14 +196,21 @@ def _swap_all(model: nn.Module, plan: RoutingPlan, architecture: Architecture, b
     outer = _swap_outer(model, plan, architecture, backend)
     with errors_name("RoutingPlan.adapters"):
         route_adapters(model, plan.adapter_tables)
+    handed = [*(() if architecture.passes_routes else routed), *outer]
+    for module in handed:
+        module._is_handed = True
     routing = ModelRouting(
         plan=plan,
-        handed=(*(() if architecture.passes_routes else routed), *outer),
+        has_handed=bool(handed),
         expected=_expected(model, outer),
         everywhere=everywhere,
         passes_routes=architecture.passes_routes,
     )
     swap(model, TopModel, None, backend, routing)
+    owner = Owner()
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            module._owner = owner
 
 
 def _swap_layers(

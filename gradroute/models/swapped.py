@@ -7,12 +7,15 @@ overrides, so that the swapped module is then the ordinary one, bit for bit.
 Routes are an explicit argument from the decoder layer on down, because activation checkpointing runs a layer's forward
 again in backward, when nothing else says which routes it had (context variables and patched forwards give silently
 wrong gradients there). Modules whose parent passes no further arguments (the embeddings, the final norm, the head, and
-the decoder layers of some models) are handed the routes by the model for the time of its forward: `__call__` makes
-them an explicit argument before any checkpoint of the module itself begins.
+the decoder layers of some models) find them in the running call of their model (`gradroute.models.calls`): `__call__`
+makes them an explicit argument before any checkpoint of the module itself begins.
+
+Others replace a module's forward too, on the instance: `gradroute.models.replaced` says what becomes of theirs.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
@@ -23,12 +26,14 @@ from torch import Tensor, nn
 from ..layers import RoutedModule
 from ..routes import Routes
 from ..sites import Sites
+from .calls import Call, Owner, refuse_retired, running_call
 from .modules import Argument
+from .replaced import adopt_forward, check_forward
 
 # The attributes that a swap leaves on an instance, and takes away again.
 _STATE = (
-    *("_sites", "_op_sites", "backend", "_routes", "_documents", "_was_routed", "_routing"),
-    "_ablated_fractions",
+    *("_sites", "_op_sites", "backend", "_routing", "_owner", "_is_handed", "_was_routed"),
+    *("_ablated_fractions", "_took_offers", "_warned_of_unrouted"),
 )
 
 
@@ -44,8 +49,11 @@ class Swapped(RoutedModule):
     original: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[Swapped]]
     owns_sites: ClassVar[bool] = False
-    _routes: Routes | None = None
-    _documents: Tensor | None = None
+    # What the routed modules of one model share.
+    _owner: Owner | None = None
+    # Whether the module finds its routes in the running call, because its parent passes no arguments on.
+    _is_handed: bool = False
+    # Whether it ever found some. Never False again: it says nothing of a batch.
     _was_routed: bool = False
     # All that a mixin needs to know besides its sites, in a NamedTuple of its own.
     _routing: tuple[Any, ...] | None = None
@@ -81,27 +89,34 @@ class Swapped(RoutedModule):
         """Swaps the submodules that the module calls with routes; called once it has its own sites."""
 
     def __call__(self, *args: Argument, **kwargs: Argument) -> Argument:
-        if "routes" not in kwargs:
-            if self._routes is not None:
-                kwargs["routes"] = self._routes
-            elif self._was_routed:
-                self._refuse_recomputation()
+        is_compiling = torch.compiler.is_compiling()
+        call = None if is_compiling and not self._is_handed else running_call(self._owner)
+        if "routes" not in kwargs and self._is_handed:
+            self._take_routes(call, kwargs)
         routes = kwargs.get("routes")
-        if isinstance(routes, Routes) and not torch.compiler.is_compiling():
-            reached(routes).add(id(self))
+        if isinstance(routes, Routes):
+            first = args[0] if args else None
+            if (
+                isinstance(first, Tensor) and first.device != routes.device
+            ):  # layers may be on several devices
+                kwargs["routes"] = self._moved(routes, first.device)
+            if call is not None and not is_compiling:
+                call.reached.add(id(self))
         return super().__call__(*args, **kwargs)
 
-    def hand(self, routes: Routes | None, documents: Tensor | None = None) -> None:
-        """Gives the module its routes for the calls to come, until it is given others.
+    def _moved(self, routes: Routes, device: torch.device) -> Routes:
+        routes = routes.to(device)
+        return routes if self._owner is None or torch.compiler.is_compiling() else self._owner.private(routes)
 
-        Args:
-            routes: the batch's routes; None: none from now on.
-            documents: the bounds of the batch's documents, `cu_seq_lens_q`, for layers of models that do not pass them
-                on.
-        """
-        self._routes = routes
-        if routes is not None and not self._was_routed:
-            self._was_routed = True
+    def _take_routes(self, call: Call | None, kwargs: dict[str, Argument]) -> None:
+        """Makes the running call's routes an argument, if it has some."""
+        if call is None:
+            if self._was_routed:
+                self._refuse_recomputation()
+        elif call.routes is not None:
+            kwargs["routes"] = call.routes
+            if not self._was_routed:
+                self._was_routed = True
 
     def _refuse_recomputation(self) -> None:
         """A checkpoint that holds this module but not the model cannot know its routes when it runs again."""
@@ -116,14 +131,9 @@ class Swapped(RoutedModule):
         # The class is made at run time, so it cannot be pickled by its name.
         if type(self).__dict__.get("mixin") is None:
             return super().__reduce_ex__(protocol)
-        state = vars(self) | {"_routes": None, "_documents": None}
+        state = vars(self).copy()
         state.pop("_compiled_call_impl", None)  # as torch.nn.Module does: it is bound to this very instance
         return _empty, (self.mixin, self.original), state
-
-
-def reached(routes: Routes) -> set[int]:
-    """The ids of the modules that these routes have reached, which the model looks at after its forward."""
-    return routes.derived("modules reached", set)
 
 
 def _empty(mixin: type[Swapped], original: type[nn.Module]) -> nn.Module:
@@ -143,11 +153,26 @@ def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> Any:
 
 def _make_class(mixin: type[Swapped], original: type[nn.Module]) -> type:
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(
-        original.__name__,
-        (mixin, original),
-        names | mixin.members(original) | {"original": original, "mixin": mixin},
-    )
+    members = mixin.members(original)
+    routed = members.get("forward", mixin.forward)
+
+    def forward(self: nn.Module, *args: Argument, **kwargs: Argument) -> Argument:
+        # Whoever wraps a module's forward (mixed precision, hooks, a checkpoint, torch.compile) keeps this function,
+        # and may call it when the module was unrouted since: then it is the original's.
+        if not torch.compiler.is_compiling():
+            refuse_retired(self, kwargs.get("routes"))
+        if not isinstance(self, swapped):
+            return original.forward(self, *args, **kwargs)
+        return routed(self, *args, **kwargs)
+
+    # There is no `__wrapped__`, along which accelerate's unwrap_model would go on to the original forward.
+    forward.__doc__, forward.__signature__ = routed.__doc__, inspect.signature(routed)  # type: ignore[attr-defined]
+    members |= {"forward": forward, "original": original, "mixin": mixin}
+    # transformers wraps the forward of a subclass of its layers when that is made: what it wraps is this function.
+    swapped = type(original.__name__, (mixin, original), names | members)
+    forward.swapped = swapped  # type: ignore[attr-defined]
+    swapped.forward.swapped = swapped  # type: ignore[attr-defined]
+    return swapped
 
 
 def swap(
@@ -172,7 +197,10 @@ def swap(
     """
     refuse_unswappable(module)
     mixin.check_module(module)
-    module.__class__ = swapped_class(mixin, type(module))
+    swapped = swapped_class(mixin, type(module))
+    check_forward(module, swapped)
+    module.__class__ = swapped
+    adopt_forward(module)
     assert isinstance(module, Swapped)
     module._routing = routing
     module.backend = backend
@@ -210,8 +238,6 @@ def refuse_unswappable(module: nn.Module) -> None:
         )
     if name == "OptimizedModule":
         raise TypeError("model: got a compiled module, expected to route the model before torch.compile")
-    if "forward" in vars(module):
-        raise TypeError(f"model: got a {name} whose forward was replaced, expected that of its class")
 
 
 def refuse_remade(module: nn.Module) -> None:
@@ -227,5 +253,6 @@ def unswap(module: nn.Module) -> None:
     """Makes a routed module ordinary again; nothing else of it changes."""
     if isinstance(module, Swapped):
         module.__class__ = type(module).original  # type: ignore[assignment]
+        adopt_forward(module)
         for name in _STATE:
             vars(module).pop(name, None)

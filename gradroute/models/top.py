@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,13 +16,18 @@ from ..routes import Routes
 from ..sites import Sites
 from .architectures import submodule
 from .attention_function import document_bounds, structured_mask
+from .calls import offering, open_offer, running
 from .lora import is_adapter
 from .modules import Argument
 from .plan import RoutingPlan
-from .swapped import Swapped, reached
+from .swapped import Swapped
 
 # The arguments that a routed model's forward takes besides the ordinary one's.
-_ROUTING_ARGUMENTS = ("route_ids", "route_strength", "routes")
+ROUTING_ARGUMENTS = ("route_ids", "route_strength", "routes")
+
+
+class UnroutedWarning(RuntimeWarning):
+    """A routed model is trained without routes."""
 
 
 class ModelRouting(NamedTuple):
@@ -30,14 +35,14 @@ class ModelRouting(NamedTuple):
 
     Attributes:
         plan: the plan by which the model is routed.
-        handed: the modules that are handed their routes, because their parents pass no arguments on.
+        has_handed: whether there are modules that find their routes in the running call.
         expected: the modules that routes must reach, by name.
         everywhere: see AttentionRouting.
         passes_routes: whether the model hands further arguments on to its decoder layers.
     """
 
     plan: RoutingPlan
-    handed: tuple[Swapped, ...]
+    has_handed: bool
     expected: tuple[tuple[str, Swapped], ...]
     everywhere: bool
     passes_routes: bool
@@ -57,15 +62,18 @@ class TopModel(Swapped):
     _routing: ModelRouting
     # Whether ablate() scaled by weights other than 0 and 1, which it may not do twice.
     _ablated_fractions: bool = False
+    # Whether a forward ever found its routes in routing(); whether the model warned of a forward without any.
+    _took_offers: bool = False
+    _warned_of_unrouted: bool = False
 
     @classmethod
     def members(cls, original: type[nn.Module]) -> dict[str, Any]:
         """A forward with the ordinary one's signature and the routing arguments: Trainer keeps only named columns."""
 
-        @functools.wraps(original.forward)
         def forward(self: TopModel, *args: Argument, **kwargs: Argument) -> Argument:
             return self._forward(args, kwargs)
 
+        forward.__doc__ = original.forward.__doc__
         forward.__signature__ = _signature(original.forward)  # type: ignore[attr-defined]
         parameters = inspect.signature(original.forward).parameters.values()
         takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -87,7 +95,9 @@ class TopModel(Swapped):
     def _forward(self, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Argument:
         names = self.argument_names
         self._refuse_misspelt(kwargs)
-        given = {name: kwargs.pop(name, None) for name in _ROUTING_ARGUMENTS}
+        given = {name: kwargs.pop(name, None) for name in ROUTING_ARGUMENTS}
+        if all(value is None for value in given.values()):
+            given = self._offered()
         if all(value is None for value in given.values()):
             return self._unrouted(args, kwargs)
         if "_routing" not in vars(self):
@@ -108,31 +118,62 @@ class TopModel(Swapped):
             )
         return self._routed(routes, kwargs)
 
+    def _offered(self) -> dict[str, Argument]:
+        """The routing arguments that wait for this forward; see `routing`."""
+        offer = open_offer(self._owner)
+        if (self._took_offers or (offer is not None and offer.arguments)) and _is_recomputed():
+            raise RuntimeError(
+                f"{type(self).__name__}: got a recomputation in backward of a forward inside routing(), expected a "
+                "checkpoint of the layers (gradient_checkpointing_enable): a checkpoint around the whole model knows "
+                "its arguments alone, so give it route_ids as one"
+            )
+        arguments = dict.fromkeys(ROUTING_ARGUMENTS)
+        if offer is None or not offer.arguments:
+            return arguments
+        offer.taken = True
+        if not self._took_offers:
+            self._took_offers = True
+        return arguments | offer.arguments
+
     def _unrouted(self, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Argument:
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return type(self).original.forward(self, *args, **kwargs)
-        # A checkpoint of the whole model runs it again in backward: then no module of it lacks its routes.
-        routed = [module for module in self._routing.handed if module._was_routed]
-        for module in routed:
-            module._was_routed = False
-        try:
-            return type(self).original.forward(self, *args, **kwargs)
-        finally:
-            for module in routed:
-                module._was_routed = True
+        forward = type(self).original.forward
+        if self._owner is None or torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        self._warn_of_unrouted()
+        # A call without routes: in a checkpoint of the whole model, no module of it lacks its routes.
+        with running(self._owner, None):
+            return forward(self, *args, **kwargs)
+
+    def _warn_of_unrouted(self) -> None:
+        """Warns once of training without routes, which a collator that drops columns brings about."""
+        if self._warned_of_unrouted or not (self.training and torch.is_grad_enabled()):
+            return
+        if open_offer(self._owner) is not None:
+            return  # unrouted()
+        self._warned_of_unrouted = True
+        warnings.warn(
+            f"{type(self).__name__}: got a forward in training mode without route_ids, in which every token trains "
+            "every parameter (a collator may have dropped the column); expected route_ids or routes, or "
+            "`with gradroute.models.unrouted(model):` where that is meant",
+            UnroutedWarning,
+            stacklevel=9,
+        )
 
     def _routed(self, routes: Routes, kwargs: dict[str, Argument]) -> Argument:
+        assert self._owner is not None
+        forward = type(self).original.forward
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            routes = self._owner.private(routes)
         if self._routing.passes_routes:
             kwargs["routes"] = routes
-        for module in self._routing.handed:
-            module.hand(routes, kwargs.get("cu_seq_lens_q"))
-        try:
-            output = type(self).original.forward(self, **kwargs)
-        finally:
-            for module in self._routing.handed:
-                module.hand(None)
-        if not torch.compiler.is_compiling():
-            self._check_reached(routes)
+        if is_compiling and not self._routing.has_handed:
+            # A checkpoint of the whole model may be traced, which allows no side effects.
+            return forward(self, **kwargs)
+        with running(self._owner, routes, kwargs.get("cu_seq_lens_q")) as call:
+            output = forward(self, **kwargs)
+        if not is_compiling:
+            self._check_reached(call.reached)
         return output
 
     def _routes_of(
@@ -159,10 +200,10 @@ class TopModel(Swapped):
     def _refuse_misspelt(self, kwargs: dict[str, Argument]) -> None:
         """Models of transformers take any keyword and drop what they do not know."""
         for name in kwargs:
-            if name not in (*self.argument_names, *_ROUTING_ARGUMENTS) and _is_misspelt(name):
+            if name not in (*self.argument_names, *ROUTING_ARGUMENTS) and _is_misspelt(name):
                 raise TypeError(
                     f"forward() got an unexpected keyword argument {name!r}; expected one of "
-                    f"{', '.join(_ROUTING_ARGUMENTS)}"
+                    f"{', '.join(ROUTING_ARGUMENTS)}"
                 )
 
     def _refuse_cache(self, kwargs: dict[str, Argument]) -> None:
@@ -200,10 +241,9 @@ class TopModel(Swapped):
 
     # Dynamo must see this and not trace it: where FSDP2 breaks the graph, Dynamo would trace it by itself, and cannot.
     @torch.compiler.disable(recursive=False)
-    def _check_reached(self, routes: Routes) -> None:
+    def _check_reached(self, seen: set[int]) -> None:
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
             return  # parts of the forward were compiled, and compiled code leaves no marks
-        seen = reached(routes)
         missing = [
             name
             for name, module in self._routing.expected
@@ -237,17 +277,25 @@ class TopModel(Swapped):
         Raises:
             TypeError: it is given routes.
         """
-        wrong = [name for name in _ROUTING_ARGUMENTS if kwargs.get(name) is not None]
+        wrong = [name for name in ROUTING_ARGUMENTS if kwargs.get(name) is not None]
         if wrong:
             raise TypeError(f"generate() got {', '.join(wrong)}, expected none: generation is unrouted")
-        for name in _ROUTING_ARGUMENTS:
+        for name in ROUTING_ARGUMENTS:
             kwargs.pop(name, None)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        if self._owner is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with offering(self._owner, {}):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def _is_recomputed() -> bool:
+    """Whether this runs in a backward: a checkpoint's forward again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot trace difflib
 def _is_misspelt(name: str) -> bool:
-    is_close = bool(difflib.get_close_matches(name, _ROUTING_ARGUMENTS, 1, 0.75))
+    is_close = bool(difflib.get_close_matches(name, ROUTING_ARGUMENTS, 1, 0.75))
     return is_close or any(word in name.lower() for word in ("route", "strength"))
 
 
@@ -298,7 +346,7 @@ def _signature(forward: Callable[..., Argument]) -> inspect.Signature:
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _ROUTING_ARGUMENTS
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ROUTING_ARGUMENTS
     ]
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     return signature.replace(parameters=parameters[:at] + extra + parameters[at:])

@@ -15,6 +15,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ..routes import Routes
+from .calls import running_call
 from .modules import AnyModule, Argument
 from .swapped import Swapped
 
@@ -66,7 +67,8 @@ class _Module(nn.Module):
     original_component: AnyModule
 
     def forward(self, hidden_states: Tensor, routes: Routes | None = None, **kwargs: Argument) -> Tensor:
-        routes = self.original_component._routes if routes is None else routes
+        call = running_call(self.original_component._owner) if self.original_component._is_handed else None
+        routes = call.routes if routes is None and call is not None else routes
         if routes is None:
             return super().forward(hidden_states, **kwargs)
         return self.hook_out(self.original_component(self.hook_in(hidden_states), routes=routes))

@@ -138,7 +138,7 @@ def test_what_was_done_to_modules_before(where):
         return {"model": model, "layer": layer, "mlp": layer.mlp}[where]
 
     model = fresh("llama")
-    part(model).forward = part(model).forward
+    part(model).forward = lambda *args, **kwargs: None
     with expect(TypeError, "whose forward was replaced"):
         models.route(model, plan)
     del part(model).forward
