@@ -144,6 +144,7 @@ def call_linear(
         return linear(x)
     if not is_readable(linear):
         refuse_replaced(linear)
+        return linear(x, routes=routes)
     return routed_linear(x, matrix(linear), linear.bias, routes, sites, backend=backend)
 
 

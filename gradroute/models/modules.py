@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,11 +47,14 @@ def refuse_special(module: nn.Module) -> None:
         raise TypeError(f"got a {full_name(module)} with {special}, expected ordinary tensors: they are read")
 
 
-def refuse_replaced(module: nn.Module) -> NoReturn:
-    """Raises about a module that stands in the place of a routed one."""
+def refuse_replaced(module: nn.Module) -> None:
+    """Raises where a module in the place of a routed one takes no routes; what wraps that one passes arguments on."""
+    parameters = inspect.signature(module.forward).parameters
+    if "routes" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
     raise RuntimeError(
-        f"got a {full_name(module)} in the place of a module that route() had made routed, expected that one: "
-        "something replaced it since; unroute() the model and route() it again after replacing modules"
+        f"got a {full_name(module)}, which takes no routes, in the place of a module that route() had made routed, "
+        "expected that one: something replaced it since; unroute() the model, and route() it when modules are replaced"
     )
 
 

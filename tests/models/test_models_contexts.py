@@ -43,7 +43,9 @@ def test_routes_are_taken_as_if_they_were_arguments(case):
     strength = torch.full(ids.shape, 0.5)
     check(half, backward(model, words, targets, route_ids=ids, route_strength=strength), 0.0)
     unrouted_ones = step(model, words, targets)
-    check_differ(unrouted_ones, expected, [name for name in expected if "ln_f" in name or "model.norm" in name])
+    check_differ(
+        unrouted_ones, expected, [name for name in expected if "ln_f" in name or "model.norm" in name]
+    )
     with pytest.raises(KeyError), routing(model, ids):  # an error of the block is not hidden by one of ours
         raise KeyError
 
