@@ -134,6 +134,8 @@ def check_module(module: nn.Module) -> str:
     """`name_of_module`; raises TypeError where it is None."""
     name = name_of_module(module)
     if name is None:
-        expected = ", ".join(_NAMES_OF_CLASSES)
-        raise TypeError(f"got the activation {module!r}, expected one of {expected}")
+        got = type(module).__name__
+        if got in _NAMES_OF_CLASSES:
+            got += " with a formula in Python"
+        raise TypeError(f"got the activation {got}, expected one of {', '.join(_NAMES_OF_CLASSES)}")
     return name

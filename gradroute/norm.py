@@ -56,10 +56,11 @@ def routed_rms_norm(
         weight: `[D]`, in any dtype that the ordinary norm takes beside x's.
         routes: the batch's routes; None: the ordinary op.
         sites: where to mask; None: the ordinary op.
-        eps: added to the mean square; None: the machine epsilon of fp32 (fp64 for fp64), as F.rms_norm does.
+        eps: added to the mean square; None: the machine epsilon of the dtype that is computed in, as F.rms_norm does.
         offset: added to the weight: 1 where a model stores w - 1 (Gemma).
         casting_mode: "torch": `torch.nn.functional.rms_norm`; "llama": x̂ is rounded to x's dtype before the weight;
-            "gemma": the weight multiplies in fp32, rounded last.
+            "gemma": the weight multiplies in fp32, rounded last. Both compute in fp32 for fp64 too, as the models do;
+            "torch" computes in fp64 there.
         backend: see `gradroute.use_backend`; default: the fastest that supports the call.
 
     Returns:
@@ -176,7 +177,7 @@ class RMSNormFunction(Function):
     def backward(ctx: RMSNormContext, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward("routed_rms_norm")
         x, weight = ctx.saved_tensors
-        eps = rms_norm_eps(ctx.eps, x)
+        eps = rms_norm_eps(ctx.eps, x, ctx.casting_mode)
         dx, dweight, _ = ctx.primitives.norm_backward(
             flat(dy),
             flat(x),

@@ -310,7 +310,7 @@ class RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         masked = masked_by(ctx.routes)
         x_wide, g = wide(flat(x)), wide(flat(dy))
-        rstd = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + rms_norm_eps(ctx.eps, x))
+        rstd = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + rms_norm_eps(ctx.eps, x, ctx.casting_mode))
         x_hat = x_wide * rstd
         x_seen = wide(x_hat.to(x.dtype)) if ctx.casting_mode == "llama" else x_hat  # as it met the weight
         dweight = masked(ctx.sites.update, g * x_seen).sum(0)

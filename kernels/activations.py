@@ -22,9 +22,7 @@ def value_and_derivative(a, ACTIVATION: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
         value = a * cdf
         derivative = cdf + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
-    elif (
-        ACTIVATION == "gelu_tanh" or ACTIVATION == "gelu_fast"
-    ):  # whose ten digits of sqrt(2 / pi) are it in fp32
+    elif ACTIVATION == "gelu_tanh" or ACTIVATION == "gelu_fast":  # in fp32 they are one function
         inner = 0.7978845608028654 * (a + 0.044715 * a * a * a)
         t = 2.0 * sigmoid(2.0 * inner) - 1.0
         value = 0.5 * a * (1.0 + t)

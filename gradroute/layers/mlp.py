@@ -86,7 +86,7 @@ class AnyRoutedMLP(LinearsModule):
             sites: where to mask.
             names: its linear submodules in the order of the op's weights; default: those of this class.
                 nanoGPT's MLP has `("c_fc", "c_proj")`.
-            activation: its activation; default: that of this class.
+            activation: its activation; default: that of this class, unless `mlp` has a module that may be another.
             backend: see `gradroute.use_backend`.
 
         Raises:
@@ -104,7 +104,7 @@ class AnyRoutedMLP(LinearsModule):
         layer._take_linears("mlp", mlp, cls.names if names is None else names, instead)
         dropout = "a routed MLP has no dropout; apply it to the output yourself and set p = 0"
         check_no_dropout("mlp", mlp, dropout)
-        _check_activations(mlp, layer.activation)
+        _check_activations(mlp, layer.activation, is_named=activation is not None)
         layer._check_linears("names")
         layer.sites = sites
         return layer
@@ -182,11 +182,20 @@ class AnyRoutedMLP(LinearsModule):
         return f"activation={self.activation!r}, {super().extra_repr()}"
 
 
-def _check_activations(mlp: nn.Module, activation: str) -> None:
+def _check_activations(mlp: nn.Module, activation: str, is_named: bool) -> None:
     for name, module in mlp.named_modules():
         known = name_of_module(module)
+        if known is None and not is_named and _may_be_activation(module):
+            raise ValueError(
+                f"activation: got None, expected the name of what mlp.{name} computes, a {type(module).__name__}"
+            )
         if known not in (None, activation):
             raise ValueError(f"activation: got {activation!r}, expected {known!r}, which mlp.{name} is")
+
+
+def _may_be_activation(module: nn.Module) -> bool:
+    is_leaf = next(module.children(), None) is None and next(module.parameters(), None) is None
+    return is_leaf and not isinstance(module, (nn.Dropout, nn.Identity))
 
 
 class RoutedMLP(AnyRoutedMLP):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -25,6 +26,7 @@ class Op(NamedTuple):
         activations: the tensors that have tokens.
         variants: keyword arguments of `sample` that choose another computation, one dict each.
         keywords: (draw, keywords of `sample`) → keywords of the public function.
+        exact: the values of keywords that only choose roundings, in a call in fp64 that is to be exact.
         cancelling: (tensors, keywords, upstream) → by argument, the size of the terms of a gradient whose sum is
             exactly 0, see `excess`.
     """
@@ -36,6 +38,7 @@ class Op(NamedTuple):
     activations: tuple[str, ...] = ("x",)
     variants: tuple[dict[str, Any], ...] = ({},)
     keywords: Callable[[Draw, dict[str, Any]], dict[str, Any]] = lambda _, keywords: keywords
+    exact: Mapping[str, Any] = MappingProxyType({})
     cancelling: Callable[[Mapping[str, Tensor | None], Mapping[str, Any], Tensor], dict[str, float]] = (
         lambda *_: {}
     )

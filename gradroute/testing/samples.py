@@ -109,6 +109,7 @@ class Sample:
         """The same call in fp64: what is exact for every dtype."""
         tensors = {name: _float64(tensor) for name, tensor in self.tensors.items()}
         keywords = {name: _float64(value) for name, value in self.keywords.items()}
+        keywords.update(OPS[self.op].exact)
         return replace(self, tensors=tensors, keywords=keywords, upstream=self.upstream.double())
 
     def with_sites(self, sites: Sites | Table | None) -> Sample:

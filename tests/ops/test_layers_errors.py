@@ -17,6 +17,7 @@ from layer_cases import (
     OrdinaryMLP,
 )
 from torch import nn
+from transformers.activations import NewGELUActivation
 
 from gradroute import LinearSites, MLPSites
 from gradroute.embedding import EmbeddingSites
@@ -196,6 +197,16 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: RoutedMLP.from_mlp(NanoMLP(), names=("c_fc", "c_proj"), activation="silu"),
         ValueError,
         r"activation: got 'silu', expected 'gelu', which mlp\.gelu is",
+    ),
+    "an activation of transformers": (
+        lambda: RoutedMLP.from_mlp(with_child(OrdinaryMLP(), "act", NewGELUActivation())),
+        ValueError,
+        r"activation: got 'gelu', expected 'gelu_new', which mlp\.act is",
+    ),
+    "an unknown activation": (
+        lambda: RoutedMLP.from_mlp(with_child(OrdinaryMLP(), "act", nn.Mish())),
+        ValueError,
+        r"activation: got None, expected the name of what mlp\.act computes, a Mish",
     ),
 }
 

@@ -32,9 +32,9 @@ def _rms_norm(
         if copies is weight:
             return F.rms_norm(x, x.shape[-1:], weight + offset if offset else weight, eps)
         return F.rms_norm(x, x.shape[-1:], eps=eps) * (copies + offset)
-    # These are the operations of LlamaRMSNorm and GemmaRMSNorm of transformers.
+    # These are the operations of LlamaRMSNorm and GemmaRMSNorm of transformers: in fp32 for fp64 too.
     assert eps is not None
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float32
     normalised = x.to(wide) * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)
     if casting_mode == "llama":
         return (copies + offset if offset else copies) * normalised.to(x.dtype)
@@ -67,6 +67,7 @@ OPS = {
             {"casting_mode": "llama"},
             {"casting_mode": "gemma", "offset": 1.0},
         ),
+        exact={"casting_mode": "torch"},
     ),
     "routed_layer_norm": Op(
         _layer_norm_inputs, _site_features, _layer_norm, "NormSites", variants=({}, {"eps": 1e-3})
