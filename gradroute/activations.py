@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import shown
+
 
 class Activation(NamedTuple):
     """An elementwise activation.
@@ -97,9 +99,10 @@ ACTIVATIONS = {
 
 
 def check_activation(name: str) -> None:
-    """Raises ValueError unless `name` is one of the activations."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation: got {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+    """Raises unless `name` is one of the activations."""
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        kind: type[Exception] = ValueError if isinstance(name, str) else TypeError
+        raise kind(f"activation: got {shown(name)}, expected one of {', '.join(ACTIVATIONS)}")
 
 
 # The activation that a module is, by its class in torch.nn, transformers, minGPT (NewGELU).

@@ -102,6 +102,14 @@ def check_values(tensor: Tensor, what: str) -> None:
     raise ValueError(f"got {reason}; expected values in an ordinary tensor")
 
 
+def shown(value: object) -> str:
+    """What came, for a message: numbers, names and lists themselves, of anything else its type."""
+    plain = value is None or isinstance(
+        value, (bool, int, float, complex, str, list, tuple, slice, np.generic)
+    )
+    return reprlib.repr(value) if plain else f"a {type(value).__name__}"
+
+
 def check_int(
     name: str, value: Any, least: int | None = None, most: int | None = None, *, optional: bool = False
 ) -> Any:
@@ -117,8 +125,8 @@ def check_int(
     if optional and value is None:
         return None
     expected = "an int" + _bounds(least, most) + (" or None" if optional else "")
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: got {reprlib.repr(value)}, expected {expected}")
+    if not is_int(value):
+        raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
     if (least is not None and value < least) or (most is not None and value > most):
         raise ValueError(f"{name}: got {value}, expected {expected}")
     return int(value)
@@ -132,7 +140,7 @@ def check_number(
         return None
     expected = "a finite number" + _bounds(least, most) + (" or None" if optional else "")
     if not is_number(value):
-        raise TypeError(f"{name}: got {reprlib.repr(value)}, expected {expected}")
+        raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
     if (
         not math.isfinite(value)
         or (least is not None and value < least)
@@ -148,6 +156,11 @@ def _bounds(least: float | None, most: float | None) -> str:
     return f" of {least} or more" if most is None else f" from {least} to {most}"
 
 
+def is_int(value: object) -> bool:
+    """Whether a value is an integer of Python or NumPy."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a real number of Python or NumPy."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
@@ -156,7 +169,7 @@ def is_number(value: object) -> bool:
 def check_bool(name: str, value: object) -> bool:
     """`value` as a bool of Python; raises TypeError unless it is one, of Python or NumPy."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {reprlib.repr(value)}, expected True or False")
+        raise TypeError(f"{name}: got {shown(value)}, expected True or False")
     return bool(value)
 
 
@@ -166,7 +179,7 @@ def check_choice(name: str, value: object, choices: Iterable[Any]) -> None:
     kind: type[Exception] = ValueError if isinstance(value, str) else TypeError
     if not isinstance(value, str) or value not in listed:
         expected = ", ".join(map(repr, listed))
-        raise kind(f"{name}: got {reprlib.repr(value)}, expected one of {expected}")
+        raise kind(f"{name}: got {shown(value)}, expected one of {expected}")
 
 
 def check_is(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
@@ -188,10 +201,10 @@ def check_indices(name: str, indices: Any, count: int | None = None) -> tuple[in
             raise ValueError(f"{name}: got shape {list(indices.shape)}, expected a list of {expected}")
         indices = indices.tolist()
     if isinstance(indices, (str, bytes, dict)) or not isinstance(indices, Collection):
-        raise TypeError(f"{name}: got {reprlib.repr(indices)}, expected a list of {expected}")
+        raise TypeError(f"{name}: got {shown(indices)}, expected a list of {expected}")
     for index in indices:
-        if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
-            raise TypeError(f"{name}: got {reprlib.repr(index)}, expected {expected}")
+        if not is_int(index):
+            raise TypeError(f"{name}: got {shown(index)}, expected {expected}")
     wrong = [int(index) for index in indices if index < 0 or (count is not None and index >= count)]
     if wrong or not len(indices):
         raise ValueError(f"{name}: got {wrong or 'none'}, expected {expected}")

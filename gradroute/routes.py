@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import as_tensor
+from .arguments import as_tensor, check_int
 
 MAX_ROUTES = 32768
 
@@ -69,7 +69,8 @@ class Routes:
                 flat `[T]`; every id in `[0, num_routes)`.
             num_routes: R, 1 to 32768.
             strength: None, a number, a 0-dim tensor, or floating point `[*tokens]`: how far a token's mask
-                goes from route 0's row (0) to its own route's (1). A 0-dim tensor of dtype fp32 or fp64 on the
+                goes from route 0's row (0) to its own route's (1). Any finite number: 2 goes as far again beyond
+                the route's own row, -1 as far the other way. A 0-dim tensor of dtype fp32 or fp64 on the
                 ids' device is kept, not copied: writing to it in place changes the strength of later backwards
                 without recompilation.
             validate: check ranges and finiteness. This waits for the device once; under tracing it becomes
@@ -79,7 +80,8 @@ class Routes:
             TypeError: ids are not integers, num_routes is not an int, or strength is not floating point.
             ValueError: ids out of range; strength of another shape or device, or not finite.
         """
-        check_num_routes(num_routes)
+        if type(num_routes) is not int or not 1 <= num_routes <= MAX_ROUTES:
+            num_routes = check_num_routes(num_routes)  # apart: under tracing, NumPy is not looked at
         if not isinstance(ids, Tensor):
             try:
                 ids = as_tensor(ids, "integers in rows of one length")
@@ -227,12 +229,9 @@ class Routes:
         return f"Routes({list(self.shape)}, num_routes={self.num_routes}{counts}{strength}, {self.device})"
 
 
-def check_num_routes(num_routes: Any) -> None:
-    """Raises unless `num_routes` is a number of routes."""
-    if isinstance(num_routes, bool) or not isinstance(num_routes, int):
-        raise TypeError(f"num_routes: got {num_routes!r}, expected an int")
-    if not 1 <= num_routes <= MAX_ROUTES:
-        raise ValueError(f"num_routes: got {num_routes}, expected 1 to {MAX_ROUTES}")
+def check_num_routes(num_routes: Any) -> int:
+    """`num_routes` as an int of Python; raises unless it is a number of routes."""
+    return int(check_int("num_routes", num_routes, 1, MAX_ROUTES))
 
 
 def _checked_strength(strength: Tensor | float | None, ids: Tensor) -> Tensor | None:

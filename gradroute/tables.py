@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import as_tensor, check_int, check_is, check_number, check_values, ordinary_tensors
+from .arguments import as_tensor, check_int, check_is, check_number, check_values, is_int, ordinary_tensors
 
 # A table of more constant pieces than this is handled as dense: beyond it, a pass per piece costs more
 # than one pass with a gathered mask.
@@ -163,13 +163,15 @@ def localize(
         num_routes: R, the number of routes.
         features: F, the site's width.
         where: route → the features (a slice, indices or booleans) where its tokens weigh `on`; elsewhere they weigh
-            `off`. Rows of routes not named are ones.
+            `off`. `[5]` is the one feature of index 5, `slice(5)` are the first five, `slice(-5, None)` the last; a
+            bare 5 could be any of these, and is refused. Rows of routes not named are ones.
         on: weight inside.
         off: weight outside.
 
     Raises:
-        TypeError: features are neither a slice, integers nor booleans.
-        ValueError: a route is not in `[0, num_routes)`, an index not in `[-features, features)`, a weight not finite.
+        TypeError: features are neither a slice, integers nor booleans; a number is of another kind.
+        ValueError: a route is not in `[0, num_routes)`, an index not in `[-features, features)`, a weight not finite; a
+            slice lies outside of the features, or chooses none of them (only `slice(0)` and `[]` say that).
     """
     num_routes = check_int("num_routes", num_routes, 1)
     features = check_int("features", features, 1)
@@ -178,7 +180,7 @@ def localize(
         raise TypeError(f"where: got a {type(where).__name__}, expected a dict {{route: features}}")
     weights = np.ones((num_routes, features))
     for route, features_of_route in where.items():
-        if isinstance(route, bool) or not isinstance(route, (int, np.integer)):
+        if not is_int(route):
             raise TypeError(f"where: got route {route!r}, expected an int")
         if not 0 <= route < num_routes:
             raise ValueError(f"where: got route {route!r}, expected 0 <= route < num_routes = {num_routes}")
@@ -199,21 +201,9 @@ def indices_of(chosen: Features, features: int, name: str) -> list[int]:
             slice chooses nothing, or there are more or fewer booleans than features.
     """
     if isinstance(chosen, slice):
+        _check_slice(name, chosen)
         return _indices_of_slice(chosen, features, name)
-    try:
-        with ordinary_tensors():
-            indices = as_tensor(chosen, "a slice, indices, or a boolean for each feature")
-            check_values(indices, "indices")
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-    if indices.dim() == 0:
-        raise TypeError(
-            f"{name}: got {indices.item()!r}, expected a slice or indices: [i] is one feature, slice(n) the first n"
-        )
-    if indices.dim() > 1:
-        raise ValueError(f"{name}: got indices of shape {list(indices.shape)}, expected one dimension")
-    if indices.numel() and (indices.is_floating_point() or indices.is_complex()):
-        raise TypeError(f"{name}: got indices of dtype {indices.dtype}, expected integers")
+    indices = _as_indices(name, chosen)
     listed = indices.tolist()
     if indices.dtype == torch.bool:
         if len(listed) != features:
@@ -229,12 +219,41 @@ def indices_of(chosen: Features, features: int, name: str) -> list[int]:
     return [index % features for index in listed]
 
 
+def check_features(name: str, chosen: Any) -> None:
+    """Raises where features are wrong whatever their number is: of another kind, or none; see `indices_of`."""
+    if isinstance(chosen, slice):
+        _check_slice(name, chosen)
+    elif not _as_indices(name, chosen).numel():
+        raise ValueError(f"{name}: got none, expected at least one")
+
+
+def _as_indices(name: str, chosen: Features) -> Tensor:  # [n] integers or booleans
+    try:
+        with ordinary_tensors():
+            indices = as_tensor(chosen, "a slice, indices, or a boolean for each feature")
+            check_values(indices, "indices")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    if indices.dim() == 0:
+        raise TypeError(
+            f"{name}: got {indices.item()!r}, expected a slice or indices: [i] is one feature, slice(n) the first n"
+        )
+    if indices.dim() > 1:
+        raise ValueError(f"{name}: got indices of shape {list(indices.shape)}, expected one dimension")
+    if indices.numel() and (indices.is_floating_point() or indices.is_complex()):
+        raise TypeError(f"{name}: got indices of dtype {indices.dtype}, expected integers")
+    return indices
+
+
+def _check_slice(name: str, chosen: slice) -> None:
+    if not all(bound is None or is_int(bound) for bound in (chosen.start, chosen.stop, chosen.step)):
+        raise TypeError(f"{name}: got {chosen}, expected a slice of integers")
+    if chosen.step == 0:
+        raise ValueError(f"{name}: got {chosen}, expected a step that is not 0")
+
+
 def _indices_of_slice(chosen: slice, features: int, name: str) -> list[int]:
-    for bound in (chosen.start, chosen.stop, chosen.step):
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, np.integer))):
-            raise TypeError(f"{name}: got {chosen}, expected a slice of integers")
-    outside = [bound for bound in (chosen.start, chosen.stop) if not -features <= (bound or 0) <= features]
-    if outside or chosen.step == 0:
+    if any(not -features <= (bound or 0) <= features for bound in (chosen.start, chosen.stop)):
         raise ValueError(f"{name}: got {chosen}, expected bounds from -{features} to {features} = features")
     indices = list(range(features)[chosen])
     if not indices and (chosen.start or 0, chosen.stop) != (0, 0):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from ..primitives.protocol import Primitives
 from . import composed, native
 
@@ -80,8 +81,7 @@ class use_backend:
 
     def __init__(self, backend: str | None) -> None:
         global _process_wide
-        if backend is not None:
-            _check_name(backend)
+        check_backend(backend)
         self._earlier = _process_wide
         _process_wide = backend
 
@@ -142,7 +142,7 @@ def choose(
     """
     explicit = _process_wide if requested is None else requested
     if explicit is not None:
-        _check_name(explicit)
+        check_backend(explicit)
         reason = _why_not(op, explicit, x.device, x.dtype) or (refused or {}).get(explicit)
         if reason is not None:
             raise BackendError(f"{op}: the requested backend {explicit!r} cannot run it: {reason}")
@@ -204,9 +204,12 @@ def primitives(backend: str) -> Primitives:
     return _PRIMITIVES[backend]
 
 
-def _check_name(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+def check_backend(backend: str | None) -> str | None:
+    """The backend's name, or None: the automatic choice; raises where there is no such backend."""
+    if backend is None or (isinstance(backend, str) and backend in BACKENDS):
+        return backend
+    kind: type[Exception] = ValueError if isinstance(backend, str) else TypeError
+    raise kind(f"backend: got {shown(backend)}, expected one of {', '.join(BACKENDS)}, or None")
 
 
 def _why_not(

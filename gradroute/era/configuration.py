@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..blocks import Part
+from ..models.inspection import record_added_units
 from ..models.plan import Shape
 
 
@@ -76,6 +77,9 @@ def resize(model: nn.Module, parts: Sequence[Part], sign: int) -> None:
         for name, group in named.items():
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, getattr(module, name) + sign * len(part.index) // group)
+    units = [len(part.index) for part in parts if part.what == "units" and part.module]
+    if units:
+        record_added_units(model, sign * units[0])
     config = config_of(model)
     if config is not None:
         for name, value in new_numbers(config, changes_of(parts, sign)).items():

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_bool, check_int, check_number
 from ..attention import AttentionSites, routed_attention
+from ..backends import check_backend
 from ..checks import check_shape, unrouted
 from ..linear import LinearSites
 from ..routes import Routes
@@ -72,12 +74,14 @@ class RoutedAttention(LinearsModule):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(heads, kv_heads)
-        self.head_dim = _head_dim(d_model, heads, "d_model") if head_dim is None else head_dim
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim: got {head_dim}, expected a positive number of features per head")
+        d_model, bias = check_int("d_model", d_model, 1), check_bool("bias", bias)
+        self.head_dim = (
+            _head_dim(d_model, heads, "d_model") if head_dim is None else check_int("head_dim", head_dim, 1)
+        )
+        _check_options(causal, window, scale, dropout)
         self.heads, self.kv_heads = heads, kv_heads
         self.causal, self.window, self.scale, self.dropout = causal, window, scale, dropout
-        self.backend = backend
+        self.backend = check_backend(backend)
         for name, (outputs, inputs) in zip(self.names, self._shapes(d_model), strict=True):
             self.add_module(name, nn.Linear(inputs, outputs, bias, device, dtype))
         self.sites = sites
@@ -125,12 +129,13 @@ class RoutedAttention(LinearsModule):
         check_no_dropout("module", module, "give that of the probabilities as dropout=, and set p = 0")
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(heads, kv_heads)
+        _check_options(causal, window, scale, dropout)
         query = layer._linears()[0]
         layer.head_dim = _head_dim(query.out_features, heads, f"the outputs of {layer.names[0]}")
         layer.heads, layer.kv_heads = heads, kv_heads
         layer._check_linears("names")
         layer.causal, layer.window, layer.scale, layer.dropout = causal, window, scale, dropout
-        layer.backend = backend
+        layer.backend = check_backend(backend)
         layer.sites = sites
         return layer
 
@@ -227,9 +232,16 @@ class RoutedAttention(LinearsModule):
         return f"{options}, {super().extra_repr()}"
 
 
+def _check_options(causal: bool, window: int | None, scale: float | None, dropout: float) -> None:
+    check_bool("causal", causal)
+    check_int("window", window, 1, optional=True)
+    check_number("scale", scale, optional=True)
+    check_number("dropout", dropout, 0, 1)
+
+
 def _check_heads(heads: int, kv_heads: int) -> None:
-    if heads < 1:
-        raise ValueError(f"heads: got {heads}, expected a positive number of query heads")
+    check_int("heads", heads, 1)
+    check_int("kv_heads", kv_heads)
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"kv_heads: got {kv_heads}, expected a divisor of heads = {heads}")
 

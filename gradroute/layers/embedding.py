@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_int
+from ..backends import check_backend
 from ..embedding import EmbeddingSites, routed_embedding
 from ..routes import Routes
 from .module import Device, RoutedModule, check_plain, share
@@ -60,6 +62,10 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
         sites: EmbeddingSites | None = None,
         backend: str | None = None,
     ) -> None:
+        num_embeddings = check_int("num_embeddings", num_embeddings, 0)
+        embedding_dim = check_int("embedding_dim", embedding_dim, 0)
+        if padding_idx is not None:
+            padding_idx = check_int("padding_idx", padding_idx, -num_embeddings, num_embeddings - 1)
         check_embedding(max_norm, scale_grad_by_freq, sparse)
         super().__init__(
             num_embeddings,
@@ -71,7 +77,7 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
             device=device,
             dtype=dtype,
         )
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.sites = sites
 
     @classmethod

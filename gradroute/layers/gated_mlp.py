@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..activations import check_activation
+from ..backends import check_backend
 from ..gated_mlp import routed_gated_mlp, routed_glu
 from ..mlp import ActivationSites, MLPSites
 from ..routes import Routes
@@ -53,7 +54,7 @@ class RoutedGatedMLP(AnyRoutedMLP):
         super().__init__()
         check_activation(activation)
         self.activation = activation
-        self.backend = backend
+        self.backend = check_backend(backend)
         self._make_linears(d_model, d_ff, bias, device, dtype)
         self.sites = sites
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_bool, check_int
+from ..backends import check_backend
 from ..linear import LinearSites, routed_linear
 from ..routes import Routes
 from .module import Device, RoutedModule, check_plain, share
@@ -48,8 +50,11 @@ class RoutedLinear(RoutedModule, nn.Linear):
         sites: LinearSites | None = None,
         backend: str | None = None,
     ) -> None:
+        in_features = check_int("in_features", in_features, 0)
+        out_features = check_int("out_features", out_features, 0)
+        bias = check_bool("bias", bias)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.sites = sites
 
     @classmethod

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import check_activation, name_of_module
+from ..arguments import check_bool, check_int
+from ..backends import check_backend
 from ..checks import unrouted
 from ..linear import LinearSites
 from ..mlp import ActivationSites, MLPSites, routed_activation, routed_mlp
@@ -96,7 +98,7 @@ class AnyRoutedMLP(LinearsModule):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.activation = cls.activation if activation is None else activation
-        layer.backend = backend
+        layer.backend = check_backend(backend)
         check_activation(layer.activation)
         instead = (
             "call such modules, with gradroute.routed_activation (gated: gradroute.routed_glu) between them"
@@ -112,6 +114,8 @@ class AnyRoutedMLP(LinearsModule):
     def _make_linears(
         self, d_model: int, d_ff: int, bias: bool, device: Device, dtype: torch.dtype | None
     ) -> None:
+        d_model, d_ff = check_int("d_model", d_model, 0), check_int("d_ff", d_ff, 0)
+        bias = check_bool("bias", bias)
         *inner, outer = self.names
         for name in inner:
             self.add_module(name, nn.Linear(d_model, d_ff, bias, device, dtype))
@@ -235,7 +239,7 @@ class RoutedMLP(AnyRoutedMLP):
         super().__init__()
         check_activation(activation)
         self.activation = activation
-        self.backend = backend
+        self.backend = check_backend(backend)
         self._make_linears(d_model, d_ff, bias, device, dtype)
         self.sites = sites
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_bool, check_choice, check_int, check_number, is_int, shown
+from ..backends import check_backend
 from ..norm import CASTING_MODES, NormSites, routed_layer_norm, routed_rms_norm
 from ..routes import Routes
 from .module import Device, RoutedModule, check_plain, share
@@ -16,6 +18,14 @@ from .reading import refuse_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def _check_shape(normalized_shape: int | Sequence[int]) -> None:
+    sizes: Any = [normalized_shape] if is_int(normalized_shape) else normalized_shape
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+        raise TypeError(f"normalized_shape: got {shown(normalized_shape)}, expected an int or one in a list")
+    for size in sizes:
+        check_int("normalized_shape", size, 1)
 
 
 class _RoutedNorm(RoutedModule):
@@ -73,15 +83,18 @@ class RoutedRMSNorm(_RoutedNorm, nn.RMSNorm):
         casting_mode: str = "torch",
         backend: str | None = None,
     ) -> None:
-        if casting_mode not in CASTING_MODES:
-            raise ValueError(
-                f"casting_mode: got {casting_mode!r}, expected one of {', '.join(CASTING_MODES)}"
-            )
-        self.offset = offset  # reset_parameters, which the constructor calls, reads it
+        check_choice("casting_mode", casting_mode, CASTING_MODES)
+        _check_shape(normalized_shape)
+        if eps is not None:
+            check_number("eps", eps, 0)
+        check_bool("elementwise_affine", elementwise_affine)
+        self.offset = check_number(
+            "offset", offset
+        )  # reset_parameters, which the constructor calls, reads it
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self._check_affine()
         self.casting_mode = casting_mode
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.sites = sites
 
     @classmethod
@@ -198,9 +211,13 @@ class RoutedLayerNorm(_RoutedNorm, nn.LayerNorm):
         sites: NormSites | None = None,
         backend: str | None = None,
     ) -> None:
+        _check_shape(normalized_shape)
+        check_number("eps", eps, 0)
+        check_bool("elementwise_affine", elementwise_affine)
+        check_bool("bias", bias)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self._check_affine()
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.sites = sites
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_int, check_is
 from .architectures import inner_model
 from .attention import Attention
 from .linear import matrix
@@ -29,17 +30,23 @@ def ablate(model: nn.Module, route: int = 0, *, optimizer: torch.optim.Optimizer
         optimizer: its state of what is zeroed becomes 0 too. Without it momentum would bring some of that back.
 
     Raises:
-        TypeError: linear layers with adapters, or sharded ones.
-        ValueError: the model is not routed, has no such route, or the plan does not mask in forward; it was ablated
-            already since it was routed, which would scale by fractional weights twice.
+        TypeError: linear layers with adapters, or sharded ones; a route or an optimizer that is none.
+        ValueError: the model is not routed, has no such route, or the plan does not mask in forward; the route sees
+            everything; the model was ablated already since it was routed, which would scale fractions twice.
     """
     top = inner_model(model)
     if not isinstance(top, TopModel):
         raise ValueError(
             f"model: got a {type(top).__name__} that is not routed, expected one that route() made so"
         )
-    _check_route(route, top.routing_plan.num_routes)
+    route = check_int("route", route, 0, top.routing_plan.num_routes - 1)
+    check_is("optimizer", optimizer, (torch.optim.Optimizer, type(None)), "a torch.optim.Optimizer or None")
     masked = _masked_in_forward(top, route)
+    if all(bool((weights == 1).all()) for _, weights in masked):
+        raise ValueError(
+            f"route: got {route}, whose tokens see everything, so that there is nothing to take out; expected a route "
+            "that forward tables mask: of sgtm the retain route"
+        )
     if top._ablated_fractions or not any(_adds(module, weights) for module, weights in masked):
         raise ValueError(
             f"model: got one in which what route {route} does not see was ablated already, expected one with influence"
@@ -50,13 +57,6 @@ def ablate(model: nn.Module, route: int = 0, *, optimizer: torch.optim.Optimizer
             for parameter in getattr(module, name).parameters(recurse=False):
                 _zero_history(parameter, optimizer)
     top._ablated_fractions = any(bool(((weights != 0) & (weights != 1)).any()) for _, weights in masked)
-
-
-def _check_route(route: int, num_routes: int) -> None:
-    if isinstance(route, bool) or not isinstance(route, int):
-        raise TypeError(f"route: got {route!r}, expected an int")
-    if not 0 <= route < num_routes:
-        raise ValueError(f"route: got {route}, expected 0 to {num_routes - 1}")
 
 
 def _masked_in_forward(top: TopModel, route: int) -> list[tuple[MLP | Attention, Tensor]]:

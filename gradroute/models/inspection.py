@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,13 @@ __all__ = [
     "Piece",
     "Units",
     "Width",
+    "added_units",
     "decoder_layers",
     "find_widths",
     "inner_model",
     "is_dtensor",
     "ordinary_model",
+    "record_added_units",
 ]
 
 
@@ -143,6 +146,32 @@ def ordinary_model(model: nn.Module) -> nn.Module:
     if isinstance(inner, Swapped):
         raise ValueError("model: got a routed model, expected an ordinary one; unroute() it first")
     return inner
+
+
+#: Where a model says how many of its hidden units were added: in its configuration, which is saved with it.
+_ADDED_UNITS = "added_hidden_units"
+
+
+def added_units(model: nn.Module) -> int:
+    """How many of the hidden units of each MLP `gradroute.era.expand` added to a model inside PEFT's."""
+    return int(getattr(_says_widths(model), _ADDED_UNITS, 0))
+
+
+def record_added_units(model: nn.Module, change: int) -> None:
+    """Adds to the number that `added_units` tells, or takes from it."""
+    holder, number = _says_widths(model), added_units(model) + change
+    if number > 0:
+        setattr(holder, _ADDED_UNITS, number)
+    elif hasattr(holder, _ADDED_UNITS):
+        delattr(holder, _ADDED_UNITS)
+
+
+def _says_widths(model: nn.Module) -> Any:
+    """The configuration that says how wide a model is, or else the model."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "num_attention_heads"):
+        return model
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

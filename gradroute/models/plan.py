@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+from ..arguments import is_int, shown
 from ..attention import AttentionSites
 from ..embedding import EmbeddingSites
 from ..linear import LinearSites
@@ -51,6 +52,7 @@ class Shape(NamedTuple):
         head_dim: D, the width of a head.
         attention_output_bias: whether attention's output projection has a bias, where that is known.
         mlp_output_bias: whether the MLP's has one, where that is known.
+        added_units: how many of the hidden units `gradroute.era.expand` added, where that is known.
     """
 
     layers: int
@@ -61,6 +63,7 @@ class Shape(NamedTuple):
     head_dim: int
     attention_output_bias: bool = False
     mlp_output_bias: bool = False
+    added_units: int | None = None
 
     @classmethod
     def of(cls, config: Configuration) -> Shape:
@@ -79,7 +82,7 @@ class Shape(NamedTuple):
             kv_heads = getattr(config, "num_key_value_heads", None) or heads
             head_dim = getattr(config, "head_dim", None) or d_model // heads
             return cls(config.num_hidden_layers, d_model, d_ff, heads, kv_heads, head_dim)
-        except AttributeError as error:
+        except (AttributeError, TypeError) as error:
             raise TypeError(
                 f"config: got a {type(config).__name__}, expected a transformers configuration: {error}"
             ) from None
@@ -151,13 +154,15 @@ class RoutingPlan:
     adapters: Mapping[str, Collection[int]] | None = None
 
     def __post_init__(self) -> None:
-        check_num_routes(self.num_routes)
+        object.__setattr__(self, "num_routes", check_num_routes(self.num_routes))
         if all(getattr(self, field.name) is None for field in fields(self) if field.name != "num_routes"):
             raise ValueError(
                 "RoutingPlan: got no sites, expected at least one of mlp, attention, residual, ..."
             )
         for name, expected in _ONCE.items():
             self._checked(name, getattr(self, name), expected)
+        for name, expected in _PER_LAYER.items():
+            self._check_entry(name, getattr(self, name), expected)
         _ = self.adapter_tables  # raises where they are not routes
 
     @functools.cached_property
@@ -190,13 +195,30 @@ class RoutingPlan:
         entries = _entries(name, getattr(self, name), shape)
         return [self._checked(f"{name}, layer {i}", entry, expected) for i, entry in enumerate(entries)]
 
+    def _check_entry(self, name: str, entry: Any, expected: type[Sites]) -> None:
+        """Raises where an entry is wrong whatever the model is."""
+        if entry is None or isinstance(entry, Sites):
+            self._checked(name, entry, expected)
+        elif isinstance(entry, Mapping):
+            wrong = [i for i in entry if not is_int(i) or i < 0]
+            if wrong:
+                raise ValueError(f"RoutingPlan.{name}: got layers {wrong}, expected indices of 0 or more")
+            for i, sites in entry.items():
+                self._checked(f"{name}, layer {i}", sites, expected)
+        elif isinstance(entry, Sequence) and not isinstance(entry, str):
+            for i, sites in enumerate(entry):
+                self._checked(f"{name}, layer {i}", sites, expected)
+        elif isinstance(entry, type) or not callable(entry):
+            raise TypeError(
+                f"RoutingPlan.{name}: got {shown(entry)}, expected {expected.__name__}, or a dict, a sequence or a "
+                "function that gives those of a layer"
+            )
+
     def _checked(self, where: str, sites: object, expected: type[Sites]) -> Sites | None:
         if sites is None:
             return None
         if not isinstance(sites, expected):
-            raise TypeError(
-                f"RoutingPlan.{where}: got a {type(sites).__name__}, expected {expected.__name__} or None"
-            )
+            raise TypeError(f"RoutingPlan.{where}: got {shown(sites)}, expected {expected.__name__} or None")
         for name, table in sites.tables.items():
             if table.num_routes != self.num_routes:
                 raise ValueError(
@@ -217,7 +239,7 @@ def _adapter_tables(adapters: object, num_routes: int) -> dict[str, Table]:
     for name, routes in adapters.items():
         if not isinstance(routes, Collection) or isinstance(routes, (str, Mapping)):
             raise TypeError(f"RoutingPlan.adapters[{name!r}]: got {routes!r}, expected a list of routes")
-        wrong = [route for route in routes if isinstance(route, bool) or route not in range(num_routes)]
+        wrong = [route for route in routes if not is_int(route) or route not in range(num_routes)]
         if wrong:
             raise ValueError(
                 f"RoutingPlan.adapters[{name!r}]: got routes {wrong}, expected routes from 0 to {num_routes - 1}"
@@ -231,7 +253,7 @@ def _entries(name: str, entries: PerLayer, shape: Shape) -> list[Any]:
     if entries is None or isinstance(entries, Sites):
         return [entries] * shape.layers
     if isinstance(entries, Mapping):
-        unknown = [i for i in entries if isinstance(i, bool) or i not in range(shape.layers)]
+        unknown = [i for i in entries if i not in range(shape.layers)]
         if unknown:
             raise ValueError(
                 f"RoutingPlan.{name}: got layers {unknown}, expected indices from 0 to {shape.layers - 1}"
@@ -239,17 +261,12 @@ def _entries(name: str, entries: PerLayer, shape: Shape) -> list[Any]:
         return [entries.get(i) for i in range(shape.layers)]
     if callable(entries):
         return _called(entries, shape)
-    if isinstance(entries, Sequence) and not isinstance(entries, str):
-        if len(entries) != shape.layers:
-            raise ValueError(
-                f"RoutingPlan.{name}: got a sequence of {len(entries)}, expected one entry for each of the "
-                f"{shape.layers} layers"
-            )
-        return list(entries)
-    raise TypeError(
-        f"RoutingPlan.{name}: got a {type(entries).__name__}, expected sites, or a dict, a sequence or a function "
-        "that gives those of a layer"
-    )
+    if len(entries) != shape.layers:
+        raise ValueError(
+            f"RoutingPlan.{name}: got a sequence of {len(entries)}, expected one entry for each of the "
+            f"{shape.layers} layers"
+        )
+    return list(entries)
 
 
 def _called(function: Callable[..., Any], shape: Shape) -> list[Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from ..arguments import check_bool, check_indices, check_int, check_number, is_int, shown
 from ..attention import AttentionSites
 from ..embedding import EmbeddingSites
 from ..linear import LinearSites
 from ..mlp import MLPSites
 from ..norm import NormSites
-from ..tables import Table, indices_of, localize
+from ..routes import MAX_ROUTES, check_num_routes
+from ..tables import Features, Table, check_features, indices_of, localize
 from .plan import Configuration, ResidualSites, RoutingPlan, Shape
 
 
@@ -60,16 +61,22 @@ def sgtm(
         The plan, of as many routes as the largest one named needs.
 
     Raises:
+        TypeError: no configuration; numbers, layers or flags of another kind.
         ValueError: routes that are not different, numbers of heads, units or layers that the model does not have.
     """
     shape = _shape_of(config)
+    retain, forget = (check_route(name, route) for name, route in (("retain", retain), ("forget", forget)))
+    unlabelled = None if unlabelled is None else check_route("unlabelled", unlabelled)
     named = [route for route in (retain, forget, unlabelled) if route is not None]
-    if len(set(named)) < len(named) or min(named) < 0:
-        raise ValueError(f"retain, forget, unlabelled: got {named}, expected different routes, 0 or more")
-    _check_count("forget_heads", forget_heads, shape.heads)
-    _check_count("forget_units", forget_units, shape.d_ff)
+    if len(set(named)) < len(named):
+        raise ValueError(f"retain, forget, unlabelled: got {named}, expected different routes")
+    forget_heads = check_int("forget_heads", forget_heads, 0, shape.heads)
+    forget_units = check_int("forget_units", forget_units, 0, shape.d_ff)
     if not forget_heads and not forget_units:
         raise ValueError("forget_heads, forget_units: got 0 and 0, expected a forget part")
+    joint_down_projection = check_bool("joint_down_projection", joint_down_projection)
+    joint_embedding = check_bool("joint_embedding", joint_embedding)
+    joint_head = check_bool("joint_head", joint_head)
     routes = max(named) + 1
     tables = _ForgetTables.of(shape, forget_heads, forget_units, routes, retain, forget)
     chosen = _layers(layers, shape.layers)
@@ -145,7 +152,7 @@ class _ForgetTables(NamedTuple):
 
 def localize_mlp(
     layers: Collection[int],
-    units: int | slice | Sequence[int],
+    units: int | Features,
     *,
     route: int = 1,
     num_routes: int | None = None,
@@ -160,7 +167,8 @@ def localize_mlp(
 
     Args:
         layers: the layers' indices.
-        units: how many, counted from the first; or which (slice or indices).
+        units: how many, counted from the first (`sgtm` and `era` count theirs from the last); or which (a slice,
+            indices or a boolean for each). `slice(-n, None)` are the last n, `[i]` is one.
         route: the route whose tokens are confined.
         num_routes: R; default: as many as `route` needs, at least two.
         on: the weight of the units.
@@ -168,14 +176,22 @@ def localize_mlp(
 
     Returns:
         The plan. `route` raises ValueError where a model has no such layers or units.
+
+    Raises:
+        TypeError: layers, units or numbers of another kind.
+        ValueError: none of them, negative layers, a route out of range, weights that are not finite.
     """
     routes = _count(route, num_routes)
-    units = slice(units) if isinstance(units, int) else units
-    chosen = frozenset(layers)
+    on, off = check_number("on", on), check_number("off", off)
+    chosen = check_indices("layers", layers)
+    count = check_int("units", units, 1) if is_int(units) else None
+    which: Any = units if count is None else slice(count)
+    check_features("units", which)
 
     def sites(index: int, shape: Shape) -> MLPSites | None:
         _layers(chosen, shape.layers)
-        table = localize(routes, shape.d_ff, {route: indices_of(units, shape.d_ff, "units")}, on, off)
+        check_int("units", count, 1, shape.d_ff, optional=True)
+        table = localize(routes, shape.d_ff, {route: _some_of(which, shape.d_ff, "units")}, on, off)
         return MLPSites(hidden=table) if index in chosen else None
 
     return RoutingPlan(routes, mlp=sites)
@@ -183,7 +199,7 @@ def localize_mlp(
 
 def steering(
     layers: Collection[int],
-    dim: int | Sequence[int] = 0,
+    dim: int | Features = 0,
     *,
     route: int = 1,
     num_routes: int | None = None,
@@ -197,21 +213,27 @@ def steering(
 
     Args:
         layers: the layers' indices, 6 to 18 in the paper.
-        dim: the dimension, or several.
+        dim: the index of the dimension, or indices of several.
         route: the route whose tokens are confined.
         num_routes: R; default: as many as `route` needs, at least two.
         off: the weight of the other dimensions.
 
     Returns:
         The plan. `route` raises ValueError where a model has no such layers or dimensions.
+
+    Raises:
+        TypeError: layers, dimensions or numbers of another kind.
+        ValueError: none of them, negative layers, a route out of range, a weight that is not finite.
     """
     routes = _count(route, num_routes)
-    dims = [dim] if isinstance(dim, int) else list(dim)
-    chosen = frozenset(layers)
+    off = check_number("off", off)
+    chosen = check_indices("layers", layers)
+    dims: Any = [dim] if is_int(dim) else dim
+    check_features("dim", dims)
 
     def sites(index: int, shape: Shape) -> ResidualSites | None:
         _layers(chosen, shape.layers)
-        table = localize(routes, shape.d_model, {route: indices_of(dims, shape.d_model, "dim")}, off=off)
+        table = localize(routes, shape.d_model, {route: _some_of(dims, shape.d_model, "dim")}, off=off)
         return ResidualSites(post=table) if index in chosen else None
 
     return RoutingPlan(routes, residual=sites)
@@ -233,39 +255,88 @@ def era(
 
     Args:
         layers: the layers that are routed; default: all.
-        units: the number of units that were added to each MLP.
+        units: the number of units that were added to each MLP, the last ones.
         route: the route whose tokens are confined to them.
         num_routes: R; default: as many as `route` needs, at least two.
         off: the weight of the original units; negative numbers unlearn there, the paper's negative learning rate.
 
     Returns:
-        The plan. `route` raises ValueError where a model has no such layers or units.
+        The plan. `route` raises ValueError where a model has no such layers or units, and warns (RuntimeWarning) where
+        `gradroute.era.expand` did not add as many: original units are masked then.
+
+    Raises:
+        TypeError: layers, units or numbers of another kind.
+        ValueError: none of them, negative layers, a route out of range, a weight that is not finite.
     """
     routes = _count(route, num_routes)
-    if not isinstance(units, int | np.integer):
-        raise TypeError(f"units: got {units!r}, expected an integer")
+    off = check_number("off", off)
+    units = check_int("units", units, 1)
+    chosen = None if layers is None else check_indices("layers", layers)
 
     def sites(index: int, shape: Shape) -> MLPSites | None:
-        _check_count("units", units, shape.d_ff)
-        added = slice(shape.d_ff - units, shape.d_ff)
-        table = localize(routes, shape.d_ff, {route: added}, off=off)
-        return MLPSites(hidden=table) if index in _layers(layers, shape.layers) else None
+        routed = _layers(chosen, shape.layers)
+        check_int("units", units, 1, shape.d_ff)
+        if index == routed[0]:
+            _warn_of_original_units(units, shape)
+        added = list(range(shape.d_ff - units, shape.d_ff))
+        return (
+            MLPSites(hidden=localize(routes, shape.d_ff, {route: added}, off=off))
+            if index in routed
+            else None
+        )
 
     return RoutingPlan(routes, mlp=sites)
 
 
+def _warn_of_original_units(units: int, shape: Shape) -> None:
+    if shape.added_units is not None and units > shape.added_units:
+        warnings.warn(
+            f"era: the plan takes the last {units} of {shape.d_ff} hidden units for added ones, and "
+            f"gradroute.era.expand added {shape.added_units} to this model: original units become the forget part. "
+            "Expand the model first; where units of a model from scratch are meant, "
+            "localize_mlp(layers, slice(-units, None)) says so",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def check_route(name: str, route: int) -> int:
+    """A route as an int; raises unless it is one that a plan may have."""
+    return int(check_int(name, route, 0, MAX_ROUTES - 1))
+
+
 def _count(route: int, num_routes: int | None) -> int:
     """The number of routes: as many as one route needs, where none is given."""
-    if not isinstance(route, int | np.integer):
-        raise TypeError(f"route: got {route!r}, expected an integer")
-    number = max(2, route + 1) if num_routes is None else num_routes
-    if not 0 <= route < number:
+    check_route("route", route)
+    number = max(2, int(route) + 1) if num_routes is None else check_num_routes(num_routes)
+    if route >= number:
         raise ValueError(f"route: got {route}, expected 0 <= route < num_routes = {number}")
     return number
 
 
 def _shape_of(config: Configuration) -> Shape:
-    return config if isinstance(config, Shape) else Shape.of(config)
+    if not isinstance(config, Shape):
+        return Shape.of(config)
+    for name, value in config._asdict().items():
+        if name in ("attention_output_bias", "mlp_output_bias"):
+            check_bool(f"config.{name}", value)
+        else:
+            check_int(
+                f"config.{name}", value, 1 if name != "added_units" else 0, optional=name == "added_units"
+            )
+    if config.heads % config.kv_heads:
+        raise ValueError(
+            f"config.kv_heads: got {config.kv_heads}, expected a divisor of heads = {config.heads}"
+        )
+    return config
+
+
+def _some_of(chosen: Any, count: int, name: str) -> list[int]:
+    """The indices of units or dimensions, at least one."""
+    indices = indices_of(chosen, count, name)
+    if not indices:
+        raise ValueError(f"{name}: got {shown(chosen)}, which chooses none of {count}")
+    return indices
 
 
 def _last(routes: int, features: int, count: int, route: int, on: float = 1.0, off: float = 0.0) -> Table:
@@ -273,16 +344,5 @@ def _last(routes: int, features: int, count: int, route: int, on: float = 1.0, o
     return localize(routes, features, {route: list(range(features - count, features))}, on, off)
 
 
-def _check_count(name: str, count: int, features: int) -> None:
-    if not isinstance(count, int | np.integer):
-        raise TypeError(f"{name}: got {count!r}, expected an integer from 0 to {features}")
-    if not 0 <= count <= features:
-        raise ValueError(f"{name}: got {count}, expected 0 to {features}")
-
-
-def _layers(layers: Collection[int] | None, count: int) -> list[int]:
-    chosen = list(range(count)) if layers is None else sorted(layers)
-    unknown = [i for i in chosen if i not in range(count)]
-    if unknown:
-        raise ValueError(f"layers: got {unknown}, expected indices from 0 to {count - 1}")
-    return chosen
+def _layers(layers: Collection[int] | None, count: int) -> tuple[int, ...]:
+    return tuple(range(count)) if layers is None else check_indices("layers", layers, count)

@@ -9,7 +9,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from ..arguments import shown
 from ..attention import AttentionSites
+from ..backends import check_backend
 from ..mlp import MLPSites
 from ..routes import Routes
 from ..sites import Sites
@@ -18,6 +20,7 @@ from .attention_function import register
 from .calls import Owner, offering, retire
 from .decoder_layer import DecoderLayer, LayerRouting
 from .embedding import PositionEmbedding
+from .inspection import added_units
 from .linear import Linear
 from .lora import LoRALinear, holds_adapters, linear_mixin, route_adapters
 from .modules import AnyModule
@@ -60,6 +63,9 @@ def route(
     """
     if not isinstance(plan, RoutingPlan):
         raise TypeError(f"plan: got a {type(plan).__name__}, expected a RoutingPlan")
+    if architecture is not None and not isinstance(architecture, Architecture):
+        raise TypeError(f"architecture: got {shown(architecture)}, expected an Architecture or None")
+    check_backend(backend)
     inner = inner_model(model)
     for module in (inner, *filter(_is_routed, inner.modules())):
         refuse_unswappable(module)
@@ -307,7 +313,8 @@ def _shape_of(model: nn.Module, layers: nn.ModuleList, architecture: Architectur
     config = getattr(model, "config", None)
     known = hasattr(config, "num_attention_heads")
     shape = Shape.of(config) if known else architecture.layer.shape_of(layers)
-    return shape._replace(layers=len(layers), **architecture.layer.output_biases(layers[0]))
+    biases = architecture.layer.output_biases(layers[0])
+    return shape._replace(layers=len(layers), added_units=added_units(model), **biases)
 
 
 def _unswap_all(model: nn.Module) -> None:

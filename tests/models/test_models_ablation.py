@@ -176,10 +176,11 @@ def test_refusals():
         contract(model, ADDED)
     with pytest.raises(ValueError, match="is not routed, expected one that route"):
         ablate(model)
-    route(model, era(units=ADDED))
+    with pytest.warns(RuntimeWarning, match="original units become the forget part"):
+        route(model, era(units=ADDED))
     with pytest.raises(ValueError, match="masks nothing in forward"):
         ablate(model)
-    with pytest.raises(ValueError, match="route: got 2, expected 0 to 1"):
+    with pytest.raises(ValueError, match="route: got 2, expected an int from 0 to 1"):
         ablate(model, route=2)
     for change in (expand, contract):
         with pytest.raises(ValueError, match="got a routed model, expected an ordinary one"):

@@ -62,7 +62,7 @@ def test_era():
         assert torch.equal(tables["mlp.hidden"], rows)
     only = tables_of(models.era([2], units=8))
     assert [bool(tables) for tables in only] == [False, False, True, False]
-    with expect(ValueError, "units: got 25, expected 0 to 24"):
+    with expect(ValueError, "units: got 25, expected an int from 1 to 24"):
         tables_of(models.era(units=25))
 
 
@@ -94,7 +94,9 @@ def test_shape_that_plans_are_given(name):
     model = routed(name, RoutingPlan(2, mlp=sites))
     layers = len(model.get_submodule(layout.layers))
     biased = layout.output_bias
-    shape = Shape(layers, WIDTH, HIDDEN, HEADS, layout.kv_heads, layout.head_dim, biased, biased)
+    shape = Shape(
+        layers, WIDTH, HIDDEN, HEADS, layout.kv_heads, layout.head_dim, biased, biased, added_units=0
+    )
     assert given == [(index, shape) for index in range(layers)]
     assert isinstance(model.routing_plan, RoutingPlan)
     assert all(isinstance(entry.tables["hidden"], Table) for entry in model.routing_plan.mlp)
@@ -109,16 +111,16 @@ SMALL = Shape(2, 16, 24, 4, 2, 4)
         (
             lambda: models.sgtm(SMALL, 1.5),
             TypeError,
-            "forget_heads: got 1.5, expected an integer",
+            "forget_heads: got 1.5, expected an int",
         ),
         (
             lambda: models.sgtm(SMALL, 1, 16.0),
             TypeError,
-            "forget_units: got 16.0, expected an integer",
+            "forget_units: got 16.0, expected an int",
         ),
-        (lambda: models.era(units=1.5), TypeError, "units: got 1.5, expected an integer"),
-        (lambda: models.localize_mlp([0], 4, route="1"), TypeError, "route: got '1', expected an integer"),
-        (lambda: models.localize_mlp([0], 4, route=-1), ValueError, "route: got -1, expected 0 <= route <"),
+        (lambda: models.era(units=1.5), TypeError, "units: got 1.5, expected an int"),
+        (lambda: models.localize_mlp([0], 4, route="1"), TypeError, "route: got '1', expected an int"),
+        (lambda: models.localize_mlp([0], 4, route=-1), ValueError, "route: got -1, expected an int from 0"),
         (
             lambda: models.steering([0], 1, route=5, num_routes=2),
             ValueError,

@@ -115,7 +115,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "heads: got 3, expected a divisor of d_model, 8",
     ),
-    "no heads": (lambda: RoutedAttention(8, 0), ValueError, "heads: got 0, expected a positive number"),
+    "no heads": (lambda: RoutedAttention(8, 0), ValueError, "heads: got 0, expected an int of 1 or more"),
     "key heads": (
         lambda: RoutedAttention(8, 4, 3),
         ValueError,
@@ -129,7 +129,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "head_dim": (
         lambda: RoutedAttention(8, 4, head_dim=0),
         ValueError,
-        "head_dim: got 0, expected a positive number of features per head",
+        "head_dim: got 0, expected an int of 1 or more",
     ),
     "width of x": (
         lambda: call(BATCH, SEQUENCE, 8),

@@ -141,7 +141,7 @@ def test_unvalidated_ids_are_not_read():
 
 @pytest.mark.parametrize("num_routes", [0, -1, MAX_ROUTES + 1])
 def test_num_routes_out_of_range(num_routes):
-    with expect(ValueError, f"num_routes: got {num_routes}, expected 1 to {MAX_ROUTES}"):
+    with expect(ValueError, f"num_routes: got {num_routes}, expected an int from 1 to {MAX_ROUTES}"):
         Routes.of([0], num_routes)
 
 

@@ -349,7 +349,8 @@ def test_refusals(tokens):
     era.ablate(model, block)
     with pytest.raises(ValueError, match=r"has no influence on the model: .* as it was ablated before"):
         era.ablate(model, block)
-    route(model, routed_models.era(units=4))
+    with pytest.warns(RuntimeWarning, match="takes the last 4 of .*expand added 0 to this model"):
+        route(model, routed_models.era(units=4))
     for call in (
         lambda: era.expand(model, 2),
         lambda: era.contract(model, block),
