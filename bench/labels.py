@@ -29,6 +29,7 @@ LONGEST = 8
 DOCUMENT = (64, 1024)  # the fewest and the most tokens of a document
 FORGET_SHARE = 0.1  # share of documents that are to be forgotten
 TOPIC_SHARE = 0.2  # share of wanted tokens in forget documents
+WORDS = 100  # words that are looked for in the text
 SAMPLE = 20_000  # tokens at least that the slow way labels too: those of the last documents
 
 CHECKED = (
@@ -47,6 +48,9 @@ class Corpus(NamedTuple):
         wanted: token ids, `[WANTED]`, on the CPU.
         ngrams: token sequences, from the text.
         sample: the first document that the slow way labels, and its first token.
+        text: the tokens as text. A line is a document; a fourth of the tokens goes on with the word before it.
+        offsets: `[T, 2]` int64, on the CPU, where each token is in the text, with the white space before it.
+        words: words of the text, `WORDS` of them.
     """
 
     input_ids: Tensor
@@ -55,6 +59,9 @@ class Corpus(NamedTuple):
     wanted: Tensor
     ngrams: list[tuple[int, ...]]
     sample: tuple[int, int]
+    text: str
+    offsets: Tensor
+    words: list[str]
 
 
 # The labels by output, for all tokens or for those of the sample.
@@ -85,6 +92,7 @@ def corpus(tokens: int, device: torch.device) -> Corpus:
     begins = torch.randint(0, tokens - LONGEST, (NGRAMS,), generator=generator).tolist()
     of_length = torch.randint(1, LONGEST + 1, (NGRAMS,), generator=generator).tolist()
     first = int((cu_seqlens <= max(tokens - SAMPLE, 0)).sum()) - 1
+    text, offsets = written(input_ids, cu_seqlens)
     return Corpus(
         input_ids.to(device),
         cu_seqlens,
@@ -92,7 +100,29 @@ def corpus(tokens: int, device: torch.device) -> Corpus:
         wanted,
         [tuple(input_ids[at : at + n].tolist()) for at, n in zip(begins, of_length, strict=True)],
         (first, int(cu_seqlens[first])),
+        text,
+        offsets,
+        [letters(token) for token in wanted.tolist() if not goes_on(token)][:WORDS],
     )
+
+
+def letters(token: int) -> str:
+    """A token's number in letters from a to p."""
+    return "".join(chr(ord("a") + int(digit, 16)) for digit in f"{token:x}")
+
+
+def goes_on(token: int) -> bool:
+    return token % 4 == 3
+
+
+def written(input_ids: Tensor, cu_seqlens: Tensor) -> tuple[str, Tensor]:
+    """Tokens as text, and where each is in it."""
+    pieces = [letters(token) if goes_on(token) else " " + letters(token) for token in range(VOCABULARY)]
+    texts = [pieces[token] for token in input_ids.tolist()]
+    for start in cu_seqlens[:-1].tolist():
+        texts[start] = "\n" + texts[start].lstrip()
+    ends = torch.tensor(list(map(len, texts))).cumsum(0)
+    return "".join(texts), torch.stack((torch.nn.functional.pad(ends[:-1], (1, 0)), ends), dim=1)
 
 
 def lookup(of: Corpus) -> Labels:
@@ -127,6 +157,27 @@ def ngrams_slow(of: Corpus) -> Labels:
                     found[start:stop] = [True] * (stop - start)
         mask += found
     return {"mask": torch.tensor(mask)}
+
+
+def spans(of: Corpus) -> Labels:
+    return {"mask": labels.match_spans(of.text, of.offsets, of.words)}
+
+
+def spans_slow(of: Corpus) -> Labels:
+    """Character by character: where words begin and end, and which tokens have characters of them."""
+    wanted = set(of.words)
+    offsets = of.offsets[of.sample[1] :].tolist()
+    at = offsets[0][0]
+    inside = set()
+    word = ""
+    for place, char in enumerate(of.text[at:] + "\n", at):
+        if char.isspace():
+            if word in wanted:
+                inside.update(range(place - len(word), place))
+            word = ""
+        else:
+            word += char
+    return {"mask": torch.tensor([any(place in inside for place in range(*span)) for span in offsets])}
 
 
 def strength(of: Corpus) -> Labels:
@@ -194,6 +245,7 @@ CASES = {
         {OWN: lookup, "torch.isin": lookup_torch, "numpy.isin": lookup_numpy}, lookup_slow
     ),
     f"{NGRAMS} n-grams": Entry({OWN: ngrams}, ngrams_slow),
+    f"{WORDS} words by characters": Entry({OWN: spans}, spans_slow),
     "strength by frequency": Entry({OWN: strength}, strength_slow),
     "three rules by priority": Entry({OWN: chain}, chain_slow),
 }

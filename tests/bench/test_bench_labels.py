@@ -68,12 +68,17 @@ def test_samples_have_every_label():
     of = bench_labels.corpus(TOKENS, CPU)
     assert set(bench_labels.chain_slow(of)["ids"].tolist()) == {0, 1, 2, 3}
     assert 0.01 < bench_labels.ngrams_slow(of)["mask"].float().mean() < 0.99
+    assert 0.001 < bench_labels.spans_slow(of)["mask"].float().mean() < 0.5
     strength = bench_labels.strength_slow(of)["strength"]
     assert (strength > 0.9).sum() > 10
     assert (strength < 0.1).sum() > 100
 
 
-match_ngrams, frequency_strength = labels.match_ngrams, labels.frequency_strength
+match_ngrams, match_spans, frequency_strength = (
+    labels.match_ngrams,
+    labels.match_spans,
+    labels.frequency_strength,
+)
 next_token, prioritise, token_counts = labels.next_token, labels.prioritise, labels.token_counts
 
 
@@ -83,10 +88,11 @@ next_token, prioritise, token_counts = labels.next_token, labels.prioritise, lab
     [
         (0, "match_tokens", lambda ids, wanted: ids == 3),
         (1, "match_ngrams", lambda ids, ngrams, cu_seqlens: match_ngrams(ids, ngrams, "first", cu_seqlens)),
-        (2, "frequency_strength", lambda forget, retain: frequency_strength(retain, forget)),
-        (2, "token_counts", lambda ids, size: token_counts(ids, size) + 1),
-        (3, "next_token", lambda ids, cu_seqlens: next_token(ids)),
-        (3, "prioritise", lambda masks: prioritise(dict(reversed(masks.items())))),
+        (2, "match_spans", lambda text, offsets, words: match_spans(text, offsets, words, whole_words=False)),
+        (3, "frequency_strength", lambda forget, retain: frequency_strength(retain, forget)),
+        (3, "token_counts", lambda ids, size: token_counts(ids, size) + 1),
+        (4, "next_token", lambda ids, cu_seqlens: next_token(ids)),
+        (4, "prioritise", lambda masks: prioritise(dict(reversed(masks.items())))),
     ],
 )
 def test_what_is_wrong_is_not_timed(case, function, wrong, monkeypatch, tmp_path):
