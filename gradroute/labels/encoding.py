@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 Offsets = list[tuple[int, int]]
+
+NO_CHARACTER = "\U0010ffff"  # Unicode will never have a character there
 
 
 class Encoded(NamedTuple):
@@ -26,11 +27,11 @@ class Encoder:
     """A tokenizer of transformers, or a `tokenizers.Tokenizer`, as one function of texts. No special tokens are added.
 
     Attributes:
-        unknown: the tokenizer's unknown token, if it has one.
+        unknown: the tokenizer's unknown token, if it has one, or two where its parts disagree.
         has_offsets: whether it says where characters are; slow tokenizers of transformers do not.
     """
 
-    unknown: int | None
+    unknown: frozenset[int]
     has_offsets: bool
 
     def __init__(self, tokenizer: Any) -> None:
@@ -43,7 +44,7 @@ class Encoder:
         self.has_offsets = hasattr(inner, "model") and hasattr(inner, "to_str")
         self._tokenizer = tokenizer
         self._inner: Any = _whole(inner) if self.has_offsets else None
-        self.unknown = _unknown_token(tokenizer, self._inner)
+        self.unknown = _unknown_tokens(tokenizer, self._inner)
 
     def __call__(self, text: str) -> Encoded:
         if self._inner is None:
@@ -92,12 +93,15 @@ def _whole(inner: Any) -> Any:
     return copy
 
 
-def _unknown_token(tokenizer: Any, inner: Any) -> int | None:
+def _unknown_tokens(tokenizer: Any, inner: Any) -> frozenset[int]:
+    """The token that a tokenizer says is its unknown one, and the one that its model really uses."""
     known: int | None = getattr(tokenizer, "unk_token_id", None)
-    if known is not None or inner is None:
-        return known
-    if hasattr(inner.model, "unk_token"):
-        return None if inner.model.unk_token is None else inner.token_to_id(inner.model.unk_token)
-    # A Unigram has no attribute for its unknown token.
-    unigram: int | None = json.loads(inner.to_str())["model"].get("unk_id")
-    return unigram
+    ids = {known} if known is not None else set()
+    if inner is not None:
+        try:
+            tokens = inner.model.tokenize(NO_CHARACTER)
+        except Exception:  # what `tokenizers` raises where a model needs an unknown token and has none
+            tokens = []
+        # Several tokens are the bytes of the character, which are known.
+        ids |= {token.id for token in tokens if len(tokens) == 1}
+    return frozenset(ids)

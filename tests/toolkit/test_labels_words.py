@@ -76,6 +76,18 @@ def test_padding_and_truncation_of_the_tokenizer_are_not_taken_for_the_word():
     assert own.truncation["max_length"] == 3
 
 
+def test_the_unknown_token_is_the_one_that_the_model_uses():
+    """A tokenizer of transformers may call another token its unknown one than its model writes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    vocabulary = [("<pad>", 0.0), ("a", -1.0), ("▁", -1.0), ("<unk>", 0.0)]
+    own = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 0, False))
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>")
+    assert wrapped.unk_token_id == 3
+    with expect(ValueError, "turns into [0], expected a word without its unknown token (0)"):
+        token_sequences(wrapped, ["zzz"])
+
+
 class Slow:
     """A tokenizer without offsets, with the ids of another."""
 
