@@ -106,12 +106,10 @@ def flat(x: Tensor) -> Tensor:
 
 
 def masked_forward(z: Tensor, routes: Routes, table: Table | None, primitives: Primitives) -> Tensor:
-    """m ⊙ z, in place on the activation `z [*tokens, F]` that the caller has just allocated."""
+    """m ⊙ z for the activation `z [*tokens, F]` that the caller has just made, and reads no more."""
     if table is None:
         return z
-    z = z.contiguous()
-    primitives.masked_product_(flat(z), routes, table)
-    return z
+    return primitives.masked_product(flat(z), routes, table, overwrite=True).view(z.shape)
 
 
 def refuse_double_backward(op: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import backends, reference
 from .checks import autocast, check_features, check_parameter, flat, refuse_double_backward, unrouted
 from .function import Context, Function, RoutedContext
+from .primitives.overwriting import plus, plus_product
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
@@ -186,11 +187,11 @@ def _input_grad(
 ) -> Tensor:
     """dx `[T, I]` of g `[T, O]`, added to `total`, the caller's own, where other layers of the same x have one."""
     if total is not None and sites.output is None and sites.input is None:
-        return total.addmm_(g, weight)
+        return plus_product(total, g, weight)
     dx = linear_input_grad(g, weight, routes, sites, primitives)
     if dx is None:
         dx = primitives.input_grad(g, weight, routes, sites.input)
-    return dx if total is None else total.add_(dx)
+    return dx if total is None else plus(total, dx)
 
 
 def _weight_grad(g: Tensor, x: Rows, routes: Routes, sites: LinearSites, primitives: Primitives) -> Tensor:

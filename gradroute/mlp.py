@@ -22,6 +22,7 @@ from .checks import (
 )
 from .function import Function, RoutedContext
 from .primitives.arguments import ActivationMasks
+from .primitives.overwriting import times
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
@@ -193,7 +194,7 @@ class MLPFunction(Function):
         a = [F.linear(x, branches[i], branches[count + i]) for i in range(count)]
         z = ACTIVATIONS[activation].value(a[0])
         for up in a[1:]:
-            z.mul_(up)  # in place: a fresh matrix costs as much as the product
+            z = times(z, up)  # a fresh matrix costs as much as the product
         z = masked_forward(z, routes, sites.forward, primitives)
         return F.linear(z, w_out, b_out), *a
 
@@ -316,7 +317,7 @@ class ActivationFunction(Function):
     ) -> Tensor:
         z = ACTIVATIONS[activation].value(a[0])
         for up in a[1:]:
-            z = z * up
+            z = times(z, up)
         return masked_forward(z, routes, sites.forward, primitives)
 
     @staticmethod

@@ -17,7 +17,7 @@ from .launch import config_of, dot_precision, launch
 from .masks import Routing, Weights, load_tokens, load_weights, masked
 from .matrices import Matrix, load_tile
 from .rounding import dot, rounded
-from .route_grad import masked_product_
+from .route_grad import masked_product
 
 # An irregular input table below this density is applied in the GEMM's epilogue, where zero tiles are skipped; above
 # it, the vendor's GEMM and a pass in place do less work. An estimate from tile counts, not yet measured.
@@ -221,9 +221,7 @@ def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -
     """m ⊙ (g W): g `[T, O]`, weight `[O, I]` → `[T, I]`."""
     if table is not None and table.kind == "dense" and table.density < SKIP_BELOW:
         return input_grad_op(g, weight, *tokens_of(routes), routes.order, table.on(g.device))
-    dx = g @ weight
-    masked_product_(dx, routes, table)
-    return dx
+    return masked_product(g @ weight, routes, table, overwrite=True)
 
 
 @kernel_op(

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives.arguments import tokens_of
+from ..primitives.overwriting import may_overwrite
 from ..primitives.registration import kernel_op
 from ..routes import Routes
 from ..tables import Table
@@ -39,17 +40,15 @@ def masked_product_kernel(
     tl.store(pointers(out, rows, features), product, mask=changed)
 
 
-def masked_product(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
-    """m ⊙ g in a new tensor; `g` itself without a table."""
+def masked_product(g: Tensor, routes: Routes, table: Table | None, *, overwrite: bool = False) -> Tensor:
+    """See `gradroute.primitives.protocol.Primitives`."""
     if table is None:
         return g
-    return masked_product_op(g, *tokens_of(routes), table.on(g.device))
-
-
-def masked_product_(g: Tensor, routes: Routes, table: Table | None) -> None:
-    """m ⊙ g in place, on a gradient that the caller allocated."""
-    if table is not None:
-        masked_product_in_place_op(g, *tokens_of(routes), table.on(g.device))
+    masks = (*tokens_of(routes), table.on(g.device))
+    if overwrite and may_overwrite(g):
+        masked_product_in_place_op(g, *masks)
+        return g
+    return masked_product_op(g, *masks)
 
 
 @kernel_op("masked_product(Tensor g, Tensor ids, Tensor? strength, Tensor weights) -> Tensor")

@@ -77,7 +77,9 @@ def backward(
     else:
         dq, dk, dv = VENDORS[vendor].backward(d_o, q, k, v, (o, *rest), pattern)
     dq, dk, dv = wanted((dq, want_query), (dk, want_key_value), (dv, want_key_value))
-    for gradient, table in ((dq, sites.query), (dk, sites.key), (dv, sites.value)):
-        if gradient is not None:
-            primitives.masked_heads_(gradient, routes, table)
+    if dq is not None:
+        dq = primitives.masked_heads(dq, routes, sites.query, overwrite=True)
+    if dk is not None and dv is not None:
+        dk = primitives.masked_heads(dk, routes, sites.key, overwrite=True)
+        dv = primitives.masked_heads(dv, routes, sites.value, overwrite=True)
     return dq, dk, dv

@@ -14,6 +14,7 @@ from ..activations import ACTIVATIONS
 from ..primitives import shared
 from ..primitives.arguments import ActivationMasks, AdamWOptions, NormArguments, product_dtype
 from ..primitives.attention_pattern import Pattern
+from ..primitives.overwriting import may_overwrite, times
 from ..primitives.protocol import AttentionTables
 from ..routes import Routes
 from ..tables import Table
@@ -44,22 +45,49 @@ def pieces(g: Tensor, routes: Routes, table: Table) -> Iterator[tuple[slice, Ten
         yield features, mask(weights[:, start : start + 1], routes, dtype)
 
 
-def masked_product(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
+def masked_product(g: Tensor, routes: Routes, table: Table | None, *, overwrite: bool = False) -> Tensor:
     if table is None:
         return g
-    out = g.clone(memory_format=torch.contiguous_format)
-    masked_product_(out, routes, table)
+    if not may_overwrite(g):
+        return _put_together(g, routes, table)
+    out = g if overwrite else g.clone(memory_format=torch.contiguous_format)
+    _multiply_(out, routes, table)
     return out
 
 
-def masked_product_(g: Tensor, routes: Routes, table: Table | None) -> None:
-    if table is None:
-        return
-    is_binary = table.binary and routes.strength is None
-    has_zeros = table.density < 1 or routes.strength is not None
+def _is_binary(routes: Routes, table: Table) -> bool:
+    """Whether no weight is anything but 0 and 1."""
+    return table.binary and routes.strength is None
+
+
+def _has_zeros(routes: Routes, table: Table) -> bool:
+    """Whether some weight may be 0."""
+    return table.density < 1 or routes.strength is not None
+
+
+def _put_together(g: Tensor, routes: Routes, table: Table) -> Tensor:
+    """m ⊙ g for g [T, F], of its masked features and those between them; nothing is written to."""
+    is_binary, has_zeros = _is_binary(routes, table), _has_zeros(routes, table)
+    parts, done = [], 0
     for features, m in pieces(g, routes, table):
         part = g[:, features]
-        if m.shape[1] == 1 and g.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not is_binary:
+            part = (part * m).to(g.dtype)  # formed in m's dtype and rounded once
+        if has_zeros:
+            part = part.masked_fill(m == 0, 0)  # whatever g is there
+        if features == slice(None):
+            return part.contiguous()
+        parts += [g[:, done : features.start], part]
+        done = features.stop
+    return torch.cat([*parts, g[:, done:]], 1)
+
+
+def _multiply_(g: Tensor, routes: Routes, table: Table) -> None:
+    """m ⊙ g in place, for g [T, F]."""
+    is_binary, has_zeros = _is_binary(routes, table), _has_zeros(routes, table)
+    for features, m in pieces(g, routes, table):
+        part = g[:, features]
+        if m.shape[1] == 1 and g.device.type == "cpu":
             _multiply_rows_(part, m, is_binary)
             continue
         if not is_binary:
@@ -94,11 +122,12 @@ def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
     return masked_product(g, routes, table).sum(0)
 
 
-def _mask(g: Tensor, routes: Routes, *groups: tuple[Table, ...]) -> None:
-    """The product of masks times g in place. They commute with the derivative, so dz need not be copied."""
+def _masked(g: Tensor, routes: Routes, *groups: tuple[Table, ...]) -> Tensor:
+    """The product of masks times g, in place where it may be: they commute with the derivative, which has made g."""
     for tables in groups:
         for table in tables:
-            masked_product_(g, routes, table)
+            g = masked_product(g, routes, table, overwrite=True)
+    return g
 
 
 def _updates(g: Tensor, routes: Routes, tables: tuple[Table, ...]) -> Tensor:
@@ -122,12 +151,10 @@ def activation_backward(
     act = ACTIVATIONS[activation]
     z = db = None
     if want_z:
-        z = act.value(a)
-        _mask(z, routes, masks.z)
+        z = _masked(act.value(a), routes, masks.z)
     if dz is None:
         return None, z, None
-    da = act.backward(dz, a)
-    _mask(da, routes, masks.dh, masks.da)
+    da = _masked(act.backward(dz, a), routes, masks.dh, masks.da)
     if want_bias:
         db = _updates(da, routes, masks.update)
     return da, z, db
@@ -149,13 +176,12 @@ def glu_backward(
     value = act.value(gate)
     z = db_gate = db_up = None
     if want_z:
-        z = value * up
-        _mask(z, routes, masks.z)
+        z = _masked(value * up, routes, masks.z)
     if dz is None:
         return None, None, z, None, None
-    dgate, dup = act.backward(dz * up, gate), dz * value
-    for branch in (dgate, dup):
-        _mask(branch, routes, masks.dh, masks.da)
+    dgate, dup = (
+        _masked(branch, routes, masks.dh, masks.da) for branch in (act.backward(dz * up, gate), dz * value)
+    )
     if want_bias:
         db_gate, db_up = (_updates(branch, routes, masks.update) for branch in (dgate, dup))
     return dgate, dup, z, db_gate, db_up
@@ -209,24 +235,18 @@ def embedding_backward(
     return torch.ops.aten.embedding_dense_backward(g, tokens, num_embeddings, padding, False).to(dy.dtype)
 
 
-def masked_heads(x: Tensor, routes: Routes | None, table: Table | None) -> Tensor:
+def masked_heads(x: Tensor, routes: Routes | None, table: Table | None, *, overwrite: bool = False) -> Tensor:
     if table is None:
         return x
-    out = x.clone()
-    masked_heads_(out, routes, table)
-    return out
-
-
-def masked_heads_(x: Tensor, routes: Routes | None, table: Table | None) -> None:
-    if table is None:
-        return
     assert routes is not None
     batch, _, length, _ = x.shape
     m = mask(table.on(x.device), routes, product_dtype(x.dtype)).view(batch, length, table.features, 1)
     m = m.transpose(1, 2)  # [B, H or 1, S, 1]
-    if not table.binary or routes.strength is not None:
-        x.mul_(m)  # formed in m's dtype and rounded once, by type promotion
-    x.masked_fill_(m == 0, 0)  # whatever x is there
+    if not _is_binary(routes, table):
+        # formed in m's dtype and rounded once
+        x, overwrite = times(x, m) if overwrite else (x * m).to(x.dtype), True
+    # 0 whatever x is there
+    return x.masked_fill_(m == 0, 0) if overwrite and may_overwrite(x) else x.masked_fill(m == 0, 0)
 
 
 def attention_forward(
@@ -248,8 +268,7 @@ def attention_output_grad(
     if sites.forward_heads is None:
         return masked_heads(dz, routes, sites.heads), None
     d_o = masked_heads(dz, routes, sites.forward_heads)
-    masked_heads_(d_o, routes, sites.heads)
-    return d_o, None
+    return masked_heads(d_o, routes, sites.heads, overwrite=True), None
 
 
 def attention_backward(

@@ -8,7 +8,7 @@ from ..kernels.linear import bias_grad, input_grad, weight_grad
 from ..kernels.mlp import activation_backward
 from ..kernels.norm import norm_backward
 from ..kernels.optim import adamw_step
-from ..kernels.route_grad import masked_product, masked_product_
+from ..kernels.route_grad import masked_product
 
 __all__ = [
     "INTERPRETED",
@@ -21,7 +21,6 @@ __all__ = [
     "glu_backward",
     "input_grad",
     "masked_product",
-    "masked_product_",
     "norm_backward",
     "record",
     "recording",

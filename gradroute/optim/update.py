@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .. import backends
 from ..primitives.arguments import AdamWOptions
@@ -91,9 +90,6 @@ class Update(NamedTuple):
         largest = moments[2] if self.group["amsgrad"] else None
         by_column = block_dim == (1 if dims >= 2 else 0)
         primitives.adamw_step(theta, g, moments[0], moments[1], largest, factors, by_column, options)
-        if not torch.compiler.is_compiling():
-            # Operations of torch do the same, so that a backward which still needs the old values raises.
-            increment_version(self.changed)
 
     def apply(self, factors: Factors) -> None:
         """Moves the touched blocks, by the operations of torch's loop over tensors, which round at the same places."""

@@ -56,11 +56,14 @@ class AttentionTables(Protocol):
 class Primitives(Protocol):
     """The functions that a backend implements."""
 
-    def masked_product(self, g: Tensor, routes: Routes, table: Table | None) -> Tensor:
-        """m ⊙ g for g `[T, F]`, in a new tensor; `g` itself without a table."""
+    def masked_product(
+        self, g: Tensor, routes: Routes, table: Table | None, *, overwrite: bool = False
+    ) -> Tensor:
+        """m ⊙ g for g `[T, F]`, in a new tensor; `g` itself without a table.
 
-    def masked_product_(self, g: Tensor, routes: Routes, table: Table | None) -> None:
-        """m ⊙ g in place, for g `[T, F]` that the caller allocated."""
+        With `overwrite` g is the caller's own, and the caller reads it no more: the product is left in g where
+        `gradroute.primitives.overwriting.may_overwrite` allows it.
+        """
 
     def bias_grad(self, g: Tensor, routes: Routes, table: Table | None) -> Tensor:
         """Σ_t m ⊙ g: g `[T, O]` → `[O]` in g's dtype."""
@@ -96,9 +99,9 @@ class Primitives(Protocol):
             want_z: compute z.
             want_bias: sum the bias gradient; dz is given.
             overwrite: dz and a are the caller's own, and the caller reads neither again: a backend may leave da in dz
-                and z in a instead of allocating. On the CPU that pays, where new matrices cost page faults: with them
-                a gated MLP's backward took 0.94 times the ordinary one's instead of 0.82 (1024 tokens, 128 × 512, fp32,
-                2 cores).
+                and z in a instead of allocating, where `may_overwrite` allows it. On the CPU that pays, where new
+                matrices cost page faults: with them a gated MLP's backward took 0.94 times the ordinary one's instead
+                of 0.82 (1024 tokens, 128 × 512, fp32, 2 cores).
 
         Returns:
             da = m_da ⊙ m_dh ⊙ dz ⊙ act'(a) `[T, F]`; z `[T, F]`; Σ_t m_update ⊙ da `[F]`; None for what is not wanted.
@@ -277,11 +280,13 @@ class Primitives(Protocol):
 class HeadPrimitives(Protocol):
     """Further functions of a backend that puts masks around a vendor's attention kernels."""
 
-    def masked_heads(self, x: Tensor, routes: Routes | None, table: Table | None) -> Tensor:
-        """m ⊙ x for x `[B, H, S, D]` and a table `[R, H]` or `[R, 1]`, in a new tensor; `x` itself without a table."""
+    def masked_heads(
+        self, x: Tensor, routes: Routes | None, table: Table | None, *, overwrite: bool = False
+    ) -> Tensor:
+        """m ⊙ x for x `[B, H, S, D]` and a table `[R, H]` or `[R, 1]`, in a new tensor; `x` itself without a table.
 
-    def masked_heads_(self, x: Tensor, routes: Routes | None, table: Table | None) -> None:
-        """m ⊙ x in place, for x `[B, H, S, D]` that the caller allocated."""
+        `overwrite` is that of masked_product.
+        """
 
     def attention_output_grad(
         self, dz: Tensor, o: Tensor, routes: Routes | None, sites: AttentionTables, *, want_delta: bool

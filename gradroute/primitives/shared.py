@@ -8,6 +8,7 @@ from torch import Tensor
 from ..routes import Routes
 from ..tables import Table
 from .arguments import product_dtype
+from .overwriting import plus
 from .protocol import Primitives
 
 # A masked copy of an operand is made for this share of the tokens at a time.
@@ -18,10 +19,8 @@ MIN_CHUNK = 1024
 def input_grad(
     g: Tensor, weight: Tensor, routes: Routes, table: Table | None, primitives: Primitives
 ) -> Tensor:
-    """m ⊙ (g W) as torch's product, masked in place: g `[T, O]`, weight `[O, I]` → `[T, I]`."""
-    dx = g @ weight
-    primitives.masked_product_(dx, routes, table)
-    return dx
+    """m ⊙ (g W) as torch's product, then masked: g `[T, O]`, weight `[O, I]` → `[T, I]`."""
+    return primitives.masked_product(g @ weight, routes, table, overwrite=True)
 
 
 def weight_grad(
@@ -49,5 +48,5 @@ def weight_grad(
         if g.device.type == "cpu":
             # Rounded to half precision, a chunk's product could overflow before the sum.
             masked_g, masked_x = masked_g.to(wide), masked_x.to(wide)
-        total += masked_g.T @ masked_x
+        total = plus(total, masked_g.T @ masked_x)
     return total.to(g.dtype)

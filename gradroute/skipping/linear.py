@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from ..primitives.overwriting import plus_product
 from ..primitives.protocol import Primitives
 from ..routes import Routes
 from ..tables import Table
 from .parts import Group, Part, Product, Rows, Spans, live, part_of, rectangles, run_of, splits, width_of
-from .totals import Total, plus_product
+from .totals import Total
 
 if TYPE_CHECKING:
     from ..linear import LinearSites
@@ -130,8 +131,8 @@ def linear_input_grad(
                 for outputs in span.outputs:
                     total = plus_product(total, part_g[:, outputs], weight[outputs, inputs])
                 if total is not None:
-                    primitives.masked_product_(total, part.routes, table)
-                    part.put(total, dx[:, inputs])
+                    total = primitives.masked_product(total, part.routes, table, overwrite=True)
+                    dx = part.put(total, dx, inputs)
     return dx
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..primitives.arguments import ActivationMasks
+from ..primitives.overwriting import ALL, plus_product
 from ..primitives.protocol import Primitives
 from ..routes import Routes
 from ..tables import Table
 from .parts import Group, Part, Product, live, part_of, rectangles, run_of, runs, splits, width_of
-from .totals import ALL, Area, Total, plus_product
+from .totals import Area, Total
 
 if TYPE_CHECKING:
     from ..mlp import MLPSites
@@ -161,9 +162,10 @@ class Branch:
         if self._weight_total is not None:
             assert x is not None
             for inside, rows, tables in span.updates:
+                updating = grad[:, inside]
                 for table in tables:
-                    primitives.masked_product_(grad[:, inside], part.routes, table)
-                self._weight_total.add_product(grad[:, inside].T, x, rows, ALL)
+                    updating = primitives.masked_product(updating, part.routes, table, overwrite=True)
+                self._weight_total.add_product(updating.T, x, rows, ALL)
 
     def weight_grad(self) -> Tensor | None:
         """dW `[d_ff, d_model]`; None where it is not needed."""
@@ -231,7 +233,7 @@ class MLPBackward:
             for part in parts:
                 part_dx = self._add(part, x, w_out, dw_out)
                 if dx is not None:
-                    part.put(part_dx, dx)
+                    dx = part.put(part_dx, dx)
         return dx, None if dw_out is None else dw_out.result()
 
     def _add(

@@ -9,10 +9,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..primitives.overwriting import ALL, may_overwrite, with_part
 from ..routes import Routes
 from ..sites import Sites
 from ..tables import Table
-from .totals import ALL
 
 Spans = TypeVar("Spans")
 
@@ -80,15 +80,21 @@ class Part(Generic[Spans]):
             return matrix[self.tokens, ALL if features is None else features]
         return (matrix if features is None else matrix[:, features]).index_select(0, self.tokens)
 
-    def put(self, product: Tensor | None, out: Tensor) -> None:
-        """Sets the part's rows of `out [T, F]` to `product`, to 0 where there is none."""
+    def put(self, product: Tensor | None, out: Tensor, features: slice = ALL) -> Tensor:
+        """`out [T, F]` with the part's rows of these features set to `product`, to 0 where there is none."""
         assert self.tokens is not None
+        at = out[:, features]
+        if product is None:
+            product = out.new_zeros(()).expand(len(self.routes), at.shape[1])
+        if may_overwrite(out):
+            if isinstance(self.tokens, slice):
+                at[self.tokens] = product
+            else:
+                at.index_copy_(0, self.tokens, product)
+            return out
         if isinstance(self.tokens, slice):
-            out[self.tokens] = 0 if product is None else product
-        elif product is None:
-            out.index_fill_(0, self.tokens, 0)
-        else:
-            out.index_copy_(0, self.tokens, product)
+            return with_part(out, product, self.tokens, features)
+        return with_part(out, at.index_copy(0, self.tokens, product), ALL, features)
 
 
 class Rows:

@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-ALL = slice(None)
+from ..primitives.overwriting import ALL, may_overwrite, plus, with_part
 
 # At most this many areas are compared pairwise; more are taken to overlap.
 MAX_AREAS = 16
@@ -30,17 +30,23 @@ class Total:
         if self.value is None and features == ALL:
             self.value = self._wide(summand)
         else:
-            self._started()[features] += summand
+            started = self._started()
+            self._set(plus(started[features], summand), features)
 
     def add_product(self, a: Tensor, b: Tensor, rows: slice, cols: slice) -> None:
         """Adds the product a b to these rows and columns."""
         is_first = self.value is None and _is_all(rows, self.shape[0]) and _is_all(cols, self.shape[1])
         if is_first:
             self.value = self._product(a, b)
-        elif a.is_cuda and self._is_wide(a):
-            self._started()[rows, cols] += self._product(a, b)
+            return
+        area = self._started()[rows, cols]
+        if a.is_cuda and self._is_wide(a):
+            area = plus(area, self._product(a, b))
+        elif may_overwrite(area):
+            area.addmm_(self._wide(a), self._wide(b), beta=int(self.is_sum))
         else:
-            self._started()[rows, cols].addmm_(self._wide(a), self._wide(b), beta=int(self.is_sum))
+            area = torch.addmm(area, self._wide(a), self._wide(b), beta=int(self.is_sum))
+        self._set(area, rows, cols)
 
     def result(self) -> Tensor:
         """The sum in the dtype of its parameter."""
@@ -58,15 +64,16 @@ class Total:
         """In fp32 at least where there are several: rounded to half precision, one could overflow before the sum."""
         return summand.to(torch.float32) if self._is_wide(summand) else summand
 
+    def _set(self, part: Tensor, rows: slice, cols: slice = ALL) -> None:
+        """Puts a part in its place; one that was written to, as a view of the value, is there already."""
+        value = self._started()
+        if not may_overwrite(value):
+            self.value = with_part(value, part, rows, cols)
+
     def _started(self) -> Tensor:
         if self.value is None:
             self.value = self._wide(self.like.new_zeros(self.shape))
         return self.value
-
-
-def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, in place; the product alone where there is no total yet."""
-    return a @ b if total is None else total.addmm_(a, b)
 
 
 def _is_all(run: slice, size: int) -> bool:

@@ -9,7 +9,6 @@ from .attention import (
     attention_forward,
     attention_output_grad,
     masked_heads,
-    masked_heads_,
 )
 from .embedding import embedding_backward
 from .gated_mlp import glu_backward
@@ -19,11 +18,10 @@ from .loading import load_error, module, why_not, why_not_on
 from .mlp import activation_backward
 from .norm import norm_backward
 from .optim import adamw_step
-from .route_grad import masked_product, masked_product_
+from .route_grad import masked_product
 
 __all__ = [
     "masked_product",
-    "masked_product_",
     "bias_grad",
     "input_grad",
     "weight_grad",
@@ -32,7 +30,6 @@ __all__ = [
     "norm_backward",
     "embedding_backward",
     "masked_heads",
-    "masked_heads_",
     "attention_forward",
     "attention_output_grad",
     "attention_backward",

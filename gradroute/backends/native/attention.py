@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...primitives.arguments import product_dtype, tokens_of, weights_on
 from ...primitives.attention_pattern import Pattern
+from ...primitives.overwriting import may_overwrite
 from ...primitives.protocol import AttentionTables
 from ...primitives.registration import kernel_op
 from ...routes import Routes
@@ -17,17 +18,15 @@ from .launch import launch
 from .operands import DeltaOperands, HeadMasks, HeadOperands, Mask, Routing, Weights
 
 
-def masked_heads(x: Tensor, routes: Routes | None, table: Table | None) -> Tensor:
+def masked_heads(x: Tensor, routes: Routes | None, table: Table | None, *, overwrite: bool = False) -> Tensor:
     if table is None:
         return x
     assert routes is not None
-    return masked_heads_op(x, *tokens_of(routes), table.on(x.device))
-
-
-def masked_heads_(x: Tensor, routes: Routes | None, table: Table | None) -> None:
-    if table is not None:
-        assert routes is not None
-        masked_heads_in_place_op(x, *tokens_of(routes), table.on(x.device))
+    masks = (*tokens_of(routes), table.on(x.device))
+    if overwrite and may_overwrite(x):
+        masked_heads_in_place_op(x, *masks)
+        return x
+    return masked_heads_op(x, *masks)
 
 
 @kernel_op("native_masked_heads(Tensor x, Tensor ids, Tensor? strength, Tensor weights) -> Tensor")
@@ -40,7 +39,7 @@ def masked_heads_op(x: Tensor, ids: Tensor, strength: Tensor | None, weights: Te
 
 @kernel_op("native_masked_heads_(Tensor(a!) x, Tensor ids, Tensor? strength, Tensor weights) -> ()")
 def masked_heads_in_place_op(x: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor) -> None:
-    """The op behind `masked_heads_`."""
+    """The op behind `masked_heads` where it overwrites."""
     launch("masked_heads", HeadOperands(x, x, Mask.of(ids, strength, weights)))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, ActivationMasks, wanted
+from ...primitives.overwriting import may_overwrite
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from .launch import launch, new_like, new_sums, summed
@@ -30,7 +31,7 @@ def glu_backward(
     arguments = ActivationArguments.of(gate, routes, masks, activation, want_z, want_bias)
     has_grad = dz is not None
     dgate, dup, z = dz, up, gate
-    if overwrite:
+    if overwrite and may_overwrite(gate):
         db_gate, db_up = glu_backward_in_place_op(dz, gate, up, *arguments)
     else:
         dgate, dup, z, db_gate, db_up = glu_backward_op(dz, gate, up, *arguments)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, ActivationMasks, wanted
+from ...primitives.overwriting import may_overwrite
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from .launch import launch, new_like, new_sums, summed
@@ -26,7 +27,7 @@ def activation_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dz = None if dz is None else dz.to(a.dtype)
     arguments = ActivationArguments.of(a, routes, masks, activation, want_z, want_bias)
-    if overwrite:
+    if overwrite and may_overwrite(a):
         db = activation_backward_in_place_op(dz, a, *arguments)
         return wanted((dz, True), (a, want_z), (db, want_bias))
     da, z, db = activation_backward_op(dz, a, *arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...primitives.arguments import tokens_of
+from ...primitives.overwriting import may_overwrite
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from ...tables import Table
@@ -12,15 +13,14 @@ from .launch import launch
 from .operands import Mask, ProductOperands
 
 
-def masked_product(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
+def masked_product(g: Tensor, routes: Routes, table: Table | None, *, overwrite: bool = False) -> Tensor:
     if table is None:
         return g
-    return masked_product_op(g, *tokens_of(routes), table.on(g.device), _bounds(table))
-
-
-def masked_product_(g: Tensor, routes: Routes, table: Table | None) -> None:
-    if table is not None:
-        masked_product_in_place_op(g, *tokens_of(routes), table.on(g.device), _bounds(table))
+    masks = (*tokens_of(routes), table.on(g.device), _bounds(table))
+    if overwrite and may_overwrite(g):
+        masked_product_in_place_op(g, *masks)
+        return g
+    return masked_product_op(g, *masks)
 
 
 def _bounds(table: Table) -> list[int]:
@@ -46,5 +46,5 @@ def masked_product_op(
 def masked_product_in_place_op(
     g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tensor, segments: list[int]
 ) -> None:
-    """The op behind `masked_product_`."""
+    """The op behind `masked_product` where it overwrites."""
     launch("masked_product", ProductOperands(g, g, Mask.of(ids, strength, weights), segments))

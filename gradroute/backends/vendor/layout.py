@@ -23,12 +23,9 @@ def key_bias(pattern: Pattern, dtype: torch.dtype) -> Tensor | None:
     if pattern.key_mask is None:
         return None
     batch, keys = pattern.key_mask.shape
-    rows = torch.zeros(batch, keys + -keys % 16, dtype=dtype, device=pattern.key_mask.device)
-    return (
-        rows.narrow(1, 0, keys)
-        .masked_fill_(pattern.key_mask.logical_not(), -torch.inf)
-        .view(batch, 1, 1, keys)
-    )
+    padding = torch.nn.functional.pad(pattern.key_mask.logical_not(), (0, -keys % 16))
+    rows = torch.zeros(padding.shape, dtype=dtype, device=padding.device).masked_fill(padding, -torch.inf)
+    return rows.narrow(1, 0, keys).view(batch, 1, 1, keys)
 
 
 def dense_rows(t: Tensor) -> Tensor:
