@@ -20,7 +20,7 @@ from .attention_function import attention_forward
 from .linear import call_linear, call_linears, features, is_fusible, scale_columns, scale_rows
 from .lora import swap_linear
 from .modules import AnyModule, Argument, call
-from .norm import GemmaNorm, LlamaNorm, Norm
+from .norm import Norm, rms_norm_mixin
 from .swapped import Swapped, check_children, swap
 
 _NO_SITES = AttentionSites()
@@ -124,7 +124,7 @@ class Attention(Swapped):
         norm = getattr(self, name, None)
         if norm is None:
             raise TypeError(f"got a {type(self).__name__} without {name}, expected qk_norm to be None")
-        return LlamaNorm if hasattr(norm, "variance_epsilon") else GemmaNorm
+        return rms_norm_mixin(norm)
 
     def _sites_of_ops(self, sites: AttentionSites) -> tuple[Any, ...]:
         heads = self.heads_of(self)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,14 @@ from ..layers.mlp import MLPOps
 from ..layers.reading import is_watched
 from ..linear import LinearSites
 from ..mlp import MLPSites, routed_activation, routed_mlp
+from ..route_grad import route_grad
 from ..routes import Routes
 from ..sites import given
 from ..tables import Table, concatenate
 from .linear import call_linear, features, is_readable, matrix, scale_columns, scale_rows
 from .lora import swap_linear
 from .modules import AnyModule
+from .patched import mlp_patch, patched_activation
 from .swapped import Swapped, check_children
 
 
@@ -38,6 +42,9 @@ class MLP(Swapped):
 
     @classmethod
     def check_module(cls, module: nn.Module) -> None:
+        if patched_activation(type(module)) is not None:
+            check_children(module, cls.names)
+            return
         check_children(module, (*cls.names, cls.activation_name))
         activations.check_module(module.get_submodule(cls.activation_name))
 
@@ -98,6 +105,9 @@ class MLP(Swapped):
         scale_columns(outer, weights)
 
     def _activation(self) -> str:
+        patched = patched_activation(type(self).original)
+        if patched is not None:
+            return patched
         activation = getattr(self, self.activation_name)
         if is_watched(activation):
             raise RuntimeError(
@@ -109,9 +119,43 @@ class MLP(Swapped):
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         if routes is None or self._sites is None:
             return super().forward(x)
-        y = self._fused(x, routes) if all(map(is_readable, self._linears())) else self._called(x, routes)
+        if self._keeps_patch():
+            y = self._patched(x, routes)
+        elif all(map(is_readable, self._linears())):
+            y = self._fused(x, routes)
+        else:
+            y = self._called(x, routes)
         dropout = getattr(self, "dropout", None)
         return y if dropout is None else dropout(y)
+
+    def _keeps_patch(self) -> bool:
+        """Whether a kernel of Liger's stays between the linear layers: masks of gradients go around it."""
+        if mlp_patch(type(self).original) is None:
+            return False
+        middle = self._op_sites.middle
+        return middle is None or (middle.forward is None and (middle.pre is None or self.fused_branches == 1))
+
+    def _patched(self, x: Tensor, routes: Routes) -> Tensor:
+        """Liger's forward of something that has routed layers in the place of the module's."""
+        *inner, outer = self.names
+        calls = {name: functools.partial(self._call_inner, name, routes) for name in inner}
+        calls[outer] = functools.partial(self._call_outer, routes)
+        patch = mlp_patch(type(self).original)
+        assert patch is not None
+        return patch(SimpleNamespace(**calls), x)
+
+    def _call_inner(self, name: str, routes: Routes, x: Tensor) -> Tensor:
+        a = call_linear(getattr(self, name), x, routes, self._op_sites.inner, self.backend)
+        return self._masked(a, "pre", routes)
+
+    def _call_outer(self, routes: Routes, z: Tensor) -> Tensor:
+        z = self._masked(z, "hidden", routes)
+        return call_linear(self._linears()[-1], z, routes, self._op_sites.outer, self.backend)
+
+    def _masked(self, x: Tensor, site: str, routes: Routes) -> Tensor:
+        middle = self._op_sites.middle
+        table = None if middle is None else getattr(middle, site)
+        return x if table is None else route_grad(x, routes, table, backend=self.backend)
 
     def _fused(self, x: Tensor, routes: Routes) -> Tensor:
         fc_in, fc_out = self._linears()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..layers.reading import full_name
 from ..norm import NormSites, routed_layer_norm, routed_rms_norm
 from ..routes import Routes
-from .modules import refuse_dtensor, refuse_special
+from .modules import AnyModule, refuse_dtensor, refuse_special
 from .swapped import Swapped
 
 
@@ -43,7 +43,7 @@ class Norm(Swapped):
 
 
 class LlamaNorm(Norm):
-    """The RMS norms of Llama, Mistral, Qwen and Phi-3."""
+    """The RMS norms of Llama, Mistral, Qwen and Phi-3, or Liger's in their place."""
 
     variance_epsilon: float
 
@@ -60,14 +60,18 @@ class LlamaNorm(Norm):
 
 
 class GemmaNorm(Norm):
-    """The RMS norm of Gemma 3, which stores its weight less one."""
-
-    eps: float
+    """The RMS norm of Gemma 3, which stores its weight less one, or Liger's in its place."""
 
     def _routed(self, x: Tensor, routes: Routes) -> Tensor:
-        return routed_rms_norm(
-            x, self.weight, routes, self._sites, self.eps, 1.0, "gemma", backend=self.backend
-        )
+        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        return routed_rms_norm(x, self.weight, routes, self._sites, eps, 1.0, "gemma", backend=self.backend)
+
+
+def rms_norm_mixin(norm: AnyModule) -> type[Norm]:
+    """What routes an RMS norm, which says by its attributes how it computes."""
+    own = "llama" if hasattr(norm, "variance_epsilon") else "gemma"
+    mode = getattr(norm, "casting_mode", own)  # Liger's say it
+    return GemmaNorm if mode == "gemma" else LlamaNorm
 
 
 class LayerNorm(Norm):

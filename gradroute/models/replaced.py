@@ -12,6 +12,7 @@ An attribute `forward` of the instance hides the class's, which a class swap cha
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -41,6 +42,23 @@ def check_forward(module: nn.Module, swapped: type) -> None:
         "class: route the model before accelerator.prepare, Trainer.train, torch.compile or whatever replaced it "
         "(accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes accelerate's away)"
     )
+
+
+def refuse_forward_without_routes(module: nn.Module) -> None:
+    """Raises where a forward that was put on a routed module takes no routes; wrappers of any arguments pass them on.
+
+    Raises:
+        RuntimeError: there are routes, and the module's forward has no use for them.
+    """
+    found = vars(module)["forward"]
+    if not callable(found) or _is_hooked(module) or swapped_class_of(found) is not None:
+        return
+    parameters = inspect.signature(found).parameters
+    if "routes" not in parameters and all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+        raise RuntimeError(
+            f"{type(module).__name__}: got routes for a module whose forward was replaced by {_name(found)} since it "
+            "was routed, which takes none; expected unroute(), the replacement, and route() then"
+        )
 
 
 def adopt_forward(module: AnyModule) -> None:

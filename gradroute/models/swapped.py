@@ -28,7 +28,8 @@ from ..routes import Routes
 from ..sites import Sites
 from .calls import Call, Owner, refuse_retired, running_call
 from .modules import Argument
-from .replaced import adopt_forward, check_forward
+from .patched import absorb, patch_of, patched_class, restore
+from .replaced import adopt_forward, check_forward, refuse_forward_without_routes
 
 # The attributes that a swap leaves on an instance, and takes away again.
 _STATE = (
@@ -89,10 +90,8 @@ class Swapped(RoutedModule):
         """Swaps the submodules that the module calls with routes; called once it has its own sites."""
 
     def __call__(self, *args: Argument, **kwargs: Argument) -> Argument:
-        is_compiling = torch.compiler.is_compiling()
-        call = None if is_compiling and not self._is_handed else running_call(self._owner)
         if "routes" not in kwargs and self._is_handed:
-            self._take_routes(call, kwargs)
+            self._take_routes(running_call(self._owner), kwargs)
         routes = kwargs.get("routes")
         if isinstance(routes, Routes):
             first = args[0] if args else None
@@ -100,9 +99,33 @@ class Swapped(RoutedModule):
                 isinstance(first, Tensor) and first.device != routes.device
             ):  # layers may be on several devices
                 kwargs["routes"] = self._moved(routes, first.device)
-            if call is not None and not is_compiling:
-                call.reached.add(id(self))
+        if "forward" in vars(self):
+            self._meet_forward(routes)
         return super().__call__(*args, **kwargs)
+
+    def _meet_forward(self, routes: Routes | None) -> None:
+        """Deals with a forward that was put on this very module since it was routed.
+
+        Raises:
+            RuntimeError: it takes no routes, and there are some.
+        """
+        if patch_of(self) is not None:
+            self._absorb()
+        elif routes is not None:
+            refuse_forward_without_routes(self)
+
+    def _absorb(self) -> None:
+        """Makes a forward of Liger's that is bound to the module that of the class from which it is swapped."""
+        patch = patch_of(self)
+        if patch is None or "mixin" not in type(self).__dict__:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{type(self).__name__}: got a forward of Liger's that was put there since the model was routed, in "
+                "traced code; expected route() after that, or a first forward without torch.compile"
+            )
+        self.__class__ = swapped_class(self.mixin, patched_class(self.original, patch))
+        vars(self).pop("forward", None)
 
     def _moved(self, routes: Routes, device: torch.device) -> Routes:
         routes = routes.to(device)
@@ -161,6 +184,7 @@ def _make_class(mixin: type[Swapped], original: type[nn.Module]) -> type:
         # and may call it when the module was unrouted since: then it is the original's.
         if not torch.compiler.is_compiling():
             refuse_retired(self, kwargs.get("routes"))
+            _mark_reached(self, kwargs.get("routes"))
         if not isinstance(self, swapped):
             return original.forward(self, *args, **kwargs)
         return routed(self, *args, **kwargs)
@@ -173,6 +197,14 @@ def _make_class(mixin: type[Swapped], original: type[nn.Module]) -> type:
     forward.swapped = swapped  # type: ignore[attr-defined]
     swapped.forward.swapped = swapped  # type: ignore[attr-defined]
     return swapped
+
+
+def _mark_reached(module: nn.Module, routes: Argument) -> None:
+    """Notes in the running call that the routed forward of a module runs, with routes."""
+    if isinstance(routes, Routes) and isinstance(module, Swapped):
+        call = running_call(module._owner)
+        if call is not None:
+            call.reached.add(id(module))
 
 
 def swap(
@@ -197,6 +229,7 @@ def swap(
     """
     refuse_unswappable(module)
     mixin.check_module(module)
+    absorb(module)
     swapped = swapped_class(mixin, type(module))
     check_forward(module, swapped)
     module.__class__ = swapped
@@ -256,3 +289,4 @@ def unswap(module: nn.Module) -> None:
         adopt_forward(module)
         for name in _STATE:
             vars(module).pop(name, None)
+    restore(module)

@@ -84,6 +84,11 @@ class TopModel(Swapped):
             "takes_cache": takes_more or "use_cache" in names,
         }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward":
+            self._absorb()  # at once: what wraps the forward later then wraps the routed one
+
     def _sites_of_ops(self, sites: Sites) -> tuple[()]:
         return ()
 
@@ -163,6 +168,7 @@ class TopModel(Swapped):
         assert self._owner is not None
         forward = type(self).original.forward
         is_compiling = torch.compiler.is_compiling()
+        self._call_head(kwargs)
         if not is_compiling:
             routes = self._owner.private(routes)
         if self._routing.passes_routes:
@@ -175,6 +181,22 @@ class TopModel(Swapped):
         if not is_compiling:
             self._check_reached(call.reached)
         return output
+
+    def _call_head(self, kwargs: dict[str, Argument]) -> None:
+        """Asks Liger's forward to call the head where that is routed: its fused loss reads the weight instead."""
+        if all(name != "lm_head" for name, _ in self._routing.expected):
+            return
+        is_compiling = torch.compiler.is_compiling()
+        # The class may have been given another forward since.
+        names = self.argument_names if is_compiling else _argument_names(type(self).original)
+        if "skip_logits" not in names:
+            return
+        if kwargs.get("skip_logits"):
+            raise ValueError(
+                "skip_logits: got True beside routes, expected False: the plan routes the head, which a fused loss "
+                "does not call"
+            )
+        kwargs["skip_logits"] = False
 
     def _routes_of(
         self, tokens: Tensor, route_ids: Argument, route_strength: Argument, routes: Routes | None
