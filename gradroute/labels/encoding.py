@@ -73,14 +73,14 @@ class Encoder:
         return is_stable or self._is_short(text, encoding)
 
     def _is_short(self, text: str, encoding: Any) -> bool:
-        covered = {place for span in encoding.offsets for place in range(*span)}
         # Byte-level offsets may be trimmed of a space that was prepended, and so begin a character late.
-        if encoding.ids and self._inner.id_to_token(encoding.ids[0]).startswith("Ġ"):
-            covered.add(0)
-        # Normalisers make "▁" of a space.
-        return any(
-            not char.isspace() and char != "▁" and place not in covered for place, char in enumerate(text)
-        )
+        reached = int(bool(encoding.ids) and self._inner.id_to_token(encoding.ids[0]).startswith("Ġ"))
+        left_out = ""
+        for start, stop in encoding.offsets:
+            left_out += text[reached:start]
+            reached = max(reached, stop)
+        left_out += text[reached:]
+        return bool(left_out.replace("▁", "").strip())  # normalisers make "▁" of a space
 
 
 def _whole(inner: Any) -> Any:

@@ -66,6 +66,16 @@ def test_a_word_with_its_own_space_has_no_neighbours():
     assert sequences == [tuple(encode(" the").ids)]
 
 
+def test_a_letter_whose_offsets_are_trimmed_away_is_a_word():
+    """Byte-level offsets may leave out a space that is not in the text, and with it the only character."""
+    tokenizers = pytest.importorskip("tokenizers")
+    own = tokenizers.Tokenizer.from_str(tokenizer_of("prefixed").to_str())
+    own.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True, add_prefix_space=False)
+    encoding = own.encode("a")
+    assert encoding.offsets == [(1, 1)]
+    assert token_sequences(own, ["a"], case_variants=False)[0] == tuple(encoding.ids)
+
+
 def test_padding_and_truncation_of_the_tokenizer_are_not_taken_for_the_word():
     tokenizers = pytest.importorskip("tokenizers")
     own = tokenizers.Tokenizer.from_str(tokenizer_of("bert").to_str())
