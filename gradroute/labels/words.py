@@ -15,7 +15,8 @@ OTHER_PUNCTUATION = "“”‘’„‚«»‹›¡¿…–—‐·•" + "「�
 LINES = ("\n", "\r\n", "\t", "\n\n")
 # Not the underscore, which is a letter to `\b` of regular expressions.
 PUNCTUATION = string.punctuation.replace("_", "") + OTHER_PUNCTUATION
-BEFORE = (*LINES, *PUNCTUATION)
+# Also behind a letter, because some tokenizers put a space in front of a text, and of punctuation at its start.
+BEFORE = (*LINES, *PUNCTUATION, *("a" + mark for mark in (*LINES, *PUNCTUATION)))
 AFTER = (" ", *LINES, *PUNCTUATION, "'s", "’s")
 # Neighbours of more than one character, which sequences are not made of: they show whether those suffice.
 PROBES = (
@@ -31,6 +32,9 @@ PROBES = (
     ("the ", " of"),
     ("a ", ", and"),
     ("is ", "."),
+    # WordPiece takes signs that are no punctuation for letters. "##tree" would find them, and every longer word too.
+    ("€", ""),
+    ("😀", ""),
 )
 CLOSING = dict(zip("([{<“‘«‹「『《〈【（［", ")]}>”’»›」』》〉】）］", strict=True))  # noqa: RUF001
 MOST_SHOWN = 8  # spellings in a warning

@@ -15,7 +15,7 @@ TEXT = (
     'tree by the road.\ntree (tree) "tree" oak-tree, a tree\nmill [mill] the mill\tTree\r\n{TREE}, the Tree\'s\n\n'
     "“tree” «mill» *mill* :tree; -mill? 'tree' tree's the tree, and a (mill), and the mill."
 )
-SPLITTING = [kind for kind in KINDS if kind not in ("unsplit", "llama2")]
+SPLITTING = [kind for kind in KINDS if kind not in ("unsplit", "llama2", "bert")]
 
 
 def marks(kind, text, **options):
@@ -35,6 +35,18 @@ def test_words_are_found_between_all_neighbours(kind):
     assert not missed
     # A lone mark of a space may belong to a word.
     assert {tokens[place] for place in (found & ~words).nonzero().squeeze(1).tolist()} <= {"▁", "Ġ"}
+
+
+def test_wordpiece_takes_signs_for_letters():
+    """It finds words behind all punctuation, and says that behind a euro sign it does not."""
+    with pytest.warns(
+        RuntimeWarning, match="no sequence finds the spellings '€tree', '😀tree', '€mill', '😀mill'"
+    ):
+        found, words, _ = marks("bert", TEXT, case_variants=False)
+    assert torch.equal(
+        found, match_spans(TEXT, tokenizer_of("bert").encode(TEXT).offsets, WORDS, ignore_case=True)
+    )
+    assert words.sum() > 15
 
 
 @pytest.mark.parametrize("kind", ["unsplit", "llama2"])
@@ -81,7 +93,9 @@ def test_padding_and_truncation_of_the_tokenizer_are_not_taken_for_the_word():
     own = tokenizers.Tokenizer.from_str(tokenizer_of("bert").to_str())
     own.enable_padding(length=16)
     own.enable_truncation(3)
-    assert token_sequences(own, ["oak tree"]) == token_sequences(tokenizer_of("bert"), ["oak tree"])
+    with pytest.warns(RuntimeWarning, match="'€oak tree'"):
+        sequences = token_sequences(own, ["oak tree"])
+    assert sequences == [tuple(tokenizer_of("bert").encode("oak tree").ids)]
     assert own.padding["length"] == 16
     assert own.truncation["max_length"] == 3
 
@@ -110,7 +124,7 @@ class Slow:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
-@pytest.mark.parametrize("kind", ["bpe first", "unigram first", "bert"])
+@pytest.mark.parametrize("kind", ["bpe first", "unigram first"])
 def test_without_offsets_the_tokens_behind_a_neighbours_are_the_word(kind):
     text = "tree\ntree (tree) [mill] the mill"
     encoding = tokenizer_of(kind).encode(text, add_special_tokens=False)
@@ -120,12 +134,12 @@ def test_without_offsets_the_tokens_behind_a_neighbours_are_the_word(kind):
 
 
 def test_without_offsets_a_quote_that_takes_a_letter_is_warned_of():
-    with pytest.warns(RuntimeWarning, match=r"no sequence finds the spellings \"'tree\": the tokenizer"):
+    with pytest.warns(RuntimeWarning, match='no sequence finds the spellings "\'tree", "a\'tree": the'):
         token_sequences(Slow("gpt2"), WORDS)
 
 
 def test_options_are_bools():
     with expect(TypeError, "case_variants: got 1, expected True or False"):
-        token_sequences(tokenizer_of("bert"), WORDS, 1)
+        token_sequences(tokenizer_of("gpt2"), WORDS, 1)
     with expect(TypeError, "leading_space: got 'no', expected True or False"):
-        token_sequences(tokenizer_of("bert"), WORDS, leading_space="no")
+        token_sequences(tokenizer_of("gpt2"), WORDS, leading_space="no")
