@@ -223,7 +223,8 @@ class RoutedAttention(LinearsModule):
     ) -> Tensor:
         """The output of a projection, `[B, heads, S, D]`."""
         y = call_linear(self, name, x, routes, sites)
-        check_whole(self, name, y, heads * self.head_dim)
+        masks = None if routes is None or not self._op_sites else self._op_sites[-1]
+        check_whole(self, name, y, heads * self.head_dim, masks)
         return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..linear import LinearSites, routed_linear
 from ..route_grad import route_grad
 from ..routes import Routes
+from ..sites import Sites
 from .linear import RoutedLinear
 from .lora import RoutedLoRALinear, is_lora, lora_linear
 from .module import RoutedModule
@@ -44,7 +45,9 @@ def call_linear(
         raise TypeError(_refusal(layer, name, child))
     else:
         y = child(x)
-        y = y if sites.output is None else route_grad(y, routes, sites.output, backend=layer.backend)
+        if sites.output is not None:
+            check_whole(layer, name, y, -1, sites)
+            y = route_grad(y, routes, sites.output, backend=layer.backend)
     return y
 
 
@@ -78,11 +81,22 @@ def _refusal(layer: RoutedModule, name: str, child: nn.Module) -> str:
     )
 
 
-def check_whole(layer: RoutedModule, name: str, y: Tensor, features: int) -> None:
-    """Raises where a submodule that was called made other features than the layer's sites are for."""
+def check_whole(layer: RoutedModule, name: str, y: Tensor, features: int, sites: Sites | None) -> None:
+    """Raises where a submodule that was called made other features than the masks of its output are for.
+
+    Args:
+        layer: the layer.
+        name: the submodule's name.
+        y: its output, `[*tokens, features]`.
+        features: how many it should have; -1: any number.
+        sites: what the layer masks behind it; None: nothing.
+    """
+    if sites is None:
+        return
     if is_dtensor(y):
         raise TypeError(f"{type(layer).__name__}.{name}: got a DTensor as its output, {_TENSOR_PARALLEL}")
-    if features not in (-1, y.shape[-1]):
+    by_feature = any(table.features > 1 for table in sites.tables.values())
+    if by_feature and features not in (-1, y.shape[-1]):
         raise TypeError(
             f"{type(layer).__name__}.{name}: got an output of {y.shape[-1]} features, expected {features}; where it is "
             f"sharded, {_TENSOR_PARALLEL}"

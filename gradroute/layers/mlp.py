@@ -173,9 +173,8 @@ class AnyRoutedMLP(LinearsModule):
         ops: MLPOps = self._op_sites or _NO_OPS
         d_ff = features(self._linears()[-1])[1]
         a = [call_linear(self, name, x, routes, ops.inner) for name in inner]
-        if routes is not None and ops.middle is not None:
-            for name, branch in zip(inner, a, strict=True):
-                check_whole(self, name, branch, d_ff)
+        for name, branch in zip(inner, a, strict=True):
+            check_whole(self, name, branch, d_ff, None if routes is None else ops.middle)
         return call_linear(self, outer, self._middle(a, routes, ops.middle), routes, ops.outer)
 
     def _widths(self) -> Mapping[str, int | str]:
