@@ -5,7 +5,7 @@ untouched by `.to(dtype)` and meta devices, and free to be reassigned between st
 
 The `from_*` constructors share the very Parameters of an existing layer (and so their device, dtype and
 requires_grad) and take over its training mode. Hooks are not copied: what a hook of the existing layer did is not
-done by the routed one.
+done by the routed one. Submodules of an MLP or of attention are shared whole, with theirs.
 """
 
 from .attention import RoutedAttention

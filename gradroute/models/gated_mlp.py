@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..gated_mlp import routed_gated_mlp, routed_glu
+from ..gated_mlp import routed_gated_mlp
 from ..routes import Routes
 from .linear import call_linear, matrix
 from .mlp import MLP
@@ -35,15 +35,8 @@ class GatedMLP(MLP):
     def _called(self, x: Tensor, routes: Routes) -> Tensor:
         sites = self._op_sites
         gate, up, down = self._linears()
-        z = routed_glu(
-            call_linear(gate, x, routes, sites.inner, self.backend),
-            call_linear(up, x, routes, sites.inner, self.backend),
-            routes,
-            sites.middle,
-            self._activation(),
-            backend=self.backend,
-        )
-        return call_linear(down, z, routes, sites.outer, self.backend)
+        a = (call_linear(branch, x, routes, sites.inner, self.backend) for branch in (gate, up))
+        return call_linear(down, self._hidden(routes, *a), routes, sites.outer, self.backend)
 
 
 class PhiMLP(GatedMLP):
@@ -60,5 +53,4 @@ class PhiMLP(GatedMLP):
         sites = self._op_sites
         gate_up, down = self._linears()
         gate, up = call_linear(gate_up, x, routes, sites.inner, self.backend).chunk(2, dim=-1)
-        z = routed_glu(gate, up, routes, sites.middle, self._activation(), backend=self.backend)
-        return call_linear(down, z, routes, sites.outer, self.backend)
+        return call_linear(down, self._hidden(routes, gate, up), routes, sites.outer, self.backend)

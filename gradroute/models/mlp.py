@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
+from ..gated_mlp import routed_glu
 from ..layers.mlp import MLPOps
 from ..layers.reading import is_watched
 from ..linear import LinearSites
@@ -106,22 +107,20 @@ class MLP(Swapped):
 
     def _activation(self) -> str:
         patched = patched_activation(type(self).original)
-        if patched is not None:
-            return patched
-        activation = getattr(self, self.activation_name)
-        if is_watched(activation):
-            raise RuntimeError(
-                f"{type(self).__name__}.{self.activation_name}: got hooks or another forward, expected none beside "
-                "routes: the activation is part of a fused op; put hooks on the MLP or on its linear layers"
-            )
-        return activations.check_module(activation)
+        return activations.check_module(getattr(self, self.activation_name)) if patched is None else patched
+
+    def _calls_activation(self) -> bool:
+        """Whether the activation is called as a module: there are hooks on it, or it has another forward."""
+        return patched_activation(type(self).original) is None and is_watched(
+            getattr(self, self.activation_name)
+        )
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         if routes is None or self._sites is None:
             return super().forward(x)
         if self._keeps_patch():
             y = self._patched(x, routes)
-        elif all(map(is_readable, self._linears())):
+        elif all(map(is_readable, self._linears())) and not self._calls_activation():
             y = self._fused(x, routes)
         else:
             y = self._called(x, routes)
@@ -152,6 +151,29 @@ class MLP(Swapped):
         z = self._masked(z, "hidden", routes)
         return call_linear(self._linears()[-1], z, routes, self._op_sites.outer, self.backend)
 
+    def _hidden(self, routes: Routes, *a: Tensor) -> Tensor:
+        """The hidden units of the pre-activations of one branch, or of a gate and of another branch."""
+        sites = self._op_sites.middle
+        if self._calls_activation():
+            return self._called_activation(routes, *a)
+        if len(a) == 1:
+            return routed_activation(a[0], routes, sites, self._activation(), backend=self.backend)
+        return routed_glu(a[0], a[1], routes, sites, self._activation(), backend=self.backend)
+
+    def _called_activation(self, routes: Routes, *a: Tensor) -> Tensor:
+        """The same where the activation must be called, because there are hooks on it or on every module."""
+        if self._op_sites.middle is not None and self._op_sites.middle.forward is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.{self.activation_name}: got hooks or another forward, expected none beside "
+                "a `forward` table, which masks within the op of the activation; put hooks on the MLP or on its linear "
+                "layers"
+            )
+        pre, *others = (self._masked(one, "pre", routes) for one in a)
+        z = getattr(self, self.activation_name)(pre)
+        for other in others:
+            z = z * other
+        return self._masked(z, "hidden", routes)
+
     def _masked(self, x: Tensor, site: str, routes: Routes) -> Tensor:
         middle = self._op_sites.middle
         table = None if middle is None else getattr(middle, site)
@@ -175,8 +197,7 @@ class MLP(Swapped):
         sites = self._op_sites
         fc_in, fc_out = self._linears()
         a = call_linear(fc_in, x, routes, sites.inner, self.backend)
-        z = routed_activation(a, routes, sites.middle, self._activation(), backend=self.backend)
-        return call_linear(fc_out, z, routes, sites.outer, self.backend)
+        return call_linear(fc_out, self._hidden(routes, a), routes, sites.outer, self.backend)
 
 
 class NeoXMLP(MLP):

@@ -1,0 +1,82 @@
+"""Hooks on parts of a routed model and on every module: they run with routes as they do without."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import model_zoo
+from model_zoo import HIDDEN, NAMES, backward, fresh
+from routed_models import activation_sites, batch, check, expect, routed, table
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+from gradroute import MLPSites
+from gradroute.models import RoutingPlan
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_of_every_module_run(name):
+    """What runs without routes runs with them, activations and linear layers too, and the gradients stay."""
+    tokens, targets, ids = batch()
+    plan = RoutingPlan(2, **activation_sites(name))
+    model, ran = routed(name, plan), []
+    expected = backward(model, tokens, targets, route_ids=ids)
+    # Routed attention of GPT-Neo is the module within the one that chooses it, and computes its own dropout.
+    passed_over = [".attn", "attn_dropout"] if name == "gpt_neo" else []
+    names = {module: path for path, module in model.named_modules() if not path.endswith(tuple(passed_over))}
+    handle = register_module_forward_hook(lambda module, inputs, output: ran.append(names.get(module)))
+    try:
+        backward(model, tokens, targets)
+        unrouted, ran[:] = sorted(path for path in ran if path is not None), []
+        got = backward(model, tokens, targets, route_ids=ids)
+    finally:
+        handle.remove()
+    assert sorted(path for path in ran if path is not None) == unrouted
+    check(got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_hooks_on_an_activation_run(name):
+    """The masks stand around a called activation as in the fused op; its hook changes the output as without routes."""
+    tokens, targets, ids = batch()
+    gradients = []
+    for model, options in ((routed(name, plan_of(name)), {"route_ids": ids}), (fresh(name), {})):
+        activation = next(
+            module for path, module in model.named_modules() if "act" in path.rsplit(".", 1)[-1]
+        )
+        activation.register_forward_hook(lambda module, inputs, output: output * 2)
+        logits = model_zoo.logits_of(model, tokens, **options)
+        gradients.append((logits, backward(model, tokens, targets, **options)))
+    (routed_logits, masked), (logits, whole) = gradients
+    assert torch.equal(routed_logits, logits)
+    key = next(key for key in whole if "wte" in key or "embed_tokens" in key)
+    assert not torch.allclose(masked[key], whole[key])
+
+
+def plan_of(name):
+    return RoutingPlan(2, mlp=MLPSites(hidden=table(HIDDEN), pre=[[1.0], [0.5]]))
+
+
+def test_hooks_on_an_activation_are_refused_beside_forward():
+    """A `forward` table is part of the activation's op."""
+    tokens, _, ids = batch()
+    model = routed("llama", RoutingPlan(2, mlp=MLPSites(forward=table(HIDDEN))))
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, inputs, output: output * 0)
+    model(tokens)
+    with expect(
+        RuntimeError, "LlamaMLP.act_fn: got hooks or another forward, expected none beside a `forward`"
+    ):
+        model(tokens, route_ids=ids)
+
+
+def test_operations_are_counted():
+    """torch's counter watches every module by hooks of all of them."""
+    tokens, _, ids = batch()
+    model = routed("llama", RoutingPlan(2, mlp=MLPSites(hidden=table(HIDDEN), update=table(HIDDEN))))
+    counts = []
+    for options in ({}, {"route_ids": ids}):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens, **options)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
