@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
+from ..checks import flat
 from ..gated_mlp import routed_glu
 from ..layers.mlp import MLPOps
 from ..layers.reading import is_watched
 from ..linear import LinearSites
 from ..mlp import MLPSites, routed_activation, routed_mlp
+from ..reference import masked_by
 from ..route_grad import route_grad
 from ..routes import Routes
 from ..sites import given
@@ -162,17 +164,14 @@ class MLP(Swapped):
 
     def _called_activation(self, routes: Routes, *a: Tensor) -> Tensor:
         """The same where the activation must be called, because there are hooks on it or on every module."""
-        if self._op_sites.middle is not None and self._op_sites.middle.forward is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}.{self.activation_name}: got hooks or another forward, expected none beside "
-                "a `forward` table, which masks within the op of the activation; put hooks on the MLP or on its linear "
-                "layers"
-            )
         pre, *others = (self._masked(one, "pre", routes) for one in a)
         z = getattr(self, self.activation_name)(pre)
         for other in others:
             z = z * other
-        return self._masked(z, "hidden", routes)
+        z = self._masked(z, "hidden", routes)
+        middle = self._op_sites.middle
+        forward = None if middle is None else middle.forward
+        return z if forward is None else masked_by(routes)(forward, flat(z)).view(z.shape)
 
     def _masked(self, x: Tensor, site: str, routes: Routes) -> Tensor:
         middle = self._op_sites.middle

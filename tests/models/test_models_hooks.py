@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 
 import model_zoo
 from model_zoo import HIDDEN, NAMES, backward, fresh
-from routed_models import activation_sites, batch, check, expect, routed, table
+from routed_models import activation_sites, batch, check, routed, table
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,16 +58,19 @@ def plan_of(name):
     return RoutingPlan(2, mlp=MLPSites(hidden=table(HIDDEN), pre=[[1.0], [0.5]]))
 
 
-def test_hooks_on_an_activation_are_refused_beside_forward():
-    """A `forward` table is part of the activation's op."""
-    tokens, _, ids = batch()
-    model = routed("llama", RoutingPlan(2, mlp=MLPSites(forward=table(HIDDEN))))
-    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, inputs, output: output * 0)
-    model(tokens)
-    with expect(
-        RuntimeError, "LlamaMLP.act_fn: got hooks or another forward, expected none beside a `forward`"
-    ):
-        model(tokens, route_ids=ids)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_hooks_on_an_activation_run_beside_forward(name):
+    """Hidden units that tokens do not see are masked behind a called activation as in the fused op."""
+    tokens, targets, ids = batch()
+    sites = MLPSites(forward=table(HIDDEN), hidden=[[1.0], [0.5]])
+    fused, called = (routed(name, RoutingPlan(2, mlp=sites)) for _ in range(2))
+    for path, module in called.named_modules():
+        if "act" in path.rsplit(".", 1)[-1]:
+            module.register_forward_hook(lambda module, inputs, output: None)
+    logits = (model_zoo.logits_of(model, tokens, route_ids=ids) for model in (fused, called))
+    assert model_zoo.error(*logits) <= 1e-6
+    expected = backward(fused, tokens, targets, route_ids=ids)
+    check(backward(called, tokens, targets, route_ids=ids), expected)
 
 
 def test_operations_are_counted():
