@@ -95,12 +95,19 @@ def running_call(owner: Owner | None) -> Call | None:
     return call
 
 
+def routed_calls() -> int:
+    """How many calls with routes this thread has made."""
+    return getattr(_THREAD, "routed", 0)
+
+
 @contextmanager
 def running(owner: Owner, routes: Routes | None, documents: Tensor | None = None) -> Iterator[Call]:
     """A call, for the time of a forward."""
     outer: Call | None = getattr(_THREAD, "call", None)
     call = Call(owner, routes, documents, outer)
     _THREAD.call = call
+    if routes is not None and not torch.compiler.is_compiling():
+        _THREAD.routed = routed_calls() + 1
     try:
         yield call
     finally:

@@ -50,15 +50,21 @@ def refuse_forward_without_routes(module: nn.Module) -> None:
     Raises:
         RuntimeError: there are routes, and the module's forward has no use for them.
     """
-    found = vars(module)["forward"]
-    if not callable(found) or _is_hooked(module) or swapped_class_of(found) is not None:
+    if not hides_forward(module):
         return
+    found = vars(module)["forward"]
     parameters = inspect.signature(found).parameters
     if "routes" not in parameters and all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
         raise RuntimeError(
             f"{type(module).__name__}: got routes for a module whose forward was replaced by {_name(found)} since it "
             "was routed, which takes none; expected unroute(), the replacement, and route() then"
         )
+
+
+def hides_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own that does not tell whether it calls that of a swapped class."""
+    found = vars(module).get("forward")
+    return callable(found) and not _is_hooked(module) and swapped_class_of(found) is None
 
 
 def adopt_forward(module: AnyModule) -> None:

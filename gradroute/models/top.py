@@ -16,10 +16,11 @@ from ..routes import Routes
 from ..sites import Sites
 from .architectures import submodule
 from .attention_function import document_bounds, structured_mask
-from .calls import offering, open_offer, running
+from .calls import offering, open_offer, routed_calls, running
 from .lora import is_adapter
 from .modules import Argument
 from .plan import RoutingPlan
+from .replaced import hides_forward
 from .swapped import Swapped
 
 # The arguments that a routed model's forward takes besides the ordinary one's.
@@ -83,6 +84,19 @@ class TopModel(Swapped):
             "argument_names": names,
             "takes_cache": takes_more or "use_cache" in names,
         }
+
+    def __call__(self, *args: Argument, **kwargs: Argument) -> Argument:
+        given = [name for name in ROUTING_ARGUMENTS if kwargs.get(name) is not None]
+        if not given or torch.compiler.is_compiling() or not hides_forward(self):
+            return super().__call__(*args, **kwargs)
+        before = routed_calls()
+        output = super().__call__(*args, **kwargs)
+        if routed_calls() == before:
+            raise RuntimeError(
+                f"{', '.join(given)}: got routes for a model whose forward was replaced since route(), by one that "
+                "drops what it does not know; expected unroute(), the replacement, and route() then"
+            )
+        return output
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
