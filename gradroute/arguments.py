@@ -182,6 +182,23 @@ def check_choice(name: str, value: object, choices: Iterable[Any]) -> None:
         raise kind(f"{name}: got {shown(value)}, expected one of {expected}")
 
 
+def as_device(name: str, device: object) -> torch.device:
+    """A device, or the name of one, as a torch.device.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: there is no such type of device.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if not isinstance(device, (str, int)) or isinstance(device, bool):
+        raise TypeError(f"{name}: got {shown(device)}, expected a torch.device or the name of one")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: got {device!r}, expected the name of a device: {error}") from None
+
+
 def check_is(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
     """Raises TypeError unless `value` is an instance of `kind`, which `expected` describes."""
     if not isinstance(value, kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .arguments import check_bool, check_int, check_number
 from .backends import attention_plan
 from .backends.attention_plan import Plan
 from .checks import autocast, check_shape, refuse_double_backward, unrouted
@@ -178,10 +180,15 @@ def checked_pattern(
     """
     check_shape("q", q, -1, -1, -1, -1)
     check_shape("k", k, q.shape[0], -1, -1, q.shape[3])
-    if window is not None and window < 1:
-        raise ValueError(f"window: got {window}, expected a positive number of keys or None")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: got {dropout}, expected a share of P in [0, 1)")
+    check_bool("causal", causal)
+    if window is not None and (type(window) is not int or window < 1):
+        check_int("window", window, 1)
+    if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
+        check_number("scale", scale)
+    if type(dropout) is not float or not 0.0 <= dropout < 1.0:
+        check_number("dropout", dropout)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: got {dropout}, expected a share of P in [0, 1)")
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q, k)
     if key_mask is not None:

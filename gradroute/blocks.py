@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_indices, check_int, check_is, is_int, ordinary_tensors, shown
 from .models.architectures import Architecture
 from .models.inspection import Piece, Units, Width, find_widths, inner_model
+from .tables import indices_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,7 +65,9 @@ class Block:
 
     def __init__(self, parts: Iterable[Part]) -> None:
         groups: dict[tuple[str, str, tuple[str, ...]], list[Part]] = {}
+        check_is("parts", parts, Iterable, "parts of a Block")
         for part in parts:
+            check_is("parts, an entry", part, Part, "a gradroute.blocks.Part")
             groups.setdefault(part.key, []).append(part)
         if not groups:
             raise ValueError("parts: got none, expected at least one")
@@ -129,9 +134,15 @@ class Block:
         """
         parameters = _named(model)
         chosen = []
-        for name, (dim, which) in pieces.items():
+        check_is("pieces", pieces, Mapping, "a dict {name: (dim, which)}")
+        for name, piece in pieces.items():
+            if not isinstance(piece, (tuple, list)) or len(piece) != 2:
+                raise TypeError(f"pieces[{name!r}]: got {shown(piece)}, expected (dim, which)")
+            dim, which = piece
             if name not in parameters:
                 raise ValueError(f"pieces: got {name!r}, expected the name of one of the model's parameters")
+            if not is_int(dim):
+                raise TypeError(f"pieces[{name!r}]: got dimension {shown(dim)}, expected an int")
             if not 0 <= dim < parameters[name].dim():
                 raise ValueError(
                     f"pieces[{name!r}]: got dimension {dim}, expected one of a parameter of shape "
@@ -208,9 +219,7 @@ class Block:
             ValueError: keys or shapes are not the block's. Nothing has changed then.
         """
         present = self.state_dict(model)
-        if state.keys() != present.keys():
-            strange = sorted(state.keys() ^ present.keys())
-            raise ValueError(f"state: got keys that differ from the block's in {strange[:4]}")
+        check_state(state, present)
         for key, values in present.items():
             given = state[key]
             if not isinstance(given, Tensor) or given.shape != values.shape:
@@ -247,8 +256,20 @@ class Block:
         return f"Block({parts} of {len({part.module for part in self.parts})} modules)"
 
 
+def check_state(state: object, keys: Collection[str]) -> None:
+    """Raises unless a state is a dict of a block's keys."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: got {shown(state)}, expected what the block's state_dict returned")
+    strange = sorted(map(str, state.keys() ^ set(keys)))
+    if strange:
+        raise ValueError(f"state: got keys that differ in {strange[:4]}, expected those of the block")
+
+
 def check_disjoint(blocks: Mapping[str, Block], model: nn.Module) -> None:
     """Raises ValueError where two of the named blocks have an element of a parameter in common."""
+    check_is("blocks", blocks, Mapping, "a dict {name: Block}")
+    for name, block in blocks.items():
+        check_is(f"blocks[{name!r}]", block, Block, "a gradroute.blocks.Block")
     named = _named(model)
     owners: dict[int, list[tuple[str, Tensor]]] = {}  # tied parameters are one
     for name, block in blocks.items():
@@ -265,12 +286,9 @@ def check_disjoint(blocks: Mapping[str, Block], model: nn.Module) -> None:
 
 def _parts(widths: list[Width], what: str, which: Which, layers: Collection[int] | None) -> list[Part]:
     """The shares of some layers in a block of units or heads."""
-    if layers is not None and not isinstance(layers, Collection):
-        raise TypeError(f"layers: got {layers!r}, expected indices of layers")
-    chosen = sorted(range(len(widths)) if layers is None else set(layers))
-    unknown = [i for i in chosen if i not in range(len(widths))]
-    if unknown or not chosen:
-        raise ValueError(f"layers: got {unknown or 'none'}, expected indices from 0 to {len(widths) - 1}")
+    chosen = range(len(widths)) if layers is None else check_indices("layers", layers, len(widths))
+    if not chosen:
+        raise ValueError(f"model: got one without {what}, expected some")
     parts = []
     for i in chosen:
         index = _indices(what, which, widths[i].size)
@@ -280,44 +298,21 @@ def _parts(widths: list[Width], what: str, which: Which, layers: Collection[int]
     return parts
 
 
-def _indices(name: str, which: Which, size: int) -> Tensor:  # [n], ascending
-    """The indices that `which` chooses of `size`."""
-    if isinstance(which, (bool, str)):
+def _indices(name: str, which: Any, size: int) -> Tensor:  # [n], ascending
+    """The indices that `which` chooses of `size`: how many, counted from the last, or which."""
+    if isinstance(which, (Tensor, np.ndarray)) and which.ndim == 0:
+        which = which.item()  # a number of NumPy or torch is a number
+    if is_int(which):
+        count = check_int(name, which, 1, size)
+        indices = list(range(size - count, size))
+    elif isinstance(which, (bool, str, float)):
         raise TypeError(f"{name}: got {which!r}, expected a number, a slice or indices")
-    if not isinstance(which, (int, slice)):
-        which = _as_tensor(name, which)
-        if which.dim() > 1:
-            raise ValueError(f"{name}: got indices of shape {list(which.shape)}, expected one dimension")
-        if which.dim() == 0 and not which.is_floating_point():
-            which = int(which)  # a number of NumPy or torch is a number
-    if isinstance(which, int):
-        if not 1 <= which <= size:
-            raise ValueError(f"{name}: got {which}, expected 1 to {size}")
-        which = slice(size - which, size)
-    if isinstance(which, slice):
-        index = torch.arange(size, device="cpu")[which]
     else:
-        index = torch.as_tensor(which, device="cpu").flatten()
-        if len(index) and (index.dtype == torch.bool or index.is_floating_point()):
-            raise TypeError(f"{name}: got indices of dtype {index.dtype}, expected integers")
-        outside = (index < -size) | (index >= size)
-        if outside.any():
-            raise ValueError(
-                f"{name}: got index {int(index[outside][0])}, expected -{size} <= index < {size}"
-            )
-        index = (index.long() % size).unique()  # also sorts
-    if not len(index):
-        raise ValueError(f"{name}: got {which!r}, which chooses none of {size}")
-    return index
-
-
-def _as_tensor(name: str, which: Sequence[int] | Tensor) -> Tensor:
-    try:
-        return torch.as_tensor(which, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{name}: got a {type(which).__name__} that is no tensor ({error}), expected a number, a slice or indices"
-        ) from error
+        indices = sorted(set(indices_of(which, size, name)))
+    if not indices:
+        raise ValueError(f"{name}: got {shown(which)}, which chooses none of {size}, expected at least one")
+    with ordinary_tensors():
+        return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
 def _refuse_overlaps(pieces: Sequence[Piece]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .arguments import shown
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Sites
@@ -27,10 +28,16 @@ def unrouted(routes: object, sites: object, kind: type) -> bool:
     return routes is None or sites is None
 
 
-def check_shape(name: str, tensor: Tensor | None, *expected: int) -> None:
-    """Raises ValueError unless `tensor` is None or has the shape `expected`; -1 accepts any extent."""
-    if tensor is None:
-        return
+def check_tensor(name: str, tensor: object) -> None:
+    """Raises TypeError unless `tensor` is one: nothing else is converted."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {shown(tensor)}, expected a torch.Tensor")
+
+
+def check_shape(name: str, tensor: Any, *expected: int) -> None:
+    """Raises unless `tensor` is one of the shape `expected`; -1 accepts any extent."""
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
     shape = tensor.shape
     if len(shape) == len(expected):
         for got, want in zip(shape, expected, strict=True):  # all() of a generator took 0.3 µs longer
@@ -60,9 +67,28 @@ def _computes_as_tensor(kind: type) -> bool:
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in ordinary  # type: ignore[attr-defined]
 
 
-def check_parameter(name: str, tensor: Tensor | None, *expected: int) -> None:
+def check_bias(name: str, tensor: Tensor | None, features: int, weight: Tensor) -> None:
+    """As `check_parameter`, of a bias, which may be None, beside a weight of a linear layer."""
+    if tensor is not None:
+        check_parameter(name, tensor, features)
+        check_dtype(name, tensor, weight)
+
+
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raises TypeError where two operands of a product differ in dtype, and no autocast makes them alike."""
+    if x.dtype is weight.dtype:
+        return
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{name}: got dtype {x.dtype} beside a weight of {weight.dtype}, expected one dtype for both, or autocast"
+        )
+
+
+def check_parameter(name: str, tensor: Any, *expected: int) -> None:
     """As `check_shape`; raises TypeError where a parameter is not plain, because ops read its numbers."""
-    if tensor is not None and not is_plain(tensor):
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
+    if not is_plain(tensor):
         raise TypeError(
             f"{name}: got a {type(tensor).__name__}, expected an ordinary tensor, whose numbers are read: call the "
             "layer of this one, and mask around it with gradroute.route_grad; of a DTensor pass to_local()"
@@ -75,6 +101,7 @@ def check_features(name: str, x: Tensor, features: int, origin: str, weight: Ten
 
     PyTorch refuses a weight on another device by itself, but computes with one on meta as if its numbers were there.
     """
+    check_tensor(name, x)
     if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected [*tokens, {features}] ({origin})")
     if weight.is_meta and not x.is_meta:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
-from .checks import check_parameter, flat, refuse_double_backward, unrouted
+from .arguments import check_int
+from .checks import check_parameter, check_tensor, flat, refuse_double_backward, unrouted
 from .function import Function, RoutedContext
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -59,12 +60,14 @@ def routed_embedding(
         RuntimeError: in backward with create_graph=True.
     """
     if unrouted(routes, sites, EmbeddingSites):
+        backends.check_backend(backend)
         return F.embedding(tokens, weight, padding_idx)
     assert routes is not None and sites is not None
     check_parameter("weight", weight, -1, -1)
     num_embeddings, features = weight.shape
     if padding_idx is not None:
         padding_idx = _checked_row(padding_idx, num_embeddings)
+    check_tensor("tokens", tokens)
     routes.check_tokens(tokens.shape, tokens, "tokens", "shape")
     sites.check(routes, {"features": features})
     chosen = backends.choose("routed_embedding", backend, weight)
@@ -76,6 +79,7 @@ def routed_embedding(
 
 
 def _checked_row(padding_idx: int, num_embeddings: int) -> int:
+    padding_idx = check_int("padding_idx", padding_idx)
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise ValueError(
             f"padding_idx: got {padding_idx}, expected a row of weight, "

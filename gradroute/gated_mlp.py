@@ -7,7 +7,16 @@ from torch import Tensor
 
 from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
-from .checks import autocast, check_features, check_parameter, check_shape, unrouted
+from .checks import (
+    autocast,
+    check_bias,
+    check_dtype,
+    check_features,
+    check_parameter,
+    check_shape,
+    check_tensor,
+    unrouted,
+)
 from .mlp import ActivationFunction, ActivationSites, MLPFunction, MLPSites
 from .routes import Routes
 
@@ -62,11 +71,14 @@ def routed_gated_mlp(
     check_parameter("w_gate", w_gate, -1, -1)
     d_ff, d_model = w_gate.shape
     check_features("x", x, d_model, "w_gate is [d_ff, d_model]", w_gate)
+    check_dtype("x", x, w_gate)
     check_parameter("w_up", w_up, d_ff, d_model)
     check_parameter("w_down", w_down, -1, d_ff)
-    check_parameter("b_gate", b_gate, d_ff)
-    check_parameter("b_up", b_up, d_ff)
-    check_parameter("b_down", b_down, w_down.shape[0])
+    check_dtype("w_up", w_up, w_gate)
+    check_dtype("w_down", w_down, w_gate)
+    check_bias("b_gate", b_gate, d_ff, w_gate)
+    check_bias("b_up", b_up, d_ff, w_up)
+    check_bias("b_down", b_down, w_down.shape[0], w_down)
     routes.check(x, "x")
     sites.check(routes, MLPSites.widths(w_down.shape[0], d_ff, b_down))
     x, w_gate, w_up, w_down, b_gate, b_up, b_down = autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
@@ -116,8 +128,10 @@ def routed_glu(
     """
     check_activation(activation)
     if unrouted(routes, sites, ActivationSites):
+        backends.check_backend(backend)
         return ACTIVATIONS[activation].value(gate) * up
     assert routes is not None and sites is not None
+    check_tensor("gate", gate)
     check_shape("up", up, *gate.shape)
     if up.dtype != gate.dtype:
         raise ValueError(f"up: got dtype {up.dtype}, expected gate's {gate.dtype}")

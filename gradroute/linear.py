@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
-from .checks import autocast, check_features, check_parameter, flat, refuse_double_backward, unrouted
+from .arguments import shown
+from .checks import (
+    autocast,
+    check_bias,
+    check_dtype,
+    check_features,
+    check_parameter,
+    flat,
+    refuse_double_backward,
+    unrouted,
+)
 from .function import Context, Function, RoutedContext
 from .primitives.overwriting import plus, plus_product
 from .primitives.protocol import Primitives
@@ -79,6 +89,7 @@ def routed_linear(
         RuntimeError: in backward with create_graph=True.
     """
     if unrouted(routes, sites, LinearSites):
+        backends.check_backend(backend)
         return F.linear(x, weight, bias)
     assert routes is not None and sites is not None
     _check(x, weight, bias, routes, sites)
@@ -111,6 +122,14 @@ def routed_linears(
     Returns:
         Of each layer `[*tokens, O]`. Raises as `routed_linear` does.
     """
+    if not isinstance(routes, Routes):
+        raise TypeError(f"routes: got {shown(routes)}, expected gradroute.Routes")
+    if not isinstance(layers, Sequence) or not all(
+        isinstance(layer, tuple) and len(layer) == 3 for layer in layers
+    ):
+        raise TypeError(f"layers: got {shown(layers)}, expected a list of (weight, bias, sites)")
+    if not layers:
+        raise ValueError("layers: got none, expected at least one")
     for weight, bias, sites in layers:
         _check(x, weight, bias, routes, sites)
     weights, biases, all_sites = zip(*layers, strict=True)
@@ -127,7 +146,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
     check_parameter("weight", weight, -1, -1)
     outputs, inputs = weight.shape
     check_features("x", x, inputs, "weight is [O, I]", weight)
-    check_parameter("bias", bias, outputs)
+    check_dtype("x", x, weight)
+    check_bias("bias", bias, outputs, weight)
     routes.check(x, "x")
     sites.check(routes, LinearSites.widths(inputs, outputs, bias))
 

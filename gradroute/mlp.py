@@ -13,8 +13,11 @@ from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
 from .checks import (
     autocast,
+    check_bias,
+    check_dtype,
     check_features,
     check_parameter,
+    check_tensor,
     flat,
     masked_forward,
     refuse_double_backward,
@@ -140,14 +143,17 @@ def routed_mlp(
     """
     check_activation(activation)
     if unrouted(routes, sites, MLPSites):
+        backends.check_backend(backend)
         return F.linear(ACTIVATIONS[activation].value(F.linear(x, w_in, b_in)), w_out, b_out)
     assert routes is not None and sites is not None
     check_parameter("w_in", w_in, -1, -1)
     d_ff, d_model = w_in.shape
     check_features("x", x, d_model, "w_in is [d_ff, d_model]", w_in)
-    check_parameter("b_in", b_in, d_ff)
+    check_dtype("x", x, w_in)
+    check_bias("b_in", b_in, d_ff, w_in)
     check_parameter("w_out", w_out, -1, d_ff)
-    check_parameter("b_out", b_out, w_out.shape[0])
+    check_dtype("w_out", w_out, w_in)
+    check_bias("b_out", b_out, w_out.shape[0], w_out)
     routes.check(x, "x")
     sites.check(routes, MLPSites.widths(w_out.shape[0], d_ff, b_out))
     x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)
@@ -285,8 +291,10 @@ def routed_activation(
     """
     check_activation(activation)
     if unrouted(routes, sites, ActivationSites):
+        backends.check_backend(backend)
         return ACTIVATIONS[activation].value(a)
     assert routes is not None and sites is not None
+    check_tensor("a", a)
     routes.check(a, "a")
     sites.check(routes, ActivationSites.widths(a.shape[-1]))
     chosen = backends.choose("routed_activation", backend, a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
+from .arguments import check_choice, check_number
 from .checks import check_features, check_parameter, flat, refuse_double_backward, unrouted
 from .function import Function, RoutedContext
 from .norm_forward import rms_norm_eps, rms_norm_value
@@ -71,9 +73,14 @@ def routed_rms_norm(
         BackendError: the requested backend cannot run the call.
         RuntimeError: in backward with create_graph=True.
     """
-    if casting_mode not in CASTING_MODES:
-        raise ValueError(f"casting_mode: got {casting_mode!r}, expected one of {', '.join(CASTING_MODES)}")
+    if type(casting_mode) is not str or casting_mode not in CASTING_MODES:
+        check_choice("casting_mode", casting_mode, CASTING_MODES)
+    if eps is not None and (type(eps) is not float or not 0.0 <= eps < math.inf):
+        check_number("eps", eps, 0)
+    if type(offset) is not float or not math.isfinite(offset):
+        check_number("offset", offset)
     if unrouted(routes, sites, NormSites):
+        backends.check_backend(backend)
         return rms_norm_value(x, weight, eps, offset, casting_mode)
     assert routes is not None and sites is not None
     _check(x, weight, None, routes, sites)
@@ -118,7 +125,10 @@ def routed_layer_norm(
         BackendError: the requested backend cannot run the call.
         RuntimeError: in backward with create_graph=True.
     """
+    if type(eps) is not float or not 0.0 <= eps < math.inf:
+        check_number("eps", eps, 0)
     if unrouted(routes, sites, NormSites):
+        backends.check_backend(backend)
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     assert routes is not None and sites is not None
     _check(x, weight, bias, routes, sites)
@@ -132,7 +142,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
     check_parameter("weight", weight, -1)
     features = weight.shape[0]
     check_features("x", x, features, "weight is [D]", weight)
-    check_parameter("bias", bias, features)
+    if bias is not None:
+        check_parameter("bias", bias, features)
     routes.check(x, "x")
     sites.check(routes, {"features": features})
 

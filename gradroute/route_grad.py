@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from . import backends, reference
-from .checks import flat, refuse_double_backward, unrouted
+from .checks import check_tensor, flat, refuse_double_backward, unrouted
 from .function import Context, Function
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -37,8 +37,10 @@ def route_grad(
     if table is not None:
         table = Table.of(table)
     if unrouted(routes, table, Table):
+        backends.check_backend(backend)
         return x
     assert routes is not None and table is not None
+    check_tensor("x", x)
     routes.check(x, "x")
     check_table(table, routes.num_routes, x.shape[-1], "table")
     chosen = backends.choose("route_grad", backend, x)

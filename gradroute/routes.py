@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import as_tensor, check_int
+from .arguments import as_device, as_tensor, check_bool, check_int, shown
 
 MAX_ROUTES = 32768
 
@@ -87,11 +87,14 @@ class Routes:
                 ids = as_tensor(ids, "integers in rows of one length")
             except (TypeError, ValueError) as error:
                 raise type(error)(f"ids: {error}") from None
+        if ids.layout is not torch.strided:
+            raise TypeError(f"ids: got a tensor of layout {ids.layout}, expected a dense one: ids.to_dense()")
         if ids.is_floating_point() or ids.is_complex():
             raise TypeError(f"ids: got dtype {ids.dtype}, expected an integer or bool dtype")
         if ids.dtype in _WIDE_UNSIGNED:
             ids = ids.to(torch.int64)
         strength = _checked_strength(strength, ids)
+        check_bool("validate", validate)
         if validate:
             _validate(ids, num_routes, strength)
         # A copy: the order and the counts that follow must not be those of ids that somebody writes to.
@@ -115,13 +118,29 @@ class Routes:
 
     def select(self, index: Tensor) -> Routes:
         """The routes of the tokens at `index`: int `[n]` into, or bool `[T]` over, the flattened tokens."""
+        self._check_index(index)
         flat = self.reshape(-1)
         return flat[index]
 
+    def _check_index(self, index: object) -> None:
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index: got {shown(index)}, expected a tensor of integers or bools")
+        if index.is_floating_point() or index.is_complex() or index.dim() != 1:
+            raise TypeError(
+                f"index: got {index.dtype} of shape {list(index.shape)}, expected integers [n] or bools [{len(self)}]"
+            )
+        if index.dtype == torch.bool and len(index) != len(self):
+            raise ValueError(f"index: got {len(index)} bools, expected {len(self)}, one for each token")
+        if index.device.type == "cpu" and index.dtype != torch.bool and not torch.compiler.is_compiling():
+            outside = (index < -len(self)) | (index >= len(self))
+            if outside.any():
+                raise ValueError(
+                    f"index: got {int(index[outside][0])}, expected integers from {-len(self)} to {len(self) - 1}"
+                )
+
     def pad(self, n: int) -> Routes:
         """`n` more tokens of route 0 (strength 1) at the end of the last token dimension."""
-        if n < 0:
-            raise ValueError(f"n: got {n}, expected a number of tokens to append, 0 or more")
+        n = check_int("n", n, 0)
         ids = torch.nn.functional.pad(self._shaped(self.ids), (0, n))
         strength = self.strength
         if strength is not None and strength.dim() > 0:
@@ -130,6 +149,8 @@ class Routes:
 
     def repeat(self, n: int) -> Routes:
         """Each token `n` times, in a new last dimension `[*tokens, n]`: a token's heads, say. Made once a batch."""
+        if type(n) is not int or n < 0:
+            n = check_int("n", n, 0)
         return self.derived(("repeat", n), lambda: self._repeated(n))
 
     def _repeated(self, n: int) -> Routes:
@@ -149,7 +170,8 @@ class Routes:
         Raises:
             ValueError: they are on the meta device, where they have no values.
         """
-        device = torch.device(device)
+        device = as_device("device", device)
+        check_bool("non_blocking", non_blocking)
         if device == self.device:
             return self
         if self.ids.is_meta:
@@ -242,6 +264,8 @@ def _checked_strength(strength: Tensor | float | None, ids: Tensor) -> Tensor | 
             strength = as_tensor(strength, "a number or numbers of the ids' shape")
         except (TypeError, ValueError) as error:
             raise type(error)(f"strength: {error}") from None
+        if strength.is_complex() or strength.dtype == torch.bool:
+            raise TypeError(f"strength: got dtype {strength.dtype}, expected real numbers")
         strength = strength.to(dtype=torch.float32, device=ids.device, copy=True)
     if not strength.is_floating_point():
         raise TypeError(f"strength: got dtype {strength.dtype}, expected floating point")

@@ -9,7 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import as_tensor, check_int, check_is, check_number, check_values, is_int, ordinary_tensors
+from .arguments import (
+    as_device,
+    as_tensor,
+    check_int,
+    check_is,
+    check_number,
+    check_values,
+    is_int,
+    ordinary_tensors,
+)
 
 # A table of more constant pieces than this is handled as dense: beyond it, a pass per piece costs more
 # than one pass with a gathered mask.
@@ -100,6 +109,8 @@ class Table:
 
     def on(self, device: torch.device) -> Tensor:
         """The weights on `device`, fp32; copied once per device."""
+        if type(device) is not torch.device:
+            device = as_device("device", device)
         if device.type == "cpu":
             return self.weights
         copy = self._copies.get(device)
@@ -124,7 +135,7 @@ class Table:
 
 
 def _host_weights(weights: object) -> Tensor:  # [R, F]
-    tensor = as_tensor(weights, "numbers in rows of one length, [routes, features] or [routes, 1]")
+    tensor = as_tensor(weights, "weights, numbers in rows of one length, [routes, features] or [routes, 1]")
     check_values(tensor, "weights")
     if tensor.is_complex():
         raise TypeError(f"got weights of dtype {tensor.dtype}, expected real numbers")
@@ -257,7 +268,9 @@ def _indices_of_slice(chosen: slice, features: int, name: str) -> list[int]:
         raise ValueError(f"{name}: got {chosen}, expected bounds from -{features} to {features} = features")
     indices = list(range(features)[chosen])
     if not indices and (chosen.start or 0, chosen.stop) != (0, 0):
-        raise ValueError(f"{name}: got {chosen}, which chooses none of {features} features")
+        raise ValueError(
+            f"{name}: got {chosen}, which chooses none of {features} features, expected at least one"
+        )
     return indices
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import shown
+from ..arguments import as_device, check_choice, shown
 from ..primitives.protocol import Primitives
 from . import composed, native
 
@@ -104,9 +104,9 @@ def available_backends(op: str | None = None, device: torch.device | str | None 
 
 def unavailable_backends(op: str | None = None, device: torch.device | str | None = None) -> dict[str, str]:
     """The backends that cannot run here, each with the reason."""
-    if op is not None and op not in OPS:
-        raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
-    where = None if device is None else torch.device(device)
+    if op is not None:
+        check_choice("op", op, OPS)
+    where = None if device is None else as_device("device", device)
     reasons = {}
     for name in BACKENDS:
         reason = _why_not(op, name, where)

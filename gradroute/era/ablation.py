@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..arguments import check_choice, check_is
 from ..blocks import Block
 from ..models.inspection import inner_model, ordinary_model
-from .checks import check_optimizer, check_parameters
+from .checks import check_block, check_optimizer, check_parameters
 from .contraction import take_out
 from .drawing import draw, write
 from .optimizer_state import zero_state
@@ -44,10 +45,12 @@ def ablate(
         ValueError: the block has no influence (it was ablated, or expanded and never trained); another `how`; the model
             is not of the block's shape.
     """
-    if how not in HOW:
-        raise ValueError(f"how: got {how!r}, expected one of {', '.join(map(repr, HOW))}")
     inner = inner_model(model)
+    check_block(block)
+    check_choice("how", how, HOW)
     check_optimizer(optimizer)
+    if generator is not None:
+        check_is("generator", generator, torch.Generator, "a torch.Generator or None")
     check_parameters(block, inner)
     if block.is_whole and not block.has_influence(inner):
         raise ValueError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Block
+from ..arguments import check_int, check_is, check_number, shown
+from ..blocks import Block, check_state
 from ..checks import is_plain
 from ..layers import RoutedModule
 from ..models.inspection import is_dtensor
@@ -22,22 +22,25 @@ _WORDS = {"units": "hidden units", "heads": "heads"}
 def check_added(units: int, heads: int) -> None:
     """Raises unless numbers of units and heads are not negative, and one is positive."""
     for name, count in (("units", units), ("heads", heads)):
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name}: got {count!r}, expected an int")
+        check_int(name, count)
         if count < 0 or (units == 0 and heads == 0):
             raise ValueError(f"{name}: got {count}, expected a positive number of {_WORDS[name]}")
 
 
 def check_std(std: float | None) -> None:
     """Raises unless a standard deviation is a finite number of 0 or more, or None."""
-    if std is not None and not (isinstance(std, (int, float)) and 0 <= std < math.inf):
-        raise ValueError(f"std: got {std!r}, expected a finite number, 0 or more")
+    check_number("std", std, 0, optional=True)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
     """Raises unless an optimizer is one, or None."""
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: got a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+        raise TypeError(f"optimizer: got {shown(optimizer)}, expected a torch.optim.Optimizer")
+
+
+def check_block(block: Block) -> None:
+    """Raises unless a block is one."""
+    check_is("block", block, Block, "a gradroute.blocks.Block")
 
 
 def check_parameters(block: Block, model: nn.Module) -> None:
@@ -137,10 +140,9 @@ def _check_evenly_removed(block: Block, layers: int) -> None:
 def check_fits(inner: nn.Module, block: Block, state: Mapping[str, Tensor]) -> None:
     """Raises unless a state is a block's, and the model is what is left without that block."""
     keys = block.keys
-    if state.keys() != set(keys):
-        raise ValueError(
-            f"state: got keys that differ from the block's in {sorted(state.keys() ^ set(keys))[:4]}"
-        )
+    check_state(state, keys)
+    for key in keys:
+        check_is(f"state[{key!r}]", state[key], Tensor, "a tensor")
     named = dict(inner.named_parameters())
     for key, piece in zip(keys, block.pieces, strict=True):
         got = list(named[piece.parameter].shape) if piece.parameter in named else None

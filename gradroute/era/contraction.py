@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_int, check_is
 from ..blocks import Block
 from ..models.architectures import Architecture
 from ..models.inspection import ordinary_model
-from .checks import check_change, check_fits, check_parameters, check_removed
+from .checks import check_block, check_change, check_fits, check_optimizer, check_parameters, check_removed
 from .configuration import resize
 from .surgery import insert, remove
 
@@ -38,7 +39,11 @@ def contract(
             the block is not one of units and heads, or not as large in every layer; none would remain.
     """
     inner = ordinary_model(model)
+    check_optimizer(optimizer)
+    if architecture is not None:
+        check_is("architecture", architecture, Architecture, "an Architecture or None")
     if not isinstance(block, Block):
+        check_int("block", block, 1)
         block = Block.units(model, block, architecture=architecture)
     check_parameters(block, inner)
     check_removed(block, inner)
@@ -79,6 +84,8 @@ def merge(
             block's. Nothing has changed then.
     """
     inner = ordinary_model(model)
+    check_block(block)
+    check_optimizer(optimizer)
     check_parameters(block, inner)
     check_fits(inner, block, state)
     check_change(inner, block, 1, optimizer)

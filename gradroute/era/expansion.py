@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..arguments import check_bool
 from ..blocks import Block, Part, Units
 from ..models.architectures import Architecture
 from ..models.inspection import Width, find_widths, inner_model, ordinary_model
-from .checks import check_added, check_change, check_parameters, check_std
+from .checks import check_added, check_change, check_optimizer, check_parameters, check_std
 from .configuration import resize
 from .drawing import draw, write
 from .surgery import insert
@@ -84,8 +85,10 @@ def expand(
     """
     inner = ordinary_model(model)
     check_added(units, heads)
+    check_optimizer(optimizer)
     growths = _growths(model, units, heads, between, architecture)
     check_std(std)
+    zero_output = check_bool("zero_output", zero_output)
     block = Block([growth.part() for growth in growths])
     check_parameters(block, inner)
     check_change(inner, block, 1, optimizer)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_is
 from ..models.inspection import inner_model, is_dtensor
 
 
@@ -22,6 +23,7 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: adapters, or sharded parameters.
     """
+    check_is("path", path, (str, os.PathLike), "a path")
     if inner_model(model) is not model:
         raise TypeError("model: got one with adapters, expected them merged: merge_and_unload() first")
     for name, parameter in model.named_parameters():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ..arguments import check_number
 from ..blocks import Block
 from ..models.inspection import inner_model
-from .checks import check_parameters
+from .checks import check_block, check_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,6 +34,7 @@ def gate(model: nn.Module, block: Block, scale: float) -> Gate:
         TypeError: sharded parameters.
         ValueError: the block is not one of units and heads; the scale is not finite; the model is not of its shape.
     """
+    check_block(block)
     if not block.is_whole:
         raise ValueError(f"block: got {block}, expected one of units or heads (Block.units, Block.heads)")
     check_parameters(block, inner_model(model))
@@ -44,6 +45,9 @@ class Gate:
     """The scale of a block's output weights, see `gate`."""
 
     def __init__(self, model: nn.Module, block: Block, scale: float) -> None:
+        inner_model(model)  # raises where it is no module
+        check_block(block)
+        check_number("scale", scale)
         self._model = model
         self._outputs = [pair for pair in block.parameters(model) if pair[0].role == "output"]
         self._original = [piece.of(parameter) for piece, parameter in self._outputs]
@@ -58,8 +62,7 @@ class Gate:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        if not math.isfinite(scale):
-            raise ValueError(f"scale: got {scale}, expected a finite number")
+        scale = check_number("scale", scale)
         self._check_unchanged()
         scaled = [values if scale == 1 else values * scale for values in self._original]
         for (piece, _), values in zip(self._outputs, scaled, strict=True):

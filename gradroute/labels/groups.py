@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import check_int, shown
 from .arguments import (
     Values,
     as_bounds,
@@ -67,9 +68,13 @@ def samples(labels: Values, shape: Sequence[int]) -> Tensor:
         ValueError: another number of labels than `shape` has rows.
     """
     labels = as_row("labels", labels)
-    shape = tuple(shape)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: got {shown(shape)}, expected [B, ...]")
+    shape = tuple(check_int("shape", size, 0) for size in shape)
     if not shape or shape[0] != len(labels):
-        raise ValueError(f"labels: got {len(labels)}, expected one for each row of the shape {list(shape)}")
+        raise ValueError(
+            f"labels: got {len(labels)}, expected one for each row of shape, which is {list(shape)}"
+        )
     return labels.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
 
 
@@ -202,6 +207,10 @@ def next_token(
             moved.view(-1)[last] = labels.reshape(-1)[last]
     if attention_mask is not None:
         mask = as_tensor("attention_mask", attention_mask)
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"attention_mask: got dtype {mask.dtype}, expected bools or zeros and ones")
+        if mask.device.type == "cpu":
+            check_all("attention_mask", mask, (mask == 0) | (mask == 1), "bools or zeros and ones")
         check_like("attention_mask", mask, "labels", labels)
         moved[..., :-1] = torch.where(mask[..., 1:] != 0, moved[..., :-1], labels[..., :-1])
     return moved

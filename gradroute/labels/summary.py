@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,10 +143,13 @@ def summarize(
 
 
 def _names(routes: int | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(routes, int):
-        check_int("routes", routes, 1, MAX_ROUTES)
-        return tuple(f"route {route}" for route in range(routes))
-    if isinstance(routes, str) or not all(isinstance(name, str) for name in routes):
+    if isinstance(routes, (int, np.integer)):
+        return tuple(f"route {route}" for route in range(check_int("routes", routes, 1, MAX_ROUTES)))
+    if (
+        isinstance(routes, str)
+        or not isinstance(routes, Sequence)
+        or not all(isinstance(name, str) for name in routes)
+    ):
         raise TypeError(f"routes: got {routes!r}, expected the number of routes, or their names")
     check_int("routes, their number", len(routes), 1, MAX_ROUTES)
     return tuple(routes)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ..arguments import shown
 from .encoding import Encoder, Offsets
 from .wanted import check_flag, check_word
 
@@ -87,6 +88,8 @@ def token_sequences(
     """
     if isinstance(words, str):
         raise TypeError(f"words: got the string {words!r}, expected a list of words")
+    if not isinstance(words, Iterable):
+        raise TypeError(f"words: got {shown(words)}, expected a list of words")
     words = list(words)
     if not words:
         raise ValueError("words: got none, expected at least one")

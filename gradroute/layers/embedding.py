@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_int
+from ..arguments import check_bool, check_int, check_number
 from ..backends import check_backend
+from ..checks import check_shape
 from ..embedding import EmbeddingSites, routed_embedding
 from ..routes import Routes
 from .module import Device, RoutedModule, check_plain, share
@@ -66,6 +67,10 @@ class RoutedEmbedding(RoutedModule, nn.Embedding):
         embedding_dim = check_int("embedding_dim", embedding_dim, 0)
         if padding_idx is not None:
             padding_idx = check_int("padding_idx", padding_idx, -num_embeddings, num_embeddings - 1)
+        check_number("norm_type", norm_type, 0)
+        check_bool("_freeze", _freeze)
+        if _weight is not None:
+            check_shape("_weight", _weight, num_embeddings, embedding_dim)
         check_embedding(max_norm, scale_grad_by_freq, sparse)
         super().__init__(
             num_embeddings,

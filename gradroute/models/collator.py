@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import check_bool, check_choice, check_int, check_values, shown
+
 REQUIRED = ("input_ids", "route_ids")
 OPTIONAL = ("labels", "route_strength", "attention_mask")
 ALIGNMENTS = ("position", "next_token")
@@ -78,13 +80,11 @@ class RouteCollator:
     label_pad: int = -100
 
     def __post_init__(self) -> None:
-        _check_int("pad_token_id", self.pad_token_id, least=0, optional=True)
-        _check_int("pad_to_multiple_of", self.pad_to_multiple_of, least=1, optional=True)
-        _check_int("label_pad", self.label_pad)
-        if not isinstance(self.packed, bool):
-            raise TypeError(f"packed: got {self.packed!r}, expected True or False")
-        if self.align not in ALIGNMENTS:
-            raise ValueError(f"align: got {self.align!r}, expected one of {', '.join(map(repr, ALIGNMENTS))}")
+        check_int("pad_token_id", self.pad_token_id, 0, optional=True)
+        check_int("pad_to_multiple_of", self.pad_to_multiple_of, 1, optional=True)
+        check_int("label_pad", self.label_pad)
+        check_bool("packed", self.packed)
+        check_choice("align", self.align, ALIGNMENTS)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch of B examples, on the CPU; the examples are copied, not changed.
@@ -191,20 +191,11 @@ def _boundaries(lengths: Tensor) -> dict[str, Any]:
     }
 
 
-def _check_int(name: str, value: object, least: int | None = None, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    expected = "an int" if least is None else f"an int of {least} or more"
-    expected += " or None" if optional else ""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, expected {expected}")
-    if least is not None and value < least:
-        raise ValueError(f"{name}: got {value}, expected {expected}")
-
-
 def _check_keys(examples: Sequence[Mapping[str, Any]]) -> None:
     if isinstance(examples, Mapping):
         raise TypeError(f"examples: got a {type(examples).__name__}, expected a list of examples")
+    if not hasattr(examples, "__len__") or not hasattr(examples, "__getitem__"):
+        raise TypeError(f"examples: got {shown(examples)}, expected a list of examples")
     if len(examples) == 0:
         raise ValueError("examples: got an empty batch, expected at least one example")
     for index, example in enumerate(examples):
@@ -301,6 +292,10 @@ def _column(name: str, value: Column, expected: str, n: int | None, single: bool
 
 def _tensor(name: str, value: Column, expected: str) -> Tensor:
     if isinstance(value, Tensor):
+        try:
+            check_values(value, "numbers")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         return value.detach().to("cpu")
     try:
         # Through numpy: torch warns of arrays that are not writable, and reads a list of floats as its default dtype.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_is, shown
 from ..layers import RoutedAttention, RoutedGatedMLP, RoutedMLP
 from ..layers.reading import is_dtensor
 from .architectures import ARCHITECTURES, Architecture, architecture_of, inner_model, submodule
@@ -201,7 +202,12 @@ def find_widths(
         ValueError: nothing of the kind in the model, or layers of `between` that do not fit together.
     """
     inner = inner_model(model)
+    if architecture is not None:
+        check_is("architecture", architecture, Architecture, "an Architecture or None")
     if between is not None:
+        listed = [between] if isinstance(between, Units) else between
+        if not isinstance(listed, Sequence) or not all(isinstance(units, Units) for units in listed):
+            raise TypeError(f"between: got {shown(between)}, expected Units or a list of them")
         chosen = [between] if isinstance(between, Units) else between
         widths = [_width_between(inner, units) for units in chosen]
     elif architecture is not None:

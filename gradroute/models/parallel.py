@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
+from ..arguments import shown
 from .architectures import ARCHITECTURES, inner_model
 from .attention import Attention
 from .gated_mlp import GatedMLP
@@ -70,6 +71,8 @@ def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
         ValueError: heads or hidden units that cannot be divided by the mesh, or a mesh of several dimensions.
     """
     inner = inner_model(model)
+    if not hasattr(mesh, "ndim") or not hasattr(mesh, "get_group"):
+        raise TypeError(f"mesh: got {shown(mesh)}, expected a torch.distributed.device_mesh.DeviceMesh")
     architecture = ARCHITECTURES[_checked_model_type(inner)]
     layers = next(path for path in (architecture.layers, "layers") if _has(inner, path))
     plan: dict[str, ParallelStyle] = {}

@@ -237,6 +237,8 @@ def _adapter_tables(adapters: object, num_routes: int) -> dict[str, Table]:
         )
     tables = {}
     for name, routes in adapters.items():
+        if not isinstance(name, str):
+            raise TypeError(f"RoutingPlan.adapters: got {shown(name)}, expected names of adapters")
         if not isinstance(routes, Collection) or isinstance(routes, (str, Mapping)):
             raise TypeError(f"RoutingPlan.adapters[{name!r}]: got {routes!r}, expected a list of routes")
         wrong = [route for route in routes if not is_int(route) or route not in range(num_routes)]

@@ -335,7 +335,7 @@ def _some_of(chosen: Any, count: int, name: str) -> list[int]:
     """The indices of units or dimensions, at least one."""
     indices = indices_of(chosen, count, name)
     if not indices:
-        raise ValueError(f"{name}: got {shown(chosen)}, which chooses none of {count}")
+        raise ValueError(f"{name}: got {shown(chosen)}, which chooses none of {count}, expected at least one")
     return indices
 
 

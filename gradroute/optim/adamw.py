@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .. import backends
+from ..arguments import check_bool, is_number, shown
 from .arithmetic import factor_dtype
 from .gradients import Gradient, touched_blocks
 from .norms import total_norm
-from .options import check_group, fused_backend
+from .options import check_group, checked_parameters, fused_backend
 from .shards import local_part
 from .state import MOMENTS, adopt_group, check_state, loaded_steps, new_steps
 from .update import Corrections, Factors, Update, apply_fused
@@ -96,11 +97,16 @@ class RoutedAdamW(Optimizer):
             "maximize": maximize,
             "fused": fused,
         }
-        super().__init__(params, defaults)
+        super().__init__(checked_parameters("params", params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters. Raises as the constructor does; the group is then not added."""
-        super().add_param_group(param_group)
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group: got {shown(param_group)}, expected a dict with params")
+        params = param_group["params"]
+        if not isinstance(params, Tensor):
+            params = checked_parameters("param_group['params']", params)
+        super().add_param_group({**param_group, "params": params})
         try:
             check_group(self.param_groups[-1])
         except (TypeError, ValueError, backends.BackendError):
@@ -127,6 +133,8 @@ class RoutedAdamW(Optimizer):
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"closure: got {shown(closure)}, expected a function or None")
             with torch.enable_grad():
                 loss = closure()
         alike: dict[tuple[int, torch.device, torch.dtype, bool], list[Update]] = {}
@@ -167,6 +175,9 @@ class RoutedAdamW(Optimizer):
         Raises:
             RuntimeError: sparse gradients; a norm that is not finite, if `error_if_nonfinite`.
         """
+        _check_norm("max_norm", max_norm)
+        _check_norm("norm_type", norm_type, above=True)
+        check_bool("error_if_nonfinite", error_if_nonfinite)
         gradients = self._gradients()
         norm = total_norm(gradients, float(norm_type))
         if error_if_nonfinite and not torch.isfinite(norm):
@@ -192,6 +203,8 @@ class RoutedAdamW(Optimizer):
             ValueError: step counts that are not those of a parameter's blocks, or moments of another shape; the state
                 of an Adam that adds weight decay to the gradient; groups that do not fit. Nothing is then taken over.
         """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError(f"state_dict: got {shown(state_dict)}, expected a dict of state and param_groups")
         saved = state_dict["param_groups"]
         adopted = [adopt_group(theirs, own) for theirs, own in zip(saved, self.param_groups, strict=False)]
         for theirs, own in zip(adopted, self.param_groups, strict=False):
@@ -236,3 +249,14 @@ class RoutedAdamW(Optimizer):
                 )
         local["step"].add_(touched)
         return Update(group, local_part(parameter), gradient.local, local, touched)
+
+
+def _check_norm(name: str, value: Any, above: bool = False) -> None:
+    """Raises unless a number is 0 or more, or above 0; infinity is one."""
+    expected = "a number above 0" if above else "a number of 0 or more"
+    if isinstance(value, Tensor):
+        return
+    if not is_number(value):
+        raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
+    if not value >= 0 or (above and value == 0):
+        raise ValueError(f"{name}: got {value}, expected {expected}")

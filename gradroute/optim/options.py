@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..arguments import check_bool, check_number, is_int, is_number, shown
 
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises unless a group's options are in their ranges and its parameters can have them."""
     lr, betas, block_dim = group["lr"], group["betas"], group["block_dim"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr: got a tensor of shape {list(lr.shape)}, expected one element")
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name}: got {group[name]}, expected 0 or more")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr: got a tensor of shape {list(lr.shape)}, expected one element")
+    else:
+        check_number("lr", lr, 0)
+    for name in ("eps", "weight_decay"):
+        check_number(name, group[name], 0)
+    if not isinstance(betas, (tuple, list)) or not all(is_number(beta) for beta in betas):
+        raise TypeError(f"betas: got {shown(betas)}, expected two numbers, 0 <= beta < 1")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: got {betas}, expected two numbers, 0 <= beta < 1")
-    if isinstance(block_dim, bool) or block_dim not in (0, 1, None):
-        raise ValueError(f"block_dim: got {block_dim!r}, expected 0, 1 or None")
-    if not isinstance(group["fused"], bool):
-        raise ValueError(f"fused: got {group['fused']!r}, expected True or False")
+    if block_dim is not None:
+        if not is_int(block_dim):
+            raise TypeError(f"block_dim: got {shown(block_dim)}, expected 0, 1 or None")
+        if block_dim not in (0, 1):
+            raise ValueError(f"block_dim: got {block_dim}, expected 0, 1 or None")
+    for name in ("amsgrad", "maximize", "fused"):
+        check_bool(name, group[name])
     for parameter in group["params"]:
         _check_parameter(parameter, block_dim)
         if group["fused"]:
             fused_backend(parameter.device, parameter.dtype)
+
+
+def checked_parameters(name: str, params: Any) -> list[Any]:
+    """Parameters, pairs of a name and one, or groups of them, as a list; there must be some."""
+    expected = "parameters, or dicts of them with options"
+    if isinstance(params, (Tensor, str, dict)) or not isinstance(params, Iterable):
+        raise TypeError(f"{name}: got {shown(params)}, expected {expected}")
+    listed = list(params)
+    for one in listed:
+        parameter = one[-1] if isinstance(one, tuple) and len(one) == 2 else one
+        if not isinstance(parameter, (Tensor, dict)):
+            raise TypeError(f"{name}: got {shown(one)} among them, expected {expected}")
+    if not listed:
+        raise ValueError(f"{name}: got none, expected {expected}")
+    return listed
 
 
 def _check_parameter(parameter: Tensor, block_dim: int | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_is, check_number, shown
 from ..attention import AttentionSites
 from ..embedding import EmbeddingSites
 from ..layers import RoutedModule
@@ -53,6 +54,10 @@ def routed_param_groups(
     Raises:
         ValueError: `no_decay` without `weight_decay`.
     """
+    check_is("model", model, nn.Module, "a torch.nn.Module")
+    check_number("weight_decay", weight_decay, 0, optional=True)
+    if no_decay is not None and not callable(no_decay):
+        raise TypeError(f"no_decay: got {shown(no_decay)}, expected a function of a name and a parameter")
     if weight_decay is None and no_decay is not None:
         raise ValueError(
             "no_decay: got a rule beside weight_decay=None, expected the weight decay of the rest"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from ..arguments import check_int, check_is, shown
 from ..attention import AttentionSites
 from ..blocks import Block
 from ..layers import RoutedModule
@@ -18,7 +19,11 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 def checked_names(argument: str, names: Sequence[str], empty: bool = False) -> tuple[str, ...]:
     """The names of an argument, different ones that no key of a record has for itself; there may be none if `empty`."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if (
+        not isinstance(names, Sequence)
+        or isinstance(names, str)
+        or not all(isinstance(n, str) for n in names)
+    ):
         raise TypeError(f"{argument}: got {names!r}, expected a sequence of names")
     if not names and not empty:
         raise ValueError(f"{argument}: got none, expected at least one name")
@@ -36,6 +41,7 @@ def checked_home(
     """Route → the block that the route's tokens are to train; by default the block of the same name."""
     if home is None:
         return {route: route for route in routes if route in blocks}
+    check_is("home", home, Mapping, "a dict {route: block}")
     for route, block in home.items():
         if route not in routes:
             raise ValueError(f"home: got the route {route!r}, expected one of {', '.join(routes)}")
@@ -46,15 +52,15 @@ def checked_home(
 
 def checked_every(every: int) -> int:
     """The number of steps from one measured step to the next."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every: got {every!r}, expected a number of steps, 1 or more")
-    return every
+    return int(check_int("every", every, 1))
 
 
 def checked_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules of these names, each of which the model calls: routed MLPs and attention read their parts."""
     present = dict(model.named_modules())
     chosen = {}
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"modules: got {shown(names)}, expected names of the model's modules")
     for name in names:
         if name not in present:
             raise ValueError(f"modules: got {name!r}, expected names of the model's modules")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_bool, check_choice, check_int, check_is, shown
 from ..blocks import Block
 from ..models.collator import ALIGNMENTS
 from ..models.inspection import decoder_layers
@@ -117,10 +118,12 @@ class Telemetry:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}, expected a torch.nn.Module")
         self.every = checked_every(every)
-        if align not in ALIGNMENTS:
-            raise ValueError(f"align: got {align!r}, expected one of {', '.join(map(repr, ALIGNMENTS))}")
+        check_choice("align", align, ALIGNMENTS)
+        check_bool("rest", rest)
         self.model = model
         self.routes = checked_names("routes", routes)
+        if blocks is not None:
+            check_is("blocks", blocks, Mapping, "a dict {name: Block}")
         blocks = dict(blocks or {})
         checked_names("blocks", list(blocks), empty=True)
         self.home = checked_home(home, self.routes, blocks)
@@ -193,6 +196,11 @@ class Telemetry:
             RuntimeError: outside of a step, or in one that takes ids and losses from the model's forward.
             ValueError: labels or route ids of another shape.
         """
+        check_is("logits", logits, Tensor, "a torch.Tensor")
+        check_is("labels", labels, Tensor, "a torch.Tensor")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels: got dtype {labels.dtype}, expected integers")
+        check_bool("shift", shift)
         measurement = self._current("losses")
         if measurement is None:
             return
@@ -215,6 +223,9 @@ class Telemetry:
             TypeError: `counted` is not bool.
             ValueError: route ids, or `counted`, of another shape.
         """
+        check_is("losses", losses, Tensor, "a torch.Tensor")
+        if counted is not None:
+            check_is("counted", counted, Tensor, "a torch.Tensor or None")
         measurement = self._current("token_losses")
         if measurement is None:
             return
@@ -271,6 +282,11 @@ class Telemetry:
             ValueError: no ids, no labels, or shapes that do not fit.
             RuntimeError: the model checkpoints with use_reentrant=True, which cannot be differentiated so.
         """
+        check_is("batch", batch, Mapping, "a dict of the model's arguments")
+        if loss is not None and not callable(loss):
+            raise TypeError(
+                f"loss: got {shown(loss)}, expected a function of the model and the batch, or None"
+            )
         ids = BatchRoutes(_ids_of(batch) if route_ids is None else route_ids, len(self.routes))
         with self._paused(), evaluation(self.model), torch.enable_grad():
             tokens = (
@@ -299,6 +315,7 @@ class Telemetry:
 
     def to_json_lines(self, path: str | os.PathLike[str]) -> None:
         """Writes the history, one JSON object a line; numbers that are not finite become null."""
+        check_is("path", path, (str, os.PathLike), "a path")
         write_json_lines(path, self.history)
 
     def log_to(self, writer: Writer, step: int, *, prefix: str = "telemetry") -> None:
@@ -312,6 +329,9 @@ class Telemetry:
         Raises:
             RuntimeError: no step was measured yet.
         """
+        _check_writer(writer)
+        step = check_int("step", step)
+        check_is("prefix", prefix, str, "a str")
         self._last("log_to")
         for key, value in (self.latest or {}).items():
             if key != "step" and not math.isnan(value):
@@ -349,6 +369,8 @@ class Telemetry:
         Raises:
             ImportError: transformers is missing.
         """
+        if writer is not None:
+            _check_writer(writer)
         return trainer_callback(self, writer)
 
     def _begin(self, route_ids: RouteIds | None = None, optimizer: Optimizers | None = None) -> None:
@@ -436,6 +458,11 @@ class Telemetry:
             raise ValueError("batch: got no labels, expected them, or a function loss(model, batch)")
         output = self.model(**{name: value for name, value in batch.items() if name != "labels"})
         return cross_entropies(output.logits, batch["labels"], ids, shift=True, align=self.align)
+
+
+def _check_writer(writer: object) -> None:
+    if not callable(getattr(writer, "add_scalar", None)):
+        raise TypeError(f"writer: got {shown(writer)}, expected one with add_scalar(tag, value, step)")
 
 
 def _ids_of(batch: Batch) -> RouteIds:

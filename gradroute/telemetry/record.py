@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from ..arguments import check_int
+
 
 class Record(Mapping[str, float]):
     """The values that one step measured, a mapping of floats, on the device until it is first read.
@@ -15,7 +17,7 @@ class Record(Mapping[str, float]):
     """
 
     def __init__(self, step: int) -> None:
-        self._values: dict[str, float] = {"step": float(step)}
+        self._values: dict[str, float] = {"step": float(check_int("step", step, 0))}
         self._unread: list[tuple[list[str], Tensor]] | None = None
         self.is_complete = False
 

@@ -269,7 +269,7 @@ def test_unavailable_backends_give_reasons(without_interpreter, monkeypatch):
 
 
 def test_available_backends_of_an_unknown_op():
-    with expect(ValueError, "op: got 'routed_conv', expected one of route_grad, routed_linear"):
+    with expect(ValueError, "op: got 'routed_conv', expected one of 'route_grad', 'routed_linear'"):
         available_backends("routed_conv")
 
 

@@ -286,7 +286,7 @@ def test_pad_keeps_a_single_strength():
 
 
 def test_pad_by_less_than_nothing():
-    with expect(ValueError, "n: got -1, expected a number of tokens to append, 0 or more"):
+    with expect(ValueError, "n: got -1, expected an int of 0 or more"):
         Routes.of([0], 1).pad(-1)
 
 

@@ -150,7 +150,7 @@ MASK = torch.zeros(2, 3, dtype=torch.bool)
         (
             lambda: samples([1, 0], (3, 4)),
             ValueError,
-            "labels: got 2, expected one for each row of the shape [3, 4]",
+            "labels: got 2, expected one for each row of shape, which is [3, 4]",
         ),
         (lambda: samples(IDS, (2, 4)), ValueError, "labels: got shape [2, 3], expected one dimension"),
         (lambda: episode_numbers(), TypeError, "starts, dones: got both or neither, expected one of them"),

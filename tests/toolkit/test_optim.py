@@ -263,7 +263,7 @@ def test_state(shape, block_dim, steps):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"lr": -1.0}, ValueError, "lr: got -1.0, expected 0 or more"),
+        ({"lr": -1.0}, ValueError, "lr: got -1.0, expected a finite number of 0 or more"),
         ({"lr": math.nan}, ValueError, "lr: got nan"),
         ({"lr": torch.ones(2)}, ValueError, r"lr: got a tensor of shape \[2\], expected one element"),
         ({"eps": -1.0}, ValueError, "eps: got -1.0"),
@@ -271,7 +271,7 @@ def test_state(shape, block_dim, steps):
         ({"betas": (0.9, 1.0)}, ValueError, r"betas: got \(0.9, 1.0\)"),
         ({"betas": (0.9,)}, ValueError, r"betas: got \(0.9,\)"),
         ({"block_dim": 2}, ValueError, "block_dim: got 2, expected 0, 1 or None"),
-        ({"block_dim": True}, ValueError, "block_dim: got True"),
+        ({"block_dim": True}, TypeError, "block_dim: got True"),
         ({"block_dim": -1}, ValueError, "block_dim: got -1"),
     ],
 )

@@ -30,7 +30,7 @@ from gradroute.telemetry import Telemetry, summary_writer
         ({"routes": ()}, ValueError, "routes: got none"),
         ({"routes": ("a", "a")}, ValueError, "routes: got ['a', 'a'], expected different names"),
         ({"routes": ("a/b",)}, ValueError, "names without '/'"),
-        ({"every": 0}, ValueError, "every: got 0, expected a number of steps"),
+        ({"every": 0}, ValueError, "every: got 0, expected an int of 1 or more"),
         ({"align": "next"}, ValueError, "align: got 'next', expected one of 'position', 'next_token'"),
         ({"home": {"frget": "a"}}, ValueError, "home: got the route 'frget', expected one of retain, forget"),
         ({"home": {"forget": "b"}}, ValueError, "home: got the block 'b', expected one of a"),
