@@ -41,7 +41,7 @@ def call_linear(
         y = child(x)
     elif is_lora(child) and not is_watched(child):
         y = lora_linear(child, x, routes, sites, layer.backend)
-    elif any(site.startswith("update") for site in sites.tables):
+    elif any(site.startswith("update") for site in sites.tables) and _is_trained(child):
         raise TypeError(_refusal(layer, name, child))
     else:
         y = child(x)
@@ -66,6 +66,10 @@ def _call_routed(
     return child(x, routes=routes, sites=sites)
 
 
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def _refusal(layer: RoutedModule, name: str, child: nn.Module) -> str:
     parts = type(layer.sites).__name__
     updates = ", ".join(site for site in layer.sites.tables if site.startswith("update"))
@@ -73,7 +77,7 @@ def _refusal(layer: RoutedModule, name: str, child: nn.Module) -> str:
     if any(map(is_dtensor, child.parameters())):
         got += " whose parameters are distributed"
     elif is_watched(child):
-        got += " with hooks or another forward"
+        got += " with hooks, on it or on every module, or with another forward"
     return (
         f"{type(layer).__name__}.{name}: got {got} beside {parts} that say who may update it ({updates}), expected one "
         f"whose gradients can be routed: {name} = RoutedLinear.from_linear({name}) before hooks, pruning or sharding, "

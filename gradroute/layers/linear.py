@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import check_bool, check_int
 from ..backends import check_backend
+from ..checks import is_plain
 from ..linear import LinearSites, routed_linear
+from ..route_grad import route_grad
 from ..routes import Routes
 from .module import Device, RoutedModule, check_plain, share
 from .reading import is_dtensor
@@ -86,10 +89,25 @@ class RoutedLinear(RoutedModule, nn.Linear):
         sites = self._sites if sites is None else sites
         weight: Any = self.weight
         bias: Any = self.bias
-        if routes is not None and sites is not None and is_dtensor(weight):
+        if routes is not None and sites is not None and not is_plain(weight):
+            return self._masked_around(x, routes, sites, weight, bias)
+        return routed_linear(x, weight, bias, routes, sites, backend=self.backend)
+
+    def _masked_around(self, x: Tensor, routes: Routes, sites: LinearSites, weight: Any, bias: Any) -> Tensor:
+        """The same with a weight that is distributed, or that its class multiplies with, as quantised ones are."""
+        if is_dtensor(weight):
             from .sharded import (
                 sharded_linear,
             )  # here, because importing DTensor takes longer than all of gradroute
 
             return sharded_linear(x, weight, bias, routes, sites, self.backend)
-        return routed_linear(x, weight, bias, routes, sites, backend=self.backend)
+        updates = [name for name in sites.tables if name.startswith("update")]
+        if updates and any(parameter.requires_grad for parameter in self.parameters()):
+            raise TypeError(
+                f"{', '.join(updates)}: got tables beside a weight that is a {type(weight).__name__} and is trained, "
+                "expected none, because its class makes its gradient; mask activations (output, input), or freeze it"
+            )
+        if sites.input is not None:
+            x = route_grad(x, routes, sites.input, backend=self.backend)
+        y = F.linear(x, weight, bias)
+        return y if sites.output is None else route_grad(y, routes, sites.output, backend=self.backend)

@@ -354,3 +354,14 @@ def test_a_parametrized_routed_linear() -> None:
     masked(nn.Linear.forward(plain, x), OUTPUT).pow(3).sum().backward()
     layer(x, ROUTES).pow(3).sum().backward()
     torch.testing.assert_close(layer.parametrizations.weight.original.grad, 2 * plain.weight.grad)
+
+
+def test_nobody_updates_a_frozen_submodule() -> None:
+    """Beside update sites a frozen submodule may be anything."""
+    layer = RoutedMLP(D_MODEL, D_FF, sites=MLPSites(update=localize(2, D_FF, {1: slice(0, 5)})))
+    layer.fc_in = Scaled(D_MODEL, D_FF).requires_grad_(False)
+    x = torch.randn(*IDS.shape, D_MODEL, requires_grad=True)
+    torch.testing.assert_close(layer(x, ROUTES), layer.fc_out(nn.functional.gelu(layer.fc_in(x))))
+    layer.fc_in.requires_grad_()
+    with pytest.raises(TypeError, match=r"RoutedMLP\.fc_in: got .*Scaled"):
+        layer(x, ROUTES)
