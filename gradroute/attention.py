@@ -13,13 +13,14 @@ from . import backends, reference
 from .arguments import check_bool, check_int, check_number
 from .backends import attention_plan
 from .backends.attention_plan import Plan
-from .checks import autocast, check_shape, refuse_double_backward, unrouted
+from .checks import autocast, check_shape, unrouted
 from .function import Context, Function
 from .primitives import attention_edges
 from .primitives.attention_pattern import Pattern
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
+from .transforms import first_order
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -337,8 +338,8 @@ class AttentionFunction(Function):
             ctx.save_for_backward(q, k, v, z, *saved)
 
     @staticmethod
+    @first_order("routed_attention")
     def backward(ctx: AttentionContext, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("routed_attention")
         q, k, v, z, *saved = ctx.saved_tensors
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
         dq, dk, dv = ctx.primitives.attention_backward(

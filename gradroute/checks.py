@@ -1,4 +1,4 @@
-"""The checks of every public function, autocast and flattening; the one check of every Function's backward."""
+"""The checks of every public function, autocast and flattening."""
 
 from __future__ import annotations
 
@@ -136,13 +136,7 @@ def masked_forward(z: Tensor, routes: Routes, table: Table | None, primitives: P
     """m ⊙ z for the activation `z [*tokens, F]` that the caller has just made, and reads no more."""
     if table is None:
         return z
-    return primitives.masked_product(flat(z), routes, table, overwrite=True).view(z.shape)
-
-
-def refuse_double_backward(op: str) -> None:
-    """Raises inside a backward that was asked to build a graph: its own gradient would silently lack terms."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op}: backward was called with create_graph=True, but a routed gradient has no second derivative; "
-            "call it without create_graph"
-        )
+    z = z.contiguous()
+    rows = flat(z)
+    product = primitives.masked_product(rows, routes, table, overwrite=True)
+    return z if product is rows else product.view(z.shape)

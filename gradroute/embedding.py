@@ -10,11 +10,12 @@ from torch import Tensor
 
 from . import backends, reference
 from .arguments import check_int
-from .checks import check_parameter, check_tensor, flat, refuse_double_backward, unrouted
+from .checks import check_parameter, check_tensor, flat, unrouted
 from .function import Function, RoutedContext
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
+from .transforms import first_order
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,8 +122,8 @@ class EmbeddingFunction(Function):
         ctx.save_for_backward(tokens)
 
     @staticmethod
+    @first_order("routed_embedding")
     def backward(ctx: EmbeddingContext, dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_embedding")
         (tokens,) = ctx.saved_tensors
         dweight = ctx.primitives.embedding_backward(
             flat(dy), tokens.reshape(-1), ctx.routes, ctx.sites.update, ctx.num_embeddings, ctx.padding_idx

@@ -11,6 +11,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Sites
+from .transforms import check_transforms
 
 SitesT = TypeVar("SitesT", bound=Sites)
 
@@ -62,6 +63,9 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return super().apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            check_transforms(f"a routed op ({cls.__name__})")
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]

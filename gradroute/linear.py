@@ -18,7 +18,6 @@ from .checks import (
     check_features,
     check_parameter,
     flat,
-    refuse_double_backward,
     unrouted,
 )
 from .function import Context, Function, RoutedContext
@@ -28,6 +27,7 @@ from .routes import Routes
 from .sites import Site, Sites, site
 from .skipping.linear import linear_input_grad, linear_weight_grad
 from .skipping.parts import Rows
+from .transforms import first_order
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -173,8 +173,8 @@ class LinearFunction(Function):
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
     @staticmethod
+    @first_order("routed_linear")
     def backward(ctx: RoutedContext[LinearSites], dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_linear")
         x, weight = ctx.saved_tensors
         routes, sites, primitives = ctx.routes, ctx.sites, ctx.primitives
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -258,8 +258,8 @@ class LinearsFunction(Function):
         ctx.save_for_backward(x if any(need_weights) else None, *weights)
 
     @staticmethod
+    @first_order("routed_linear")
     def backward(ctx: LinearsContext, *dys: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_linear")
         x, *weights = ctx.saved_tensors
         routes, primitives, count = ctx.routes, ctx.primitives, len(ctx.sites)
         need_weights, need_biases = ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[4 + count :]

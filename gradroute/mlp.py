@@ -20,7 +20,6 @@ from .checks import (
     check_tensor,
     flat,
     masked_forward,
-    refuse_double_backward,
     unrouted,
 )
 from .function import Function, RoutedContext
@@ -30,6 +29,7 @@ from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
 from .skipping.mlp import Branch, MLPBackward
+from .transforms import first_order
 
 
 class _HiddenSites(Sites):
@@ -222,10 +222,10 @@ class MLPFunction(Function):
         )
 
     @staticmethod
+    @first_order(lambda ctx: "routed_mlp" if len(ctx.needs_input_grad) == 9 else "routed_gated_mlp")
     def backward(ctx: MLPContext, dy: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         x, w_out, *saved = ctx.saved_tensors
         count = len(saved) // 2
-        refuse_double_backward("routed_mlp" if count == 1 else "routed_gated_mlp")
         routes, sites, primitives = ctx.routes, ctx.sites, ctx.primitives
         needs = ctx.needs_input_grad
         if dy is None:
@@ -334,9 +334,9 @@ class ActivationFunction(Function):
         ctx.save_for_backward(*a)
 
     @staticmethod
+    @first_order(lambda ctx: "routed_activation" if len(ctx.needs_input_grad) == 5 else "routed_glu")
     def backward(ctx: ActivationContext, dz: Tensor) -> tuple[Any, ...]:
         a = ctx.saved_tensors
-        refuse_double_backward("routed_activation" if len(a) == 1 else "routed_glu")
         call = (ctx.routes, ctx.sites.masks, ctx.activation)
         grads: tuple[Tensor | None, ...]
         if len(a) == 1:

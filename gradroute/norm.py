@@ -12,13 +12,14 @@ from torch import Tensor
 
 from . import backends, reference
 from .arguments import check_choice, check_number
-from .checks import check_features, check_parameter, flat, refuse_double_backward, unrouted
+from .checks import check_features, check_parameter, flat, unrouted
 from .function import Function, RoutedContext
 from .norm_forward import rms_norm_eps, rms_norm_value
 from .primitives.arguments import NormArguments
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
+from .transforms import first_order
 
 #: Where an RMS norm rounds: as `torch.nn.functional.rms_norm`, as Llama, or as Gemma.
 CASTING_MODES = ("torch", "llama", "gemma")
@@ -185,8 +186,8 @@ class RMSNormFunction(Function):
         ctx.save_for_backward(x if need_x or need_weight else None, weight if need_x else None)
 
     @staticmethod
+    @first_order("routed_rms_norm")
     def backward(ctx: RMSNormContext, dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_rms_norm")
         x, weight = ctx.saved_tensors
         eps = rms_norm_eps(ctx.eps, x, ctx.casting_mode)
         dx, dweight, _ = ctx.primitives.norm_backward(
@@ -247,8 +248,8 @@ class LayerNormFunction(Function):
         ctx.save_for_backward(x if need_x or need_weight else None, weight if need_x else None)
 
     @staticmethod
+    @first_order("routed_layer_norm")
     def backward(ctx: LayerNormContext, dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_layer_norm")
         x, weight = ctx.saved_tensors
         routes, update, primitives = ctx.routes, ctx.sites.update, ctx.primitives
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]

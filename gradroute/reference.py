@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .checks import flat, refuse_double_backward
-from .function import Context, SitesT
+from .checks import flat
+from .function import Context, Function, SitesT
 from .norm_forward import rms_norm_eps, rms_norm_value
 from .routes import Routes
 from .tables import Table
+from .transforms import first_order
 
 if TYPE_CHECKING:
     from .attention import AttentionSites
@@ -77,7 +78,7 @@ class Kept(Context, Protocol[SitesT]):
     scale: float
 
 
-class RouteGrad(torch.autograd.Function):
+class RouteGrad(Function):
     """y = x; dx = m ⊙ dy."""
 
     @staticmethod
@@ -89,14 +90,14 @@ class RouteGrad(torch.autograd.Function):
         _, ctx.routes, ctx.table = inputs
 
     @staticmethod
+    @first_order("route_grad")
     def backward(ctx: Kept[Any], dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("route_grad")
         masked = masked_by(ctx.routes)
         dx = masked(ctx.table, flat(dy))
         return _shaped(dx, dy), None, None  # ..., routes, table
 
 
-class Linear(torch.autograd.Function):
+class Linear(Function):
     """y = x Wᵀ + b."""
 
     @staticmethod
@@ -109,8 +110,8 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
+    @first_order("routed_linear")
     def backward(ctx: Kept[LinearSites], dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_linear")
         x, weight, bias = ctx.saved_tensors
         masked, sites = masked_by(ctx.routes), ctx.sites
         g = masked(sites.output, flat(dy))
@@ -120,7 +121,7 @@ class Linear(torch.autograd.Function):
         return _shaped(dx, x), dweight, dbias, None, None  # ..., routes, sites
 
 
-class Activation(torch.autograd.Function):
+class Activation(Function):
     """z = m_forward ⊙ act(a)."""
 
     @staticmethod
@@ -135,8 +136,8 @@ class Activation(torch.autograd.Function):
         ctx.save_for_backward(a)
 
     @staticmethod
+    @first_order("routed_activation")
     def backward(ctx: Kept[ActivationSites], dz: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_activation")
         (a,) = ctx.saved_tensors
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
         dh = masked(sites.hidden, masked(sites.forward, wide(flat(dz))))
@@ -144,7 +145,7 @@ class Activation(torch.autograd.Function):
         return _shaped(da.to(a.dtype), a), None, None, None  # ..., routes, sites, activation
 
 
-class GLU(torch.autograd.Function):
+class GLU(Function):
     """z = m_forward ⊙ (act(gate) * up)."""
 
     @staticmethod
@@ -161,8 +162,8 @@ class GLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
 
     @staticmethod
+    @first_order("routed_glu")
     def backward(ctx: Kept[ActivationSites], dz: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_glu")
         gate, up = ctx.saved_tensors
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
         gate_wide, up_wide = wide(flat(gate)), wide(flat(up))
@@ -178,7 +179,7 @@ class GLU(torch.autograd.Function):
         )
 
 
-class MLP(torch.autograd.Function):
+class MLP(Function):
     """a = x W_inᵀ + b_in; z = m_forward ⊙ act(a); y = z W_outᵀ + b_out."""
 
     @staticmethod
@@ -201,8 +202,8 @@ class MLP(torch.autograd.Function):
         ctx.save_for_backward(x, w_in, b_in, w_out, b_out)
 
     @staticmethod
+    @first_order("routed_mlp")
     def backward(ctx: Kept[MLPSites], dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_mlp")
         x, w_in, b_in, w_out, b_out = ctx.saved_tensors
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
         a = flat(F.linear(x, w_in, b_in))
@@ -228,7 +229,7 @@ class MLP(torch.autograd.Function):
         )
 
 
-class GatedMLP(torch.autograd.Function):
+class GatedMLP(Function):
     """z = m_forward ⊙ (act(x W_gateᵀ + b_gate) * (x W_upᵀ + b_up)); y = z W_downᵀ + b_down."""
 
     @staticmethod
@@ -253,8 +254,8 @@ class GatedMLP(torch.autograd.Function):
         ctx.save_for_backward(*parameters)
 
     @staticmethod
+    @first_order("routed_gated_mlp")
     def backward(ctx: Kept[MLPSites], dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_gated_mlp")
         x, w_gate, w_up, w_down, b_gate, b_up, b_down = ctx.saved_tensors
         masked, sites, act = masked_by(ctx.routes), ctx.sites, ACTIVATIONS[ctx.activation]
         gate, up = flat(F.linear(x, w_gate, b_gate)), flat(F.linear(x, w_up, b_up))
@@ -284,7 +285,7 @@ class GatedMLP(torch.autograd.Function):
         )
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNorm(Function):
     """y = x̂ ⊙ (w + offset), x̂ = x / sqrt(mean(x²) + eps)."""
 
     @staticmethod
@@ -305,8 +306,8 @@ class RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
+    @first_order("routed_rms_norm")
     def backward(ctx: Kept[NormSites], dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_rms_norm")
         x, weight = ctx.saved_tensors
         masked = masked_by(ctx.routes)
         x_wide, g = wide(flat(x)), wide(flat(dy))
@@ -327,7 +328,7 @@ class RMSNorm(torch.autograd.Function):
         )
 
 
-class LayerNorm(torch.autograd.Function):
+class LayerNorm(Function):
     """y = x̂ ⊙ w + b, x̂ = (x - mean(x)) / sqrt(var(x) + eps)."""
 
     @staticmethod
@@ -342,8 +343,8 @@ class LayerNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
+    @first_order("routed_layer_norm")
     def backward(ctx: Kept[NormSites], dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_layer_norm")
         x, weight, bias = ctx.saved_tensors
         masked, update = masked_by(ctx.routes), ctx.sites.update
         x_wide, g = wide(flat(x)), wide(flat(dy))
@@ -364,7 +365,7 @@ class LayerNorm(torch.autograd.Function):
         )
 
 
-class Embedding(torch.autograd.Function):
+class Embedding(Function):
     """y_t = W[token_t]; dW[v] = Σ_{t: token_t = v} m_update ⊙ dy_t, none for padding_idx."""
 
     @staticmethod
@@ -379,8 +380,8 @@ class Embedding(torch.autograd.Function):
         ctx.save_for_backward(tokens, weight)
 
     @staticmethod
+    @first_order("routed_embedding")
     def backward(ctx: Kept[EmbeddingSites], dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_embedding")
         tokens, weight = ctx.saved_tensors
         masked = masked_by(ctx.routes)
         dweight = torch.zeros_like(wide(weight))
@@ -422,7 +423,7 @@ def _heads_first(m: Tensor, batch: int) -> Tensor:  # [T, H] → [B, H, S, 1]
     return m.reshape(batch, -1, m.shape[-1]).transpose(1, 2).unsqueeze(-1)
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     """S = scale q kᵀ; P = softmax(S); o = P v; z = m_forward_heads ⊙ o."""
 
     @staticmethod
@@ -463,8 +464,8 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, visible)
 
     @staticmethod
+    @first_order("routed_attention")
     def backward(ctx: Kept[AttentionSites], dz: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("routed_attention")
         q, k, v, visible = ctx.saved_tensors
         masked, sites, scale = Attention.masked_by_head(ctx.routes, q), ctx.sites, ctx.scale
         group = q.shape[1] // k.shape[1]

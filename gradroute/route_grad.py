@@ -7,12 +7,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from . import backends, reference
-from .checks import check_tensor, flat, refuse_double_backward, unrouted
+from .checks import check_tensor, flat, unrouted
 from .function import Context, Function
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import check_table
 from .tables import Table, TableLike
+from .transforms import first_order
 
 
 def route_grad(
@@ -71,8 +72,8 @@ class RouteGradFunction(Function):
         _, ctx.routes, ctx.table, ctx.primitives = inputs
 
     @staticmethod
+    @first_order("route_grad")
     def backward(ctx: RouteGradContext, dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("route_grad")
         dx = ctx.primitives.masked_product(flat(dy), ctx.routes, ctx.table).view(dy.shape)
         return (
             dx,

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .arguments import as_device, as_tensor, check_bool, check_int, shown
+from .fake_tensors import has_data, in_fake_mode
+from .transforms import check_batched
 
 MAX_ROUTES = 32768
 
@@ -51,7 +53,7 @@ class Routes:
         # searchsorted, not bincount: bincount waits for the device to learn its output's size.
         bounds = torch.arange(num_routes + 1, dtype=torch.int32, device=ids.device)
         self.counts = torch.searchsorted(ordered, bounds, out_int32=True).diff()
-        on_host = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        on_host = ids.device.type == "cpu" and not torch.compiler.is_compiling() and has_data(ids)
         if host_counts is None and on_host:
             host_counts = tuple(self.counts.tolist())
         self.host_counts = host_counts
@@ -74,11 +76,13 @@ class Routes:
                 ids' device is kept, not copied: writing to it in place changes the strength of later backwards
                 without recompilation.
             validate: check ranges and finiteness. This waits for the device once; under tracing it becomes
-                `torch._assert_async`. False skips it: ids out of range are then undefined behaviour.
+                `torch._assert_async`, and under a FakeTensorMode, where ids have no values, nothing. False skips it:
+                ids out of range are then undefined behaviour.
 
         Raises:
             TypeError: ids are not integers, num_routes is not an int, or strength is not floating point.
             ValueError: ids out of range; strength of another shape or device, or not finite.
+            RuntimeError: torch.func.vmap has batched the ids or the strength.
         """
         if type(num_routes) is not int or not 1 <= num_routes <= MAX_ROUTES:
             num_routes = check_num_routes(num_routes)  # apart: under tracing, NumPy is not looked at
@@ -89,6 +93,9 @@ class Routes:
                 raise type(error)(f"ids: {error}") from None
         if ids.layout is not torch.strided:
             raise TypeError(f"ids: got a tensor of layout {ids.layout}, expected a dense one: ids.to_dense()")
+        if not torch.compiler.is_compiling():
+            check_batched(("ids", ids), ("strength", strength))
+            ids = in_fake_mode(ids)
         if ids.is_floating_point() or ids.is_complex():
             raise TypeError(f"ids: got dtype {ids.dtype}, expected an integer or bool dtype")
         if ids.dtype in _WIDE_UNSIGNED:
@@ -266,7 +273,7 @@ def _checked_strength(strength: Tensor | float | None, ids: Tensor) -> Tensor | 
             raise type(error)(f"strength: {error}") from None
         if strength.is_complex() or strength.dtype == torch.bool:
             raise TypeError(f"strength: got dtype {strength.dtype}, expected real numbers")
-        strength = strength.to(dtype=torch.float32, device=ids.device, copy=True)
+        strength = in_fake_mode(strength).to(dtype=torch.float32, device=ids.device, copy=True)
     if not strength.is_floating_point():
         raise TypeError(f"strength: got dtype {strength.dtype}, expected floating point")
     if strength.dim() > 0 and strength.shape != ids.shape:
@@ -292,6 +299,8 @@ def _validate(ids: Tensor, num_routes: int, strength: Tensor | None) -> None:
         )
         if finite is not None:
             torch._assert_async(finite, "strength: some values are not finite")
+        return
+    if not has_data(valid):
         return
     if not bool(valid if finite is None else valid & finite):
         _raise_invalid(ids, num_routes, strength)

@@ -19,6 +19,7 @@ from .arguments import (
     is_int,
     ordinary_tensors,
 )
+from .fake_tensors import in_fake_mode
 
 # A table of more constant pieces than this is handled as dense: beyond it, a pass per piece costs more
 # than one pass with a gathered mask.
@@ -111,8 +112,11 @@ class Table:
         """The weights on `device`, fp32; copied once per device."""
         if type(device) is not torch.device:
             device = as_device("device", device)
+        weights = in_fake_mode(self.weights)
+        if weights is not self.weights:
+            return weights.to(device)
         if device.type == "cpu":
-            return self.weights
+            return weights
         copy = self._copies.get(device)
         if copy is not None:
             return copy

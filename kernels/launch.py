@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..primitives.arguments import has_data
+from ..fake_tensors import has_data
 from .configs import ARCHITECTURES, CONFIGS
 
 # CUDA's limit on a grid's y and z; the interpreter has none.

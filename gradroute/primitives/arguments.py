@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..activations import ACTIVATIONS
 from ..routes import Routes
@@ -18,11 +17,6 @@ from .schema import schema_of
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which masked products are formed: fp32, and fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def has_data(tensor: Tensor) -> bool:
-    """Whether there is memory to read: not while tracing, nor on the meta device."""
-    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
 
 
 def weights_on(device: torch.device, *tables: Table | None) -> tuple[Tensor | None, ...]:

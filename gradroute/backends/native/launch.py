@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...primitives.arguments import has_data, product_dtype
+from ...fake_tensors import has_data
+from ...primitives.arguments import product_dtype
 from . import loading
 from .operands import taken
 

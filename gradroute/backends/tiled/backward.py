@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...primitives.arguments import has_data, wanted
+from ...fake_tensors import has_data
+from ...primitives.arguments import wanted
 from ...primitives.attention_pattern import Pattern
 from ...primitives.registration import kernel_op, outside_autocast
 from ...primitives.schema import Flat, flat, schema_of, unflat

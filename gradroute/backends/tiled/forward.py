@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...primitives.arguments import has_data, product_dtype
+from ...fake_tensors import has_data
+from ...primitives.arguments import product_dtype
 from ...primitives.attention_pattern import Pattern
 from ...primitives.registration import kernel_op, outside_autocast
 from ...primitives.schema import Flat, flat, schema_of, unflat
