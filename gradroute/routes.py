@@ -228,9 +228,10 @@ class Routes:
     def check_tokens(self, tokens: Sequence[int], x: Tensor, name: str, what: str = "tokens") -> None:
         """Raises unless `tokens`, which `what` of the tensor x says, are of these routes' shape, on their device."""
         if tuple(tokens) != self.shape and self.shape != (math.prod(tokens),):
+            flat = "" if len(tokens) == 1 else f" or [{math.prod(tokens)}]"
             raise ValueError(
-                f"routes: got ids of shape {list(self.shape)}, expected {name}'s {what} {list(tokens)} "
-                f"or [{math.prod(tokens)}] ({name} is {list(x.shape)})"
+                f"routes: got ids of shape {list(self.shape)}, expected {name}'s {what} {list(tokens)}{flat} "
+                f"({name} is {list(x.shape)})"
             )
         if x.device != self.device:
             raise ValueError(
