@@ -147,7 +147,10 @@ class RoutedAttention(LinearsModule):
     def _check_linears(self, argument: str) -> None:
         """Raises unless the layers fit together; the message names `argument`."""
         got = [features(linear) for linear in self._linears()]
-        for name, one, expected in zip(self.names, got, self._shapes(got[0][1]), strict=True):
+        shapes = self._shapes(got[0][1])
+        if got == shapes:
+            return
+        for name, one, expected in zip(self.names, got, shapes, strict=True):
             if one != expected and NO_FEATURES not in (one, got[0]):
                 raise ValueError(
                     f"{argument}: got {name} of shape {list(one)}, expected {list(expected)}: "

@@ -51,8 +51,8 @@ class RoutedModule(nn.Module):
         return (sites,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 2 and self.routes_are_second:
-            args, kwargs = name_routes(args, kwargs)
+        if len(args) == 2 and self.routes_are_second and "routes" not in kwargs:
+            return super().__call__(args[0], routes=args[1], **kwargs)
         return super().__call__(*args, **kwargs)
 
     def _copy_tables(self) -> None:
