@@ -13,6 +13,7 @@ from .plan import ResidualSites, RoutingPlan, Shape
 from .presets import era, localize_mlp, sgtm, steering
 from .routing import route, routing, unroute, unrouted
 from .top import UnroutedWarning
+from .trainers import routed_trainer
 
 __all__ = [
     "ARCHITECTURES",
@@ -31,6 +32,7 @@ __all__ = [
     "expand",
     "localize_mlp",
     "route",
+    "routed_trainer",
     "routing",
     "sgtm",
     "steering",

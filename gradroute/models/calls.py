@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,15 +21,21 @@ from torch.utils.hooks import RemovableHandle
 from ..routes import Routes
 
 
+def _nothing() -> None:
+    return None
+
+
 class Owner:
     """What the modules of one routed model have in common: by it a module knows the calls of its own model.
 
     Attributes:
         handed: the routes of forwards whose graphs or checkpoints may still be alive, one private object a forward.
+        whole: gives the routed model, or None where it was not said.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self.handed: weakref.WeakSet[Routes] = weakref.WeakSet()
+        self.whole: Callable[[], nn.Module | None] = _nothing if model is None else weakref.ref(model)
 
     def private(self, routes: Routes) -> Routes:
         """The same routes as an object of one forward alone, which lives as long as its graph or checkpoint does."""
@@ -39,7 +45,9 @@ class Owner:
         return mine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
-        memo[id(self)] = copy = Owner()
+        memo[id(self)] = copy = Owner(
+            memo.get(id(self.whole()))
+        )  # the model's copy has been begun, if it is copied
         return copy
 
     def __reduce__(self) -> tuple[type[Owner], tuple[()]]:

@@ -25,6 +25,9 @@ _INTEGERS = (
 # and may be absent; `input_ids`, `labels`, `attention_mask` and `route_ids` are int64 and always there.
 Document = dict[str, Tensor]
 
+# What has a number of a column, in errors.
+_TOKEN = "the example's input_ids"
+
 # A column of an example as it comes: a number, a list, a tensor, an array, or what turns out to be none of these.
 Column = Any
 
@@ -122,7 +125,7 @@ class RouteCollator:
             document["labels"] = document["input_ids"].masked_fill(mask == 0, self.label_pad)
         if self.align == "next_token":
             for key in document.keys() & {"route_ids", "route_strength"}:
-                document[key] = torch.cat((document[key][1:], document[key][-1:]))
+                document[key] = next_token(document[key])
         return document
 
     def _pad(self, documents: list[Document]) -> dict[str, Any]:
@@ -168,6 +171,11 @@ class RouteCollator:
             "route_strength": 1.0,
         }
         return {key: column.new_full((n,), values[key]) for key, column in like.items()}
+
+
+def next_token(column: Tensor) -> Tensor:
+    """The column `[n]` of a document, moved to the positions that predict its tokens; the last keeps its own."""
+    return torch.cat((column[1:], column[-1:]))
 
 
 def _length(document: Document) -> int:
@@ -221,9 +229,10 @@ def _check_names(name: str, example: Mapping[str, Any]) -> None:
     missing = [key for key in REQUIRED if key not in example]
     if missing:
         raise ValueError(
-            f"{name}: got the keys {_listed(example)}, expected {_listed(missing)} too; HF Trainer drops the columns "
-            "that the model's forward does not take, so a model that was not routed loses route_ids: "
-            "route the model before it is given to the Trainer"
+            f"{name}: got the keys {_listed(example)}, expected {_listed(missing)} too; if the dataset has them, the "
+            "trainer dropped them on the way: HF Trainer drops every column that the model's forward does not name, so "
+            "route the model before the Trainer is made; TRL's trainers drop route_ids of routed models too, so make "
+            "the trainer by gradroute.models.routed_trainer, such as routed_trainer(SFTTrainer)(...)"
         )
 
 
@@ -236,11 +245,10 @@ def _checked(example: Mapping[str, Any], name: str) -> Document:
     names = {key: f"{name}[{key!r}]" for key in example}
     input_ids = _integers(names["input_ids"], example["input_ids"])
     n = len(input_ids)
-    route_ids = _integers(names["route_ids"], example["route_ids"], n, single=True, bools=True)
     document = {
         "input_ids": _not_negative(names["input_ids"], input_ids),
         "attention_mask": torch.ones_like(input_ids),
-        "route_ids": _not_negative(names["route_ids"], route_ids),
+        "route_ids": checked_ids(names["route_ids"], example["route_ids"], n),
     }
     if "attention_mask" in example:
         mask = _integers(names["attention_mask"], example["attention_mask"], n, bools=True)
@@ -248,24 +256,34 @@ def _checked(example: Mapping[str, Any], name: str) -> Document:
     if "labels" in example:
         document["labels"] = _integers(names["labels"], example["labels"], n)
     if "route_strength" in example:
-        document["route_strength"] = _finite(names["route_strength"], example["route_strength"], n)
+        document["route_strength"] = checked_strength(names["route_strength"], example["route_strength"], n)
     return document
 
 
+def checked_ids(name: str, value: Column, n: int, each: str = _TOKEN) -> Tensor:
+    """Route ids as `[n]` int64, from n integers (or bools) or one; `each` says in errors what has an id."""
+    return _not_negative(name, _integers(name, value, n, single=True, bools=True, each=each))
+
+
 def _integers(
-    name: str, value: Column, n: int | None = None, single: bool = False, bools: bool = False
+    name: str,
+    value: Column,
+    n: int | None = None,
+    single: bool = False,
+    bools: bool = False,
+    each: str = _TOKEN,
 ) -> Tensor:
     """`value` as `[n]` int64; `single` allows one number for all, `bools` the dtype bool."""
     expected = "integers or bools" if bools else "integers"
-    tokens = _column(name, value, expected, n, single)
+    tokens = _column(name, value, expected, n, single, each)
     if tokens.dtype not in _INTEGERS and not (bools and tokens.dtype == torch.bool):
         raise TypeError(f"{name}: got dtype {tokens.dtype}, expected {expected}")
     return tokens.to(torch.int64)
 
 
-def _finite(name: str, value: Column, n: int) -> Tensor:
-    """`value` as `[n]` fp32."""
-    strength = _column(name, value, "real numbers", n, single=True)
+def checked_strength(name: str, value: Column, n: int, each: str = _TOKEN) -> Tensor:
+    """Strengths as `[n]` fp32, from n real numbers or one; `each` says in errors what has a strength."""
+    strength = _column(name, value, "real numbers", n, single=True, each=each)
     if not strength.is_floating_point() and strength.dtype not in _INTEGERS:
         raise TypeError(f"{name}: got dtype {strength.dtype}, expected real numbers")
     strength = strength.to(torch.float32)
@@ -273,7 +291,9 @@ def _finite(name: str, value: Column, n: int) -> Tensor:
     return strength
 
 
-def _column(name: str, value: Column, expected: str, n: int | None, single: bool) -> Tensor:
+def _column(
+    name: str, value: Column, expected: str, n: int | None, single: bool, each: str = _TOKEN
+) -> Tensor:
     """`value` as a tensor `[n]` on the CPU, of the dtype it came with."""
     tokens = _tensor(name, value, expected)
     if tokens.dim() == 0 and single and n is not None:
@@ -284,9 +304,7 @@ def _column(name: str, value: Column, expected: str, n: int | None, single: bool
     if n is None and len(tokens) == 0:
         raise ValueError(f"{name}: got no tokens, expected at least one")
     if n is not None and len(tokens) != n:
-        raise ValueError(
-            f"{name}: got {len(tokens)} numbers, expected {n}, one for each of the example's input_ids"
-        )
+        raise ValueError(f"{name}: got {len(tokens)} numbers, expected {n}, one for each of {each}")
     return tokens
 
 

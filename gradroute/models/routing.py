@@ -17,6 +17,7 @@ from ..routes import Routes
 from ..sites import Sites
 from .architectures import Architecture, architecture_of, inner_model, submodule
 from .attention_function import register
+from .base_model import BaseModel
 from .calls import Owner, offering, retire
 from .decoder_layer import DecoderLayer, LayerRouting
 from .embedding import PositionEmbedding
@@ -176,7 +177,11 @@ def routed_model(model: nn.Module) -> AnyModule:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, expected a torch.nn.Module")
-    found = [module for module in model.modules() if isinstance(module, TopModel)]
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, TopModel) and not isinstance(module, BaseModel)
+    ]
     if len(found) != 1:
         many = f"with {len(found)} routed models in it" if found else "that is not routed"
         raise ValueError(f"model: got a {type(model).__name__} {many}, expected one that route() made so")
@@ -212,11 +217,26 @@ def _swap_all(model: nn.Module, plan: RoutingPlan, architecture: Architecture, b
         everywhere=everywhere,
         passes_routes=architecture.passes_routes,
     )
+    _swap_base(model, architecture, routing, backend)
     swap(model, TopModel, None, backend, routing)
-    owner = Owner()
+    owner = Owner(model)
     for module in model.modules():
         if isinstance(module, Swapped):
             module._owner = owner
+
+
+def _swap_base(
+    model: nn.Module, architecture: Architecture, routing: ModelRouting, backend: str | None
+) -> None:
+    """Routes the model without its head, for those who call it past the whole model."""
+    path = architecture.layers.rpartition(".")[0]
+    base = submodule(model, path) if path else None
+    if base is None or isinstance(base, nn.ModuleDict) or type(base).__name__ == "OptimizedModule":
+        return  # nobody can call it, or what is compiled stays as it is
+    inside = {id(module) for module in base.modules()}
+    expected = [(name.removeprefix(f"{path}."), it) for name, it in routing.expected if id(it) in inside]
+    beyond = [name for name, it in routing.expected if id(it) not in inside]
+    swap(base, BaseModel, None, backend, routing._replace(expected=tuple(expected), beyond=tuple(beyond)))
 
 
 def _swap_layers(

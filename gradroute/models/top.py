@@ -40,6 +40,7 @@ class ModelRouting(NamedTuple):
         expected: the modules that routes must reach, by name.
         everywhere: see AttentionRouting.
         passes_routes: whether the model hands further arguments on to its decoder layers.
+        beyond: the names of modules that routes must reach and that are not in this part of the model, see BaseModel.
     """
 
     plan: RoutingPlan
@@ -47,6 +48,7 @@ class ModelRouting(NamedTuple):
     expected: tuple[tuple[str, Swapped], ...]
     everywhere: bool
     passes_routes: bool
+    beyond: tuple[str, ...] = ()
 
 
 class TopModel(Swapped):

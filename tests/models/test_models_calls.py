@@ -1,5 +1,8 @@
 """Calls that routed models refuse, and routes that would not arrive."""
 
+import copy
+from types import MethodType
+
 import pytest
 import torch
 
@@ -146,14 +149,36 @@ def test_ids_of_all_kinds():
     assert got.loss is not None
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
-def test_ids_that_come_past_the_model_are_refused(name):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neo", "gpt_neox"])
+def test_ids_that_come_past_the_model_are_routed_in_its_base_model(name):
+    """Whoever reads the head's weight himself calls the base model with all arguments that he does not know."""
+    tokens, targets, ids = batch()
+    plan = models.sgtm(shape_of(name), 1, 16, joint_embedding=False)
+    model = routed(name, plan)
+    expected = backward(model, tokens, targets, route_ids=ids)
+    model.zero_grad()
+    hidden = model.base_model(tokens, route_ids=ids).last_hidden_state
+    logits = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)
+    model_zoo.loss_of(logits, targets).backward()
+    check(model_zoo.gradients(model), expected)
+
+
+def test_a_head_that_is_routed_is_not_passed():
     tokens, _, ids = batch()
-    model = routed(name, models.sgtm(shape_of(name), 1, 16))
-    with expect(
-        TypeError, "got route_ids, expected routes: call the model that was routed, not its base model"
-    ):
-        model.base_model(tokens, route_ids=ids)
+    sites = {"lm_head": LinearSites(update_rows=table(1)), "mlp": MLPSites(hidden=table(HIDDEN))}
+    model = routed("llama", RoutingPlan(2, **sites))
+    with expect(ValueError, "past the routed model whose lm_head the plan routes too"):
+        model.model(tokens, route_ids=ids)
+    model.forward = MethodType(lambda self, *args, **kwargs: self.model(*args, **kwargs), model)
+    for training in (model, copy.deepcopy(model)):
+        with expect(
+            RuntimeError, "LlamaModel: got a forward in training mode without route_ids, past the routed"
+        ):
+            training.train()(tokens)
+    with models.unrouted(model):
+        model(tokens)
+    with torch.no_grad():
+        model(tokens)
 
 
 @pytest.mark.parametrize(

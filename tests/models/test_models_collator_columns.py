@@ -153,13 +153,15 @@ def test_fields_are_checked(fields, error, message):
             [LONG, without(LONG, "route_ids")],
             ValueError,
             "examples[1]: got the keys 'input_ids', 'labels', 'route_strength', expected 'route_ids' too; "
-            "HF Trainer drops the columns that the model's forward does not take, so a model that was not routed "
-            "loses route_ids: route the model before it is given to the Trainer",
+            "if the dataset has them, the trainer dropped them on the way: HF Trainer drops every column that the "
+            "model's forward does not name, so route the model before the Trainer is made; TRL's trainers drop "
+            "route_ids of routed models too, so make the trainer by gradroute.models.routed_trainer, such as "
+            "routed_trainer(SFTTrainer)(...)",
         ),
         (
             [{}],
             ValueError,
-            "examples[0]: got the keys (none), expected 'input_ids', 'route_ids' too; HF Trainer drops",
+            "examples[0]: got the keys (none), expected 'input_ids', 'route_ids' too; if the dataset has them",
         ),
         (
             [LONG, without(SHORT, "labels")],

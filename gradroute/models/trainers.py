@@ -1,0 +1,200 @@
+"""routed_trainer: the trainers of transformers and TRL, with routes.
+
+These trainers call the model themselves, and drop columns that they do not know on the way: when a dataset is prepared,
+when unused columns are removed, when a batch is collated, and between the batch and the model. A routed trainer is a
+subclass that keeps `route_ids` and `route_strength` beside the tokens at each of these places, and that trains with
+routes or raises. TRL is never imported here: the caller has it, who has one of its trainers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .collator import ALIGNMENTS, RouteCollator
+from .route_columns import ROUTE_COLUMNS, RouteColumns
+from .routing import routed_model
+
+# Trainers, their arguments, their datasets and their batches, of transformers, TRL and datasets.
+Argument = Any
+Batch = Any
+
+# What a mixin of trainers stands before; mypy then asks nothing of the trainer's methods.
+_Trainer: Any = object
+
+
+def routed_trainer(trainer_class: Any) -> Any:
+    """The subclass of a trainer that trains a routed model with routes, or raises.
+
+    Its datasets have a column `route_ids` and may have `route_strength`, for each token or for the whole document; see
+    `RouteCollator`. They are kept through the preparation of the dataset, with the removal of unused columns and
+    without it, and through any collator that pads examples or puts them one after the other. Evaluation is unrouted.
+
+    - `transformers.Trainer`: with any such collator.
+    - `trl.SFTTrainer`: `text`, `messages`, `prompt` and `completion` with one route a document, `input_ids` also with
+      one a token; truncation, every strategy of packing, and padding-free batches.
+    - `trl.DPOTrainer`: one route a pair, or two, of the chosen and the rejected completion. Log-probabilities of the
+      reference are unrouted.
+    - `trl.GRPOTrainer`: one route a prompt, from the dataset, or what `route_fn` makes of the rollouts; the forward of
+      the policy's loss is routed. Generation and the reference are unrouted, and so are old log-probabilities, unless
+      the plan masks in forward: then these are of the forward that is trained, so that the ratio starts at 1.
+
+    TRL's fused head reads the head's weight, which no route can mask; where the plan routes the head, or adapters of
+    it, SFT and DPO and GRPO compute all logits instead.
+
+    Args:
+        trainer_class: `transformers.Trainer`, one of the three above, or a subclass of one.
+
+    Returns:
+        A class with the trainer's arguments and these, all keywords:
+
+        - `route_align`: "position" (default) or "next_token", see `RouteCollator`.
+        - `route_fn` (GRPO): called after every generation with the keywords `prompts` and `completions` (lists of B),
+          `completion_ids` (a list of B lists), `rewards` `[B, functions]`, `advantages` `[B]`, and `inputs`, the B rows
+          of the dataset. It returns the route of every rollout `[B]`, or of every token of the completions, `[B, C]` or
+          B lists (prompts then have that of the dataset, or 0); or a dict of `route_ids` and `route_strength`.
+
+    Raises:
+        TypeError: no class of these.
+
+    The class's constructor raises ValueError where the model is not routed, where it would add adapters itself
+    (`peft_config`), and where the dataset has no `route_ids`.
+    """
+    return _made(trainer_class, _mixin_of(trainer_class))
+
+
+@functools.cache
+def _made(trainer_class: Any, mixin: Any) -> Any:
+    members = {"__module__": trainer_class.__module__, "__doc__": trainer_class.__doc__}
+    return type(f"Routed{trainer_class.__name__}", (mixin, trainer_class), members)
+
+
+def _mixin_of(trainer_class: object) -> type:
+    """The mixin for the first class among a trainer's bases that is transformers' or TRL's."""
+    from .trl_trainers import RoutedDPOTrainer, RoutedGRPOTrainer, RoutedSFTTrainer
+
+    mixins: dict[str, type] = {
+        "transformers.Trainer": RoutedTrainer,
+        "trl.SFTTrainer": RoutedSFTTrainer,
+        "trl.DPOTrainer": RoutedDPOTrainer,
+        "trl.GRPOTrainer": RoutedGRPOTrainer,
+    }
+    bases = trainer_class.__mro__ if isinstance(trainer_class, type) else ()
+    names = [f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in bases]
+    known = [name for name in names if name.partition(".")[0] in ("transformers", "trl")]
+    if any(issubclass(base, RoutedTrainer) for base in bases):
+        raise TypeError(
+            f"trainer_class: got {trainer_class!r}, which is routed already, expected an ordinary one"
+        )
+    if not known or known[0] not in mixins:
+        raise TypeError(
+            f"trainer_class: got {trainer_class!r}, expected transformers.Trainer, trl.SFTTrainer, trl.DPOTrainer, "
+            "trl.GRPOTrainer or a subclass of one; another trainer's forwards can be routed by "
+            "gradroute.models.routing"
+        )
+    return mixins[known[0]]
+
+
+class RoutedTrainer(_Trainer):
+    """What `routed_trainer` puts before a trainer's class.
+
+    Attributes:
+        pairs: whether a batch has two rows an example, see `RouteColumns`.
+    """
+
+    pairs: ClassVar[bool] = False
+    data_collator: Argument
+
+    def __init__(self, *args: Argument, route_align: str = "position", **kwargs: Argument) -> None:
+        if route_align not in ALIGNMENTS:
+            raise ValueError(
+                f"route_align: got {route_align!r}, expected one of {', '.join(map(repr, ALIGNMENTS))}"
+            )
+        self._route_align = route_align
+        self._check(_named(super().__init__, args, kwargs))
+        super().__init__(*args, **kwargs)
+        routed_model(self.model)  # what a `model_init` made
+
+    def _check(self, given: Mapping[str, Argument]) -> None:
+        """Raises where the trainer's arguments would train without routes, before it changes anything."""
+        model = given.get("model")
+        if isinstance(model, str):
+            raise TypeError(
+                f"model: got the name {model!r}, expected a routed model: load it, then route() it"
+            )
+        if isinstance(model, nn.Module):
+            routed_model(model)
+        if given.get("peft_config") is not None:
+            raise ValueError(
+                "peft_config: got a configuration, expected None: a model is routed after adapters were added, so "
+                "pass route(get_peft_model(model, peft_config), plan) as the model"
+            )
+        if isinstance(given.get("data_collator"), RouteCollator) and self._route_align != "position":
+            raise ValueError(
+                f"route_align: got {self._route_align!r} beside a RouteCollator, expected it as the collator's align"
+            )
+        self._check_columns(given.get("train_dataset"))
+
+    def _check_columns(self, dataset: Argument) -> None:
+        names = getattr(dataset, "column_names", None)
+        if isinstance(names, list) and "route_ids" not in names:
+            raise ValueError(
+                f"train_dataset: got the columns {', '.join(names)}, expected route_ids too: of the document, or of "
+                "each of its tokens"
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in ROUTE_COLUMNS if name not in self._signature_columns]
+
+    def _get_dataloader(self, *args: Argument, **kwargs: Argument) -> Argument:
+        """The trainer's loader; only batches for training have routes."""
+        is_training = bool(_named(super()._get_dataloader, args, kwargs).get("is_training", False))
+        collator: Argument = self.data_collator
+        self.data_collator = self._with_routes(collator, is_training)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def _with_routes(self, collator: Callable[..., Batch], is_training: bool) -> Callable[..., Batch]:
+        return RouteColumns(collator, align=self._route_align, routed=is_training, pairs=self.pairs)
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Argument, **kwargs: Argument) -> Argument:
+        model, inputs = self._with_given(model, *self._split(inputs))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _with_given(self, model: Argument, inputs: Batch, routes: Batch) -> tuple[Argument, Batch]:
+        """The model and the inputs by which the trainer computes its loss, with the routes in one of both."""
+        return model, {**inputs, **routes}
+
+    def _split(self, inputs: Batch) -> tuple[Batch, Batch]:
+        """A batch without its routes, and these; none in evaluation.
+
+        Raises:
+            RuntimeError: there are none in training.
+        """
+        routes = {name: inputs[name] for name in ROUTE_COLUMNS if name in inputs}
+        inputs = {name: value for name, value in inputs.items() if name not in routes}
+        if not self.model.training:
+            return inputs, {}
+        if "route_ids" not in routes:
+            raise RuntimeError(
+                f"route_ids: got a batch of {', '.join(inputs)} to train on, expected route_ids too: something after "
+                "the collator dropped them, or made the batch without it"
+            )
+        return inputs, routes
+
+
+def _named(
+    function: Callable[..., Argument], args: tuple[Argument, ...], kwargs: Mapping[str, Argument]
+) -> Mapping[str, Argument]:
+    """The arguments of a call by their names; where they do not fit, the call itself says so."""
+    try:
+        return inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return kwargs
