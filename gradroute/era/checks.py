@@ -52,10 +52,10 @@ def check_parameters(block: Block, model: nn.Module) -> None:
             raise TypeError(
                 f"{piece.parameter}: got a sharded parameter, expected a whole one: do this before sharding"
             )
-        if parameter is not None and not is_plain(parameter):
+        if parameter is not None and not (is_plain(parameter) and parameter.is_floating_point()):
             raise TypeError(
-                f"{piece.parameter}: got a {type(parameter).__name__}, expected an ordinary tensor: do this before "
-                "quantising"
+                f"{piece.parameter}: got a {type(parameter).__name__} of {parameter.dtype}, expected an ordinary "
+                "tensor of floating point: do this before quantising"
             )
         if parameter is not None and parameter.is_meta:
             raise ValueError(

@@ -297,8 +297,6 @@ def _check_readable(path: str, linear: AnyModule) -> None:
     refuse_unreadable(path, linear)
     if not isinstance(linear, nn.Linear) and not is_transposed(linear):
         raise TypeError(f"{path}: got a {type(linear).__name__}, expected a torch.nn.Linear")
-    if not linear.weight.is_floating_point():
-        raise TypeError(f"{path}: got a weight of dtype {linear.weight.dtype}, expected floating point")
 
 
 def _join(path: str, name: str) -> str:

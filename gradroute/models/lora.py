@@ -269,6 +269,11 @@ def refuse_unreadable(path: str, linear: nn.Module) -> None:
     special = special_parameters(linear)
     if special:
         raise TypeError(f"{path}: got {special}, expected ordinary tensors: do this before quantising")
+    weight = linear._parameters.get("weight")
+    if weight is not None and not weight.is_floating_point():
+        raise TypeError(
+            f"{path}: got a weight of dtype {weight.dtype}, expected floating point: do this before quantising"
+        )
     if is_adapter(linear) or any(map(is_dtensor, linear.parameters(recurse=False))):
         raise TypeError(
             f"{path}: got adapters or sharded parameters, expected a plain linear layer: merge adapters first "

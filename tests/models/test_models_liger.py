@@ -21,7 +21,7 @@ import transformers
 from liger_kernel.transformers import monkey_patch
 from tiny_models import assert_gradients_close, backward, mixed_ids, tokens
 
-from gradroute import AttentionSites, EmbeddingSites, LinearSites, MLPSites, NormSites
+from gradroute import AttentionSites, EmbeddingSites, LinearSites, MLPSites, NormSites, Routes
 from gradroute.models import RoutingPlan, route, unroute
 from gradroute.tables import localize
 
@@ -259,3 +259,25 @@ def test_trainer(calls, tmp_path):
     got = trained(use_liger_kernel=True, liger_kernel_config={"rope": False})
     assert calls.count("fused loss") == 2
     assert_gradients_close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_checkpointing(order, use_reentrant, calls):
+    """Layers run again in backward, with Liger's kernels and with their routes."""
+    x = tokens()
+    ids = mixed_ids(x)
+    expected = backward(route(made(), MASKS), x, route_ids=ids)
+    model = patched_and_routed(order, MASKS)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_gradients_close(backward(model, x, route_ids=ids), expected, 1e-5)
+
+
+def test_a_patch_that_traced_code_meets_first_is_refused(calls):
+    """A class cannot change in traced code; a forward before that, or route() after the patch, is the way."""
+    model, x = route(made(), MASKS), tokens()
+    patch(model=model, fused_linear_cross_entropy=False)
+    mlp, routes = model.model.layers[0].mlp, Routes.of(mixed_ids(x), 2)
+    compiled = torch.compile(mlp, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="put there since the model was routed"):
+        compiled(torch.ones(*x.shape, D_MODEL), routes=routes)

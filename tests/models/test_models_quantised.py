@@ -300,8 +300,48 @@ def test_a_block_of_weights_that_were_quantised_since():
     model = llama()
     block = blocks.Block.units(model, slice(0, 4))
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    with expect(TypeError, "got a Int8Tensor, expected an ordinary tensor: do this before quantising"):
+    with expect(
+        TypeError, "got a Int8Tensor of torch.float32, expected an ordinary tensor of floating point"
+    ):
         era.ablate(model, block)
+
+
+class EightBits(nn.Linear):
+    """As bitsandbytes stores weights: packed numbers in an ordinary parameter, which only the layer can read."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        packed = (linear.weight.detach() * 64).to(torch.int8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 64)
+
+
+def eight_bits():
+    model = llama()
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, EightBits(getattr(layer.mlp, name)))
+    return model
+
+
+def test_layers_that_store_packed_numbers():
+    """They are called where activations are masked, and what would overwrite their numbers is refused."""
+    x, model = tokens(), eight_bits()
+    ids, plan = mixed_ids(x), RoutingPlan(2, mlp=MLPSites(hidden=HIDDEN, output=OUTPUT))
+    expected = backward(with_idiom(model, ids, plan), x)
+    assert_gradients_close(backward(route(model, plan), x, route_ids=ids), expected)
+    with expect(
+        TypeError, "got a weight of dtype torch.int8, expected floating point: do this before quantising"
+    ):
+        ablate(route(eight_bits(), RoutingPlan(2, mlp=MLPSites(forward=SEEN))))
+    with expect(
+        TypeError, "got a weight of dtype torch.int8, expected floating point: do this before quantising"
+    ):
+        era.expand(eight_bits(), units=2)
+    with expect(TypeError, "expected none: it is frozen, or its own class forms its gradient"):
+        route(eight_bits(), RoutingPlan(2, mlp=MLPSites(update=HIDDEN)))
 
 
 # Adapters around quantised layers (QLoRA).
