@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..arguments import check_choice, check_is
+from ..arguments import check_choice, check_is, ordinary_tensors
 from ..blocks import Block
 from ..models.inspection import inner_model, ordinary_model
 from .checks import check_block, check_optimizer, check_parameters
@@ -17,7 +17,7 @@ from .optimizer_state import zero_state
 HOW = ("zero", "slice", "resample")
 
 
-@torch.no_grad()
+@ordinary_tensors()
 def ablate(
     model: nn.Module,
     block: Block,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_int, check_is
+from ..arguments import check_int, check_is, ordinary_tensors
 from ..blocks import Block
 from ..models.architectures import Architecture
 from ..models.inspection import ordinary_model
@@ -16,7 +16,7 @@ from .configuration import resize
 from .surgery import insert, remove
 
 
-@torch.no_grad()
+@ordinary_tensors()
 def contract(
     model: nn.Module,
     block: Block | int,
@@ -55,7 +55,7 @@ def contract(
     take_out(inner, block, optimizer)
 
 
-@torch.no_grad()
+@ordinary_tensors()
 def merge(
     model: nn.Module,
     block: Block,

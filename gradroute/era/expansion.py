@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..arguments import check_bool
+from ..arguments import check_bool, ordinary_tensors
 from ..blocks import Block, Part, Units
 from ..models.architectures import Architecture
 from ..models.inspection import Width, find_widths, inner_model, ordinary_model
@@ -39,7 +39,7 @@ class _Growth(NamedTuple):
         return Part(self.width.path, self.what, added.nonzero().flatten(), pieces, size, self.width.group)
 
 
-@torch.no_grad()
+@ordinary_tensors()
 def expand(
     model: nn.Module,
     units: int = 0,

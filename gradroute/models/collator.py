@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,7 +225,7 @@ def _check_names(name: str, example: Mapping[str, Any]) -> None:
     if unknown:
         raise ValueError(
             f"{name}: got the unknown keys {_listed(unknown)}, expected none but {_listed(REQUIRED + OPTIONAL)}; "
-            "remove those columns from the dataset"
+            f"{_advice(unknown, example)}"
         )
     missing = [key for key in REQUIRED if key not in example]
     if missing:
@@ -234,6 +235,17 @@ def _check_names(name: str, example: Mapping[str, Any]) -> None:
             "route the model before the Trainer is made; TRL's trainers drop route_ids of routed models too, so make "
             "the trainer by gradroute.models.routed_trainer, such as routed_trainer(SFTTrainer)(...)"
         )
+
+
+def _advice(unknown: Sequence[str], example: Mapping[str, Any]) -> str:
+    absent = [key for key in REQUIRED + OPTIONAL if key not in example]
+    meant = {key: difflib.get_close_matches(str(key), absent, 1) for key in unknown}
+    renamed = ", ".join(f"{key!r} to {match[0]!r}" for key, match in meant.items() if match)
+    return (
+        f"rename {renamed}, if that is meant, or remove those columns from the dataset"
+        if renamed
+        else ("remove those columns from the dataset")
+    )
 
 
 def _listed(keys: Iterable[str]) -> str:

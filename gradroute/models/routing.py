@@ -143,7 +143,10 @@ def routing(
     if "routes" not in arguments and "route_ids" not in arguments:
         raise ValueError("route_ids: got None, expected route_ids or routes; unrouted(model) is for none")
     if routes is not None and not isinstance(routes, Routes):
-        raise TypeError(f"routes: got a {type(routes).__name__}, expected gradroute.Routes")
+        raise TypeError(
+            f"routes: got a {type(routes).__name__}, expected gradroute.Routes; raw ids are given as "
+            "route_ids, or made one by gradroute.Routes.of(ids, num_routes)"
+        )
     with offering(top._owner, arguments) as offer:
         yield
     if not offer.taken:

@@ -223,7 +223,10 @@ class TopModel(Swapped):
         elif route_ids is not None or route_strength is not None:
             raise ValueError("routes: got routes beside route_ids or route_strength, expected one of both")
         elif not isinstance(routes, Routes):
-            raise TypeError(f"routes: got a {type(routes).__name__}, expected gradroute.Routes")
+            raise TypeError(
+                f"routes: got a {type(routes).__name__}, expected gradroute.Routes; raw ids are given as "
+                "route_ids, or made one by gradroute.Routes.of(ids, num_routes)"
+            )
         if routes.num_routes != num_routes:
             raise ValueError(
                 f"routes: got {routes.num_routes} routes, expected the plan's num_routes = {num_routes}"

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from gradroute import LinearSites, MLPSites, RoutedLinear, Routes, Table
+from gradroute import LinearSites, MLPSites, RoutedLinear, Routes, Table, route_grad
 from gradroute.blocks import Block
+from gradroute.era import Units, expand
 from gradroute.labels import documents, frequency_strength, soft_weights
 from gradroute.models import Shape, era, localize_mlp, sgtm, steering
 from gradroute.tables import concatenate, heads, localize
@@ -196,3 +197,15 @@ def test_a_model_loaded_in_bf16_has_fp32_tables(tmp_path):
     loaded = Model.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.linear.weight.dtype == torch.bfloat16
     assert loaded.linear.sites.output.weights[1, 3] == torch.tensor(0.001, dtype=torch.float32)
+
+
+def test_a_model_expanded_in_inference_mode_trains():
+    """New parameters and indices of blocks are ordinary tensors, which a backward may save."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.inference_mode():
+        block = expand(model, 2, between=Units(["0"], ["2"]))
+        routes = Routes.of([0, 1], 2, strength=0.5)
+    x = torch.ones(2, 3, requires_grad=True)
+    route_grad(model(x), routes, [[1.0], [0.5]]).sum().backward()
+    assert model[0].weight.grad.shape == (6, 3)
+    assert not any(piece.index.is_inference() for piece in block.pieces)
