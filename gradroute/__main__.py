@@ -1,8 +1,8 @@
 """A report of what runs on this machine: `python -m gradroute [--json]`.
 
-Versions, devices, how the native module was built, and every op on every backend: either the reason why it cannot run
-here, or one masked backward on each device, checked against the fp64 reference within the tests' error budget. The exit
-code is 1 when one of them disagrees or fails.
+Versions, devices, what other tools do beside routing (docs/setups.md), how the native module was built, and every op on
+every backend: either the reason why it cannot run here, or one masked backward on each device, checked against the fp64
+reference within the tests' error budget. The exit code is 1 when one of them disagrees or fails.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from . import __version__, backends, testing
 from .backends import native
 
 AGREES = "ok"
+# Other tools, whose versions matter where they are installed.
+TOOLS = (
+    *("transformers", "peft", "accelerate", "trl", "lightning", "liger-kernel", "torchao", "bitsandbytes"),
+    "transformer-lens",
+)
+# tools/setups.py writes it from the markers of the tests.
+SETUPS = Path(__file__).with_name("setups.json")
 DRIVER_VERSION = r"\s(\d+\.\d+(?:\.\d+)?)\s"
 
 
@@ -51,6 +58,7 @@ def report() -> dict[str, Any]:
         "native": {"error": native.loading.load_error}
         if native.loading.module is None
         else json.loads(native.loading.module.BUILD),
+        "setups": setups(),
         "ops": ops,
         "agrees": all(outcome == AGREES for outcome in outcomes),
     }
@@ -64,7 +72,14 @@ def versions() -> dict[str, str | None]:
         "torch": str(torch.__version__),  # its metadata may lack the build, such as "+cu130"
         "triton": version("triton"),
         "numpy": version("numpy"),
+        **{tool: version(tool) for tool in TOOLS},
     }
+
+
+def setups() -> list[dict[str, str]]:
+    """What other tools do beside routing: `tool`, `setup`, why it is `refused` ("": it works), and its `test`."""
+    rows: list[dict[str, str]] = json.loads(SETUPS.read_text(encoding="utf-8"))
+    return rows
 
 
 def version(package: str) -> str | None:
@@ -131,13 +146,18 @@ def masked_backward(op: str, backend: str, device: str) -> str:
 
 def as_text(found: dict[str, Any]) -> str:
     """The report for people."""
-    names = {name: number or "not installed" for name, number in found["versions"].items()}
+    names = {
+        name: number or "not installed"
+        for name, number in found["versions"].items()
+        if number or name not in TOOLS
+    }
     lines = [
         ("versions", ", ".join(f"{name} {number}" for name, number in names.items())),
         ("platform", found["platform"]),
         ("cpu", cpu_text(found["cpu"])),
         ("cuda", cuda_text(found["cuda"])),
         ("native", native_text(found["native"])),
+        ("set-ups", setups_text(found["setups"])),
     ]
     head = "\n".join(f"{name:<9} {text}" for name, text in lines)
     return f"{head}\n\n{table_text(found['ops'])}"
@@ -165,6 +185,12 @@ def native_text(found: dict[str, Any]) -> str:
     openmp = f"OpenMP {found['openmp']}" if found["openmp"] else "no OpenMP"
     cuda = f"CUDA {found['cuda']} ({found['cuda_architectures']})" if found["cuda"] else "no CUDA"
     return f"{found['cxx']} ({found['instruction_sets']}), {openmp}, {cuda}, pybind11 {found['pybind11']}"
+
+
+def setups_text(found: list[dict[str, str]]) -> str:
+    """One line."""
+    refused = sum(bool(row["refused"]) for row in found)
+    return f"{len(found) - refused} work, {refused} are refused, each for a reason: --json lists them"
 
 
 def table_text(ops: dict[str, dict[str, Any]]) -> str:

@@ -67,6 +67,11 @@ def test_there_are_snippets_of_both():
     assert len({snippet.page for snippet in SNIPPETS}) >= 8
 
 
+def test_the_table_of_setups_is_that_of_the_tests():
+    done = subprocess.run([sys.executable, "tools/setups.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run `python tools/setups.py`"
+
+
 def test_pictures_are_those_of_the_script():
     done = subprocess.run([sys.executable, "tools/pictures.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run `python tools/pictures.py`"

@@ -53,7 +53,10 @@ def test_json_has_every_op_on_every_backend(capsys):
 
 def test_versions_and_build(one_op):
     found = report.report()
-    assert {"gradroute", "python", "torch", "triton", "numpy"} == set(found["versions"])
+    assert {"gradroute", "python", "torch", "triton", "numpy", *report.TOOLS} == set(found["versions"])
+    assert {row["tool"] for row in found["setups"]} >= {"Trainer", "FSDP1", "Threads"}
+    assert any(row["refused"] for row in found["setups"])
+    assert f"{len(found['setups'])} " not in report.setups_text(found["setups"])  # some are refused
     assert found["cpu"]["threads"] == 1
     if native.module is not None:
         assert found["native"]["cxx"]

@@ -30,6 +30,7 @@ def case(request):
     return model, words, targets, ids, backward(model, words, targets, route_ids=ids)
 
 
+@pytest.mark.setup("Modules and hooks", "callers that pass no routes on, inside routing()")
 def test_routes_are_taken_as_if_they_were_arguments(case):
     """By ids, ids and strength, or Routes; by every forward of the block; and the block's end takes them away."""
     model, words, targets, ids, expected = case
@@ -62,6 +63,7 @@ def test_the_innermost_block_and_a_models_own_arguments_win(case):
     check(bare, step(model, words, targets), 0.0)
 
 
+@pytest.mark.setup("Checkpointing", "of decoder layers inside routing()")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_of_layers(case, reentrant):
     """The layers run again in backward, after the block."""
@@ -75,6 +77,11 @@ def test_checkpoints_of_layers(case, reentrant):
     check(gradients(model), expected, 1e-6)
 
 
+@pytest.mark.setup(
+    "Checkpointing",
+    "of the whole model inside routing()",
+    refused="it knows its arguments alone; give it route_ids",
+)
 def test_a_checkpoint_of_the_whole_model_is_refused(case):
     """It would run again without the routes; where they are arguments it is right."""
     model, words, targets, ids, expected = case
@@ -105,6 +112,7 @@ def test_wrappers_and_generation(case):
     )
 
 
+@pytest.mark.setup("torch.compile", "a compiled model inside routing(), as one graph")
 @pytest.mark.slow
 def test_compiled_models():
     """One graph, which a second batch of other routes does not compile again."""

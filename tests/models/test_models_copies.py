@@ -111,6 +111,7 @@ def test_copies_are_routed(name, copied):
     assert torch.equal(model_zoo.logits_of(model, tokens, route_ids=ids), logits)
 
 
+@pytest.mark.setup("torch.compile", "copies of a model with compiled layers")
 # Dynamo's own, of hidden states that a compiled layer is given.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_copies_of_compiled_layers_are_their_own():
@@ -126,6 +127,7 @@ def test_copies_of_compiled_layers_are_their_own():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.setup("Checkpointing", "around the final norm alone", refused="it cannot know its routes")
 def test_a_checkpoint_of_the_whole_model_after_routed_training():
     tokens, targets, ids = batch()
     model = routed("llama", RoutingPlan(2, final_norm=NormSites(table(WIDTH))))

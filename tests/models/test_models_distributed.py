@@ -89,6 +89,9 @@ def matrix():
             yield pytest.param(cell, marks=marks, id="-".join(cell))
 
 
+@pytest.mark.setup("DDP", "a routed model on two processes")
+@pytest.mark.setup("FSDP2", "a routed model on two processes, fully_shard of layers and model")
+@pytest.mark.setup("Tensor parallelism", "gradroute.models.tensor_parallel")
 @pytest.mark.parametrize("cell", list(matrix()))
 def test_gradients_are_those_of_one_process(groups, cell):
     """Rank 1 has no token of route 1, and none of its labels is ignored."""
@@ -101,6 +104,8 @@ def test_gradients_are_those_of_one_process(groups, cell):
         assert error <= TOLERANCE, parameter
 
 
+@pytest.mark.setup("DDP", "gradient accumulation with no_sync")
+@pytest.mark.setup("FSDP2", "gradient accumulation")
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_accumulate(groups, parallel):
@@ -148,6 +153,7 @@ def test_tensor_parallel_without_routes_is_the_ordinary_model(groups):
             assert result[f"{name}, state_dict"]
 
 
+@pytest.mark.setup("FSDP2", "over another dimension of the mesh than tensor parallelism")
 @pytest.mark.slow
 def test_tensor_parallel_goes_with_fsdp2(groups):
     for error, parameter in groups.passed("2d"):
@@ -186,6 +192,11 @@ def test_tensor_parallel_refuses_hidden_units_that_it_cannot_divide():
         tensor_parallel(transformers.LlamaForCausalLM(config), Ranks(2))
 
 
+@pytest.mark.setup(
+    "Tensor parallelism",
+    "Phi-3, GPT-2, GPT-Neo, GPT-NeoX",
+    refused="a rank's rows would not be whole heads, or its attention counts heads itself",
+)
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [

@@ -42,6 +42,9 @@ def spread(model, second="cpu:0"):
     return model
 
 
+@pytest.mark.setup(
+    "device_map", "layers on several devices, route before or after; unroute and removal of the hooks"
+)
 @pytest.mark.parametrize("order", ["route first", "spread first"])
 def test_layers_on_several_devices(case, order):
     """Routes follow the tokens from device to device; unroute and the hooks' removal leave a model that works."""
@@ -63,6 +66,7 @@ def test_layers_on_several_devices(case, order):
     check(backward(model, words, targets), bare, 0.0)
 
 
+@pytest.mark.setup("Accelerate", "cpu_offload, forward alone")
 @pytest.mark.parametrize("order", ["route first", "offload first"])
 def test_weights_that_come_for_a_call_alone(case, order):
     """cpu_offload keeps weights elsewhere between calls: layers are called, and not read. It trains nothing."""
@@ -90,6 +94,8 @@ def prepared(model):
     return model
 
 
+@pytest.mark.setup("Accelerate", "bf16 mixed precision, then unroute, route again, unwrap_model")
+@pytest.mark.setup("Trainer", "bf16=True, then unroute")
 def test_mixed_precision_of_a_model_that_is_unrouted_since(case):
     """The wrapper outlives unroute and route: each time it calls the forward that the model has then."""
     given, words, targets, ids, _ = case
@@ -112,6 +118,11 @@ def test_mixed_precision_of_a_model_that_is_unrouted_since(case):
     assert "forward" not in vars(model)
 
 
+@pytest.mark.setup(
+    "Accelerate",
+    "route after prepare with mixed precision",
+    refused="accelerate's forward would go on calling the ordinary one; unwrap_model first",
+)
 def test_mixed_precision_before_route_is_refused_with_the_way_out(case):
     """The wrapper would go on calling the ordinary forward; unwrapped, the model can be routed."""
     given, words, targets, ids, expected = case
@@ -126,6 +137,14 @@ def test_mixed_precision_before_route_is_refused_with_the_way_out(case):
     check(backward(model, words, targets, route_ids=ids), expected, 0.0)
 
 
+@pytest.mark.setup(
+    "Modules and hooks",
+    "route after a forward was replaced on an instance",
+    refused="the routed forward would not be called",
+)
+@pytest.mark.setup(
+    "torch.compile", "route after torch.compile of a forward", refused="what was compiled would not be routed"
+)
 @pytest.mark.parametrize(
     "part", ["model.layers.0", "model.layers.0.mlp", "model.layers.0.self_attn", "model.norm", ""]
 )
@@ -144,6 +163,7 @@ def test_any_other_forward_is_refused(case, part):
     check(backward(model, words, targets), backward(fresh("llama"), words, targets), 0.0)
 
 
+@pytest.mark.setup("Modules and hooks", "a wrapper put around a routed module's forward, also after unroute")
 @pytest.mark.parametrize("part", ["model.layers.0", "model.layers.0.mlp", "model.norm", "lm_head"])
 def test_wrappers_that_came_after_route(case, part):
     """They call the routed forward, and once the model is unrouted the ordinary one."""
@@ -179,6 +199,11 @@ def test_a_hook_around_a_hook(case):
     check(backward(model, words, targets), backward(fresh("llama"), words, targets), 0.0)
 
 
+@pytest.mark.setup(
+    "Checkpointing",
+    "unroute between a forward and its backward",
+    refused="the forward would run again without its routes",
+)
 @pytest.mark.parametrize("again", [None, "other plan"])
 @pytest.mark.parametrize("name", ["llama", "gpt_neo"])
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -214,6 +239,7 @@ def test_unroute_after_backward_leaves_nothing(case):
     check(backward(model, words, targets), backward(fresh("llama"), words, targets), 0.0)
 
 
+@pytest.mark.setup("torch.compile", "layer.compile() before or after route, and unroute")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at that of a layer's input
 @pytest.mark.parametrize("order", ["route first", "compile first"])

@@ -108,6 +108,7 @@ def lora_layer(form, names, **options):
     return holder.layer
 
 
+@pytest.mark.setup("PEFT", "LoRA in a routed model, every site")
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.parametrize("form", ["linear", "conv1d"])
 def test_every_site_against_autograd(form, lora_bias):
@@ -182,6 +183,7 @@ def test_is_lora():
 # A model
 
 
+@pytest.mark.setup("PEFT", "an adapter for each route")
 @pytest.mark.parametrize("architecture", MODELS)
 def test_dual_adapters(architecture):
     """Rows of one route each: an adapter's gradient is that of the plain model on its rows alone."""
@@ -279,6 +281,7 @@ def test_update_masks_by_route(adapters):
     assert_gradients_close(got, {name: want(name) for name in got}, 2e-5)
 
 
+@pytest.mark.setup("PEFT", "LoRA and DoRA in a routed model, masks of hidden units")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_hidden_masks_equal_the_detach_idiom(use_dora):
     """In a gated MLP whose linear layers must be called: DoRA, too, may stand there."""
@@ -335,6 +338,7 @@ def test_only_active_adapters_take_part():
         assert torch.equal(logits, plain(input_ids=x).logits)
 
 
+@pytest.mark.setup("PEFT", "modules_to_save")
 def test_modules_to_save():
     """The copies that PEFT trains are routed, those that it leaves alone are not."""
     saved = ["lm_head", "embed_tokens", "norm"]  # two norms a layer, and the final one
@@ -390,6 +394,7 @@ def routed_batches(layers):
     return model, x, [(ids, backward(model, x, route_ids=ids)) for ids in ids_of_batches]
 
 
+@pytest.mark.setup("PEFT", "activation checkpointing")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(use_reentrant):
     """Bit for bit the gradients of the model without it. transformers makes the embedding's output need a gradient."""
@@ -440,6 +445,7 @@ def test_saved_adapters_load_in_a_plain_model(tmp_path):
 # Refusals
 
 
+@pytest.mark.setup("PEFT", "adapters that are added after route", refused="nothing of them would be routed")
 def test_adapters_around_a_routed_model():
     model = route(tiny.llama(), RoutingPlan(2, mlp=MLPSites(hidden=HIDDEN)))
     model = get_peft_model(model, lora())
@@ -470,6 +476,7 @@ def test_an_adapter_added_to_a_routed_model():
     assert model(input_ids=x).logits.isfinite().all()
 
 
+@pytest.mark.setup("PEFT", "training with merged adapters", refused="their parameters have no gradient")
 def test_merged_adapters():
     model = peft_model()
     route(model, RoutingPlan(2, mlp=UPDATES["mlp"]))
@@ -481,6 +488,7 @@ def test_merged_adapters():
     backward(model, x, route_ids=mixed_ids(x))
 
 
+@pytest.mark.setup("PEFT", "adapter_names in a routed batch", refused="a batch has one set of adapters")
 def test_adapter_names():
     model = peft_model()
     route(model, RoutingPlan(2, mlp=UPDATES["mlp"]))
@@ -492,6 +500,9 @@ def test_adapter_names():
         model(input_ids=x, adapter_names=names, route_ids=mixed_ids(x))
 
 
+@pytest.mark.setup(
+    "PEFT", "tables of parameters for DoRA and other variants", refused="they compute more than B A x"
+)
 @pytest.mark.parametrize("plan", [{"mlp": UPDATES["mlp"]}, {"adapters": {"default": [0]}}])
 def test_variants(plan):
     model = peft_model(config=lora(use_dora=True))

@@ -128,6 +128,7 @@ def test_model_of_another_form_is_refused():
     assert all(type(a) is type(b) for a, b in zip(model.modules(), plain("llama").modules(), strict=True))
 
 
+@pytest.mark.setup("FSDP2", "route after fully_shard", refused="FSDP keeps the class that it found")
 @pytest.mark.parametrize("where", ["model", "layer", "mlp"])
 def test_what_was_done_to_modules_before(where):
     """Sharding, compilation and replaced forwards of any part are refused, and nothing has changed."""

@@ -27,6 +27,7 @@ def same(got, expected):
     return all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+@pytest.mark.setup("Threads", "two threads and more that share a routed model, each with labels of its own")
 @pytest.mark.parametrize("name", ["llama", "gpt_neo", "nano_gpt"])
 def test_threads_share_a_model(name):
     """Two threads with labels of their own, and one without any, get what each gets alone, bit for bit."""
@@ -60,6 +61,7 @@ def test_threads_share_a_model(name):
     assert wrong == []
 
 
+@pytest.mark.setup("Modules and hooks", "a hook that calls the same routed model again")
 @pytest.mark.parametrize("name", ["llama", "gpt_neo"])
 @pytest.mark.parametrize("inner", [True, False])
 def test_a_forward_inside_a_forward(name, inner):
@@ -94,6 +96,11 @@ def test_two_forwards_before_their_backwards(name):
         check({n: p.grad for n, p in model.named_parameters()}, want, 0.0)
 
 
+@pytest.mark.setup(
+    "Modules and hooks",
+    "resize_token_embeddings of a model with a routed head",
+    refused="the new head is not routed; unroute before, route after",
+)
 def test_routes_that_serve_every_step_say_nothing_of_the_step_before():
     """A head that was replaced after a step is missed in the next one, although its routes had reached the old head."""
     model = routed("llama", RoutingPlan(2, lm_head=LinearSites(update_rows=NOTHING)))

@@ -111,6 +111,7 @@ def plainly_trained(model, batches):
     return weights(model)
 
 
+@pytest.mark.setup("Trainer", "RouteCollator; also with activation checkpointing")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_trains_as_a_plain_loop(tmp_path, checkpointing):
     model, data = routed(), examples(16)
@@ -120,6 +121,7 @@ def test_trainer_trains_as_a_plain_loop(tmp_path, checkpointing):
     assert any((got[name] - unmasked[name]).abs().max() > 1e-3 for name in got)
 
 
+@pytest.mark.setup("Trainer", "gradient accumulation")
 def test_trainer_accumulates_the_gradient_of_the_whole_batch(tmp_path):
     """Documents differ in length, so that a mean of means would be another gradient."""
     model, data = routed(), examples()
@@ -128,12 +130,16 @@ def test_trainer_accumulates_the_gradient_of_the_whole_batch(tmp_path):
     assert_gradients_close(parts, whole)
 
 
+@pytest.mark.setup(
+    "Trainer", "a model that was not routed, with RouteCollator", refused="the column route_ids is dropped"
+)
 def test_trainer_with_a_model_that_is_not_routed(tmp_path):
     """Trainer drops the column, because the model does not know it; the collator misses it."""
     with expect(ValueError, "route_ids"):
         trained(tiny.llama(), tmp_path, examples())
 
 
+@pytest.mark.setup("Trainer", "evaluate")
 def test_trainer_evaluates(tmp_path):
     model, data = routed(), examples()
     options = arguments(tmp_path, per_device_eval_batch_size=8)
@@ -156,6 +162,7 @@ def test_trainer_leaves_alone_what_no_token_may_update(tmp_path):
         assert torch.equal(weight, before[name]) == name.endswith(frozen), name
 
 
+@pytest.mark.setup("Trainer", "LoRA adapters of several routes")
 # get_peft_model reads what transformers 5.23 calls by another name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_trainer_with_dual_adapters(tmp_path):
@@ -227,6 +234,7 @@ def test_forwards_between_forward_and_backward():
 # Activation checkpointing
 
 
+@pytest.mark.setup("Checkpointing", "of decoder layers, reentrant or not")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt_neo])
 def test_checkpointing(make, use_reentrant):
@@ -312,11 +320,13 @@ def test_grad_scaler():
 # torch.compile
 
 
+@pytest.mark.setup("torch.compile", "a routed model as one graph for all labels")
 @pytest.mark.slow
 def test_one_graph_for_all_ids():
     check_compiled("aot_eager", routed(tiny.llama(num_hidden_layers=1)))
 
 
+@pytest.mark.setup("torch.compile", "a routed model, by Inductor")
 @pytest.mark.slow
 def test_inductor():
     """Only the MLP is trained: a kernel takes more than a second to compile, and the whole model has 25."""
@@ -366,6 +376,7 @@ def test_ids_that_reach_no_layer():
         model(x, route_ids=mixed_ids(x))
 
 
+@pytest.mark.setup("Trainer", "generate with routes", refused="generation is unrouted")
 def test_generation_is_unrouted():
     plain = tiny.llama().eval()
     model = routed(copy.deepcopy(plain))

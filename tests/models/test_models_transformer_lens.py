@@ -59,6 +59,7 @@ def batch():
     return tokens, torch.randint(0, 2, tokens.shape)
 
 
+@pytest.mark.setup("TransformerLens", "a TransformerBridge after pass_routes")
 @pytest.mark.parametrize("name", [name for name in model_zoo.NAMES if name != "nano_gpt"])
 def test_gradients_are_those_of_the_model_alone(name, batch):
     tokens, ids = batch
@@ -100,6 +101,7 @@ def test_hooks_run_as_in_any_bridge(batch):
     assert seen == [(2, 10, model_zoo.WIDTH)]
 
 
+@pytest.mark.setup("TransformerLens", "processed weights", refused="the bridge then computes MLPs itself")
 def test_refusals():
     model = model_zoo.build("llama")
     with pytest.raises(ValueError, match="expected to route it before"):

@@ -47,6 +47,7 @@ def run(function, call, routes=None):
     return Result(output.detach(), dict(zip(wanted, gradients, strict=True)))
 
 
+@pytest.mark.setup("torch.compile", "every op on every backend as one graph")
 @pytest.mark.parametrize("strength", ["token", None])
 @every_function_backend_in_tiers
 def test_one_graph_for_all_ids(op, backend, strength, device):
@@ -83,6 +84,7 @@ def test_routes_made_in_the_graph(op, backend, device):
             assert_same_bits(got, run(function, call, routes), op)
 
 
+@pytest.mark.setup("torch.compile", "every op, by Inductor")
 @pytest.mark.slow
 @every_function_backend
 def test_inductor(op, backend, device):
@@ -110,6 +112,11 @@ def test_validation_in_the_graph_is_an_assertion():
         compiled(x, torch.tensor([0, 1, 2]))
 
 
+@pytest.mark.setup(
+    "torch.compile",
+    "a tensor in the place of a Table",
+    refused="tables are checked and classified on the host",
+)
 def test_a_tensor_for_a_table_in_the_graph_is_refused():
     def step(x, ids):
         return gradroute.route_grad(x, Routes.of(ids, 2, validate=False), torch.ones(2, 4))
@@ -123,6 +130,7 @@ def test_a_tensor_for_a_table_in_the_graph_is_refused():
 # Checkpointing
 
 
+@pytest.mark.setup("Checkpointing", "every op, reentrant or not")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @every_function_backend
 def test_activation_checkpointing(op, backend, use_reentrant, device):

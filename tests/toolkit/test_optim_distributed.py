@@ -86,6 +86,9 @@ def test_a_norm_that_is_not_finite_touches_nothing_else(results, value):
         assert (result["plain"] == 0).all()
 
 
+@pytest.mark.setup("DDP", "RoutedAdamW")
+@pytest.mark.setup("FSDP2", "RoutedAdamW")
+@pytest.mark.setup("Tensor parallelism", "RoutedAdamW")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp", "2d"])
 def test_training_is_that_of_one_process(results, parallel):
     """The third batch has tokens that may train everything on one rank alone."""
