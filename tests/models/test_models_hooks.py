@@ -15,6 +15,9 @@ from gradroute import MLPSites
 from gradroute.models import RoutingPlan
 
 
+@pytest.mark.setup(
+    "Modules and hooks", "hooks of all modules (register_module_forward_hook) beside a routed model"
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_of_every_module_run(name):
     """What runs without routes runs with them, activations and linear layers too, and the gradients stay."""
@@ -36,6 +39,7 @@ def test_hooks_of_every_module_run(name):
     check(got, expected)
 
 
+@pytest.mark.setup("Modules and hooks", "hooks on an activation of a routed model")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_hooks_on_an_activation_run(name):
     """The masks stand around a called activation as in the fused op; its hook changes the output as without routes."""

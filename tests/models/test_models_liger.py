@@ -105,6 +105,10 @@ def patched_and_routed(order, plan, name="llama"):
 ORDERS = ["class, route", "instance, route", "route, instance"]
 
 
+@pytest.mark.setup(
+    "Liger",
+    "apply_liger_kernel_to_llama of the class or of an instance, before or after route; the fused loss is kept",
+)
 @pytest.mark.parametrize(
     "plan", [MASKS, FORWARD, NORMS, EMBEDDING], ids=["masks", "forward", "norms", "embedding"]
 )
@@ -126,6 +130,7 @@ def test_gradients(order, plan, calls):
     ]
 
 
+@pytest.mark.setup("Liger", "the fused loss beside sites of the head: the head is called instead")
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_routed_head_is_called(order, calls):
     """The fused loss reads the head's weight, which would be unrouted: then Liger's forward makes logits."""
@@ -140,6 +145,7 @@ def test_a_routed_head_is_called(order, calls):
         model(x, labels=x, route_ids=ids, skip_logits=True)
 
 
+@pytest.mark.setup("Liger", "its patches of the other architectures")
 @pytest.mark.parametrize("order", ORDERS[1:])
 @pytest.mark.parametrize("name", list(ARCHITECTURES)[1:])
 def test_architectures(name, order, calls):
@@ -239,6 +245,7 @@ def test_columns_of_trainer(calls):
         assert {"route_ids", "skip_logits", "labels"} <= set(names)
 
 
+@pytest.mark.setup("Liger", "Trainer(use_liger_kernel=True)")
 @pytest.mark.slow
 def test_trainer(calls, tmp_path):
     """Trainer(use_liger_kernel=True) patches a routed model, and trains as it would without Liger."""
@@ -273,6 +280,11 @@ def test_checkpointing(order, use_reentrant, calls):
     assert_gradients_close(backward(model, x, route_ids=ids), expected, 1e-5)
 
 
+@pytest.mark.setup(
+    "Liger",
+    "a patch of an instance after route that compiled code meets first",
+    refused="it is looked for outside of traced code",
+)
 def test_a_patch_that_traced_code_meets_first_is_refused(calls):
     """A class cannot change in traced code; a forward before that, or route() after the patch, is the way."""
     model, x = route(made(), MASKS), tokens()

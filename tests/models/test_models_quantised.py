@@ -127,6 +127,7 @@ def _by_feature(table):
 HIDDEN_ALONE = RoutingPlan(2, mlp=MLPSites(hidden=HIDDEN))
 
 
+@pytest.mark.setup("torchao", "quantised weights, masks of activations")
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_masks_of_activations_equal_the_detach_idiom(name):
     """Also where the weight is trained through its subclass, whose gradient is formed by that."""
@@ -159,6 +160,7 @@ def float8(model):
     return convert_to_float8_training(model.model, config=Float8LinearConfig(emulate=True))
 
 
+@pytest.mark.setup("torchao", "convert_to_float8_training before or after route, masks of activations")
 def test_layers_converted_to_float8_training():
     """Before and after route: modules of a class of their own, which are called."""
     x = tokens()
@@ -177,6 +179,9 @@ def test_routed_layers_that_conversion_replaces():
         backward(model, tokens(), route_ids=mixed_ids(tokens()))
 
 
+@pytest.mark.setup(
+    "torchao", "tables of parameters for quantised weights", refused="their class decides what an update is"
+)
 @pytest.mark.parametrize(
     "plan",
     [
@@ -376,6 +381,7 @@ peft_warnings = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.setup("PEFT", "LoRA around quantised weights")
 @peft_warnings
 def test_adapters_around_quantised_weights():
     """Update masks concern the adapters: the base is frozen. As with a base of the same numbers in ordinary tensors."""
@@ -412,6 +418,7 @@ LOADED = {
 AROUND = RoutingPlan(2, mlp=MLPSites(hidden=HIDDEN, output=OUTPUT), attention=AttentionSites(heads=BY_HEAD))
 
 
+@pytest.mark.setup("bitsandbytes", "4 and 8 bit models, masks of activations")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOADED)
 def test_models_loaded_quantised(name, saved):
@@ -422,6 +429,7 @@ def test_models_loaded_quantised(name, saved):
     assert_gradients_close(backward(route(model, AROUND), x, route_ids=ids), expected, 1e-5)
 
 
+@pytest.mark.setup("bitsandbytes", "LoRA around 4 and 8 bit layers (QLoRA)")
 @pytest.mark.slow
 @peft_warnings
 @pytest.mark.parametrize("name", LOADED)

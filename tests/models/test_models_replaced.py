@@ -40,6 +40,7 @@ def expect(message):
     return pytest.raises(RuntimeError, match=re.escape(message))
 
 
+@pytest.mark.setup("Modules and hooks", "a torch.nn.Linear put in the place of a routed one")
 @pytest.mark.parametrize("name", ["mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj"])
 def test_linear_layers_in_the_place_of_routed_ones_are_routed(name):
     """The sublayer around them knows the sites, and reads an ordinary linear layer as it reads the routed one."""
@@ -50,6 +51,9 @@ def test_linear_layers_in_the_place_of_routed_ones_are_routed(name):
     assert_gradients_close(backward(model, x, route_ids=mixed_ids(x)), expected, 0.0)
 
 
+@pytest.mark.setup(
+    "Modules and hooks", "another module put in the place of a routed one", refused="routes would end there"
+)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -107,6 +111,11 @@ def test_forwards_that_take_no_routes_are_named(name):
         backward(model, tokens(), route_ids=mixed_ids(tokens()))
 
 
+@pytest.mark.setup(
+    "Modules and hooks",
+    "a forward put on a routed module that swallows the routes",
+    refused="nothing within would be routed",
+)
 @pytest.mark.parametrize("name", [f"{LAYER}.self_attn", LAYER])
 def test_forwards_that_swallow_routes_are_found_out(name):
     """transformers' attention and layers take any keyword: a module is reached when its routed forward runs."""

@@ -40,6 +40,7 @@ def trained(model, size, **options):
     return model, accelerator
 
 
+@pytest.mark.setup("Accelerate", "prepare and accumulate")
 @pytest.mark.parametrize("size", [4, 2])
 def test_accumulation(size):
     """Batches of as many tokens, so that the mean of their means is that of all."""
@@ -48,6 +49,7 @@ def test_accumulation(size):
     cases.assert_close(cases.weights(accelerator.unwrap_model(prepared)), cases.stepped_on(model, DOCUMENTS))
 
 
+@pytest.mark.setup("Accelerate", "mixed precision and unwrap_model")
 @pytest.mark.parametrize("keep", [True, False])
 def test_mixed_precision_and_unwrapping(keep):
     """Unwrapped, the model is routed still; it is unrouted, and routed again."""

@@ -86,6 +86,7 @@ def reference_of(model):
     return reference
 
 
+@pytest.mark.setup("TRL DPOTrainer", "a route a pair, or one each for chosen and rejected")
 @pytest.mark.parametrize(
     "options",
     [
@@ -164,6 +165,9 @@ def test_evaluation_is_unrouted(tmp_path):
     assert abs(loss(model, reference).item() - expected) > 1e-4
 
 
+@pytest.mark.setup(
+    "TRL DPOTrainer", "DPOTrainer itself", refused="it drops the routes; RoutedTrainerMixin keeps them"
+)
 @pytest.mark.slow
 def test_the_trainer_itself_does_not_train_without_routes(tmp_path):
     model = cases.routed()

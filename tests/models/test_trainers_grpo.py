@@ -89,6 +89,7 @@ def whole(routes, batch):
     return routes.expand(-1, tokens_of(batch)[0].shape[1]) * tokens_of(batch)[1]
 
 
+@pytest.mark.setup("TRL GRPOTrainer", "routes by a function of the rollouts")
 @pytest.mark.parametrize(
     "options",
     [
@@ -141,6 +142,7 @@ def test_routes_by_token(tmp_path, align):
     cases.assert_close(got, cases.stepped(model, lambda copied: policy_loss(copied, batch, routes * mask)))
 
 
+@pytest.mark.setup("TRL GRPOTrainer", "a route a prompt")
 @pytest.mark.slow
 def test_routes_of_the_prompts(tmp_path):
     model = cases.routed()
@@ -152,6 +154,7 @@ def test_routes_of_the_prompts(tmp_path):
     cases.assert_close(got, cases.stepped(model, lambda copied: policy_loss(copied, batch, routes)))
 
 
+@pytest.mark.setup("TRL GRPOTrainer", "rollouts that several steps use")
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [cases.hidden_plan, cases.forward_plan])
 @pytest.mark.parametrize(
@@ -283,6 +286,9 @@ def test_wrong_routes(tmp_path):
         raises(error, message, route_fn=lambda answer=answer, **_: answer)
 
 
+@pytest.mark.setup(
+    "TRL GRPOTrainer", "GRPOTrainer itself", refused="it drops the routes; RoutedTrainerMixin keeps them"
+)
 @pytest.mark.slow
 def test_the_trainer_itself_does_not_train_without_routes(tmp_path):
     model = cases.routed()

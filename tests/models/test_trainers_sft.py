@@ -64,6 +64,7 @@ def expect(error, message):
     return pytest.raises(error, match=re.escape(message))
 
 
+@pytest.mark.setup("TRL SFTTrainer", "texts with a route a document")
 def test_texts(tmp_path):
     """One route a document; the trainer's own collator drops the column."""
     model = cases.routed()
@@ -72,6 +73,9 @@ def test_texts(tmp_path):
     cases.assert_routed(got, unrouted_step(model, TOKENIZED))
 
 
+@pytest.mark.setup(
+    "TRL SFTTrainer", "tokens with a route each; any collator, with and without remove_unused_columns"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("removes", [True, False])
 @pytest.mark.parametrize("collator", [None, RouteCollator(pad_token_id=0)])
@@ -90,6 +94,7 @@ def test_next_token(tmp_path):
     cases.assert_close(got, cases.stepped_on(model, rows, align="next_token"))
 
 
+@pytest.mark.setup("TRL SFTTrainer", "prompts and completions")
 @pytest.mark.slow
 @pytest.mark.parametrize("completion_only", [True, False])
 def test_prompts_and_completions(tmp_path, completion_only):
@@ -101,6 +106,7 @@ def test_prompts_and_completions(tmp_path, completion_only):
     cases.assert_close(got, cases.stepped_on(model, examples))
 
 
+@pytest.mark.setup("TRL SFTTrainer", "chats, also with assistant_only_loss")
 @pytest.mark.slow
 @pytest.mark.parametrize("assistant_only", [True, False])
 def test_chats(tmp_path, assistant_only):
@@ -119,6 +125,7 @@ def test_chats(tmp_path, assistant_only):
     cases.assert_close(got, cases.stepped_on(model, examples))
 
 
+@pytest.mark.setup("TRL SFTTrainer", "truncation")
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "kept"), [("keep_start", slice(0, 4)), ("keep_end", slice(-4, None))])
 def test_truncation(tmp_path, mode, kept):
@@ -140,6 +147,7 @@ def pieces(rows, width):
     ]
 
 
+@pytest.mark.setup("TRL SFTTrainer", "packing and padding_free")
 @pytest.mark.slow
 @pytest.mark.parametrize("align", ["position", "next_token"])
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
@@ -203,6 +211,7 @@ def test_options(tmp_path, options):
     cases.assert_close(trained(tmp_path, model, rows, **options), cases.stepped_on(model, rows))
 
 
+@pytest.mark.setup("TRL SFTTrainer", "bf16")
 @pytest.mark.slow
 def test_mixed_precision(tmp_path):
     """bf16 autocast rounds gradients; parameters that a route may not train stay bit for bit, though."""
@@ -237,6 +246,7 @@ def test_streamed_datasets(tmp_path):
     cases.assert_close(trained(tmp_path, model, streamed), cases.stepped_on(model, TOKENIZED))
 
 
+@pytest.mark.setup("TRL SFTTrainer", "PEFT adapters")
 @pytest.mark.slow
 def test_adapters(tmp_path):
     """LoRA adapters that stand before route(): one for each route."""
@@ -289,6 +299,11 @@ def test_the_model_after_training(tmp_path):
         assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
+@pytest.mark.setup(
+    "TRL SFTTrainer",
+    "SFTTrainer itself, with its own collator",
+    refused="it drops the routes; RoutedTrainerMixin keeps them",
+)
 def test_the_trainer_itself_does_not_train_without_routes(tmp_path):
     """TRL's own class and collator drop the routes: training raises, and not where it is meant."""
     model = cases.routed()

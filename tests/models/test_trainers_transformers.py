@@ -46,6 +46,7 @@ def expect(error, message):
     return pytest.raises(error, match=re.escape(message))
 
 
+@pytest.mark.setup("Trainer", "RoutedTrainerMixin, with any collator")
 @pytest.mark.parametrize("removes", [True, False])
 @pytest.mark.parametrize("arrow", [True, False])
 def test_the_default_collator(tmp_path, removes, arrow):
@@ -146,6 +147,7 @@ def test_subclasses(tmp_path):
     assert routed_trainer(Doubled) is routed_trainer(Doubled)
 
 
+@pytest.mark.setup("Trainer", "RoutedTrainerMixin, a batch without routes", refused="it would train unrouted")
 def test_a_batch_without_routes_is_refused(tmp_path):
     model = cases.routed()
     plain = [{name: row[name] for name in ("input_ids", "labels")} for row in EVEN]
@@ -181,6 +183,7 @@ def test_wrong_models_and_trainers(tmp_path):
         routed_trainer(RoutedTrainer)
 
 
+@pytest.mark.setup("Trainer", "RoutedTrainerMixin, torch_compile=True")
 @pytest.mark.slow
 def test_compiled(tmp_path):
     model = cases.routed()
@@ -192,6 +195,7 @@ def test_compiled(tmp_path):
     )
 
 
+@pytest.mark.setup("Trainer", "RoutedTrainerMixin, activation checkpointing")
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}])
 def test_checkpointing(tmp_path, options):
     model = cases.routed()

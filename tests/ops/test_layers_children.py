@@ -178,6 +178,9 @@ def assert_close(got: list[Tensor], expected: list[Tensor]) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.setup(
+    "Modules and hooks", "hooks, parametrize, weight_norm, prune and other modules below gradroute's layers"
+)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("change", CHILDREN)
 def test_submodules_do_what_a_call_of_them_does(layer: str, change: str) -> None:
@@ -247,6 +250,11 @@ def test_updates_of_a_parametrized_submodule() -> None:
         torch.testing.assert_close(original.grad, 2 * getattr(plain, name).weight.grad)
 
 
+@pytest.mark.setup(
+    "Modules and hooks",
+    "tables of parameters for submodules with hooks, weight_norm or prune",
+    refused="their gradients cannot be routed; RoutedLinear's can",
+)
 @pytest.mark.parametrize("change", ["forward hook", "pruned", "old weight_norm", "another class"])
 def test_updates_of_submodules_that_must_be_called_are_refused(change: str) -> None:
     """Who may update a weight cannot be said around a call; the message says what can."""

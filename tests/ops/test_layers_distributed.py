@@ -34,6 +34,9 @@ def results(tmp_path_factory):
     return [torch.load(directory / f"{rank}.pt") for rank in range(layers_worker.RANKS)]
 
 
+@pytest.mark.setup("FSDP1", "around gradroute's layers or their linear layers")
+@pytest.mark.setup("FSDP2", "fully_shard of gradroute's layers or of their linear layers")
+@pytest.mark.setup("Tensor parallelism", "ColwiseParallel and RowwiseParallel of RoutedLinear")
 @pytest.mark.parametrize("cell", layers_worker.CELLS)
 def test_gradients_are_those_of_one_process(results, cell):
     """Outputs and gradients, also of parameters that a rank has a part of, against the idiom or the whole layer."""
@@ -42,6 +45,16 @@ def test_gradients_are_those_of_one_process(results, cell):
         assert of_rank[cell] <= TOLERANCE
 
 
+@pytest.mark.setup(
+    "FSDP1",
+    "tables of parameters for linear layers that are wrapped one by one",
+    refused="their gradients cannot be routed",
+)
+@pytest.mark.setup(
+    "Tensor parallelism",
+    "torch's own styles for norms, embeddings and tables by feature",
+    refused="a rank would need its part of the tables",
+)
 @pytest.mark.parametrize("cell", layers_worker.REFUSALS)
 def test_what_cannot_be_right_is_refused(results, cell):
     """The reason is named before a gradient exists, and where sharding is the reason, what shards models."""

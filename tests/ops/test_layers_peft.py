@@ -102,6 +102,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.setup("PEFT", "LoRA below RoutedMLP, RoutedGatedMLP and RoutedAttention")
 @pytest.mark.parametrize("name", LAYERS)
 def test_adapters_of_submodules(name: str) -> None:
     """LoRA on what a layer would otherwise read computes, with routes and without, and has the idiom's gradients."""
@@ -162,6 +163,7 @@ def test_updates_of_rows_of_an_adapter() -> None:
     assert not torch.allclose(got[b][5:], whole[b][5:])
 
 
+@pytest.mark.setup("PEFT", "LoRA around RoutedLinear and RoutedEmbedding: A and B learn by the layer's sites")
 @pytest.mark.parametrize("site", ["output", "update_rows", "update_cols", "input"])
 def test_adapters_around_a_routed_linear(site: str) -> None:
     """What PEFT puts around a RoutedLinear learns by its sites, with nothing more to call."""
@@ -236,6 +238,11 @@ def test_copies_of_adapted_layers() -> None:
         torch.testing.assert_close(trained(other), trained(adapted), rtol=0, atol=0)
 
 
+@pytest.mark.setup(
+    "PEFT",
+    "other methods around RoutedLinear and RoutedEmbedding",
+    refused="what they learn could not be routed",
+)
 def test_other_adapters_are_refused_beside_routes() -> None:
     x = torch.randn(*IDS.shape, D_MODEL)
     layer = RoutedLinear(D_MODEL, D_MODEL, sites=LinearSites(output=NOT_ROUTE_1))

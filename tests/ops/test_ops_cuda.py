@@ -9,6 +9,7 @@ from gradroute import Routes, testing
 from gradroute.testing import assert_same_bits, sample
 
 
+@pytest.mark.setup("CUDA graphs", "every op, with Routes made inside the capture", unrun=True)
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_cuda_graph(backend):

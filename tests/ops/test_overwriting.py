@@ -143,6 +143,7 @@ def run_checkpointed(call, backend, policy):
     return Result(output.detach(), dict(zip(wanted, gradients, strict=True)))
 
 
+@pytest.mark.setup("Checkpointing", "selective, with any policy, every op")
 @in_tiers
 def test_selective_checkpointing(op, backend, device):
     """Whatever a policy keeps, gradients have the bits of the op without a checkpoint."""

@@ -28,6 +28,7 @@ def fake_call(call, mode):
     )
 
 
+@pytest.mark.setup("FakeTensorMode", "every op, forward and backward")
 @in_tiers
 def test_under_fake_tensors(op, backend, device):
     """Forward and backward give shapes and dtypes, read nothing, and leave nothing behind in tables."""
@@ -50,6 +51,7 @@ def test_under_fake_tensors(op, backend, device):
     call.assert_within_budget(backend)
 
 
+@pytest.mark.setup("FakeTensorMode", "layers and tables made in it")
 def test_layers_and_their_tables_made_under_fake_tensors():
     """What a memory estimate does: the model is made there, with its tables, and trains a step."""
     with FakeTensorMode():
@@ -62,6 +64,7 @@ def test_layers_and_their_tables_made_under_fake_tensors():
     assert linear.weight.grad.shape == (4, 4)
 
 
+@pytest.mark.setup("torch.func", "grad and vjp of every op")
 @in_tiers
 def test_first_derivatives_of_torch_func(op, backend, device):
     """grad and vjp have the bits of autograd, of parameters that require a gradient as well."""
@@ -116,6 +119,7 @@ def test_gradients_sample_by_sample(loss):
         assert torch.equal(torch.func.grad(loss)(w, sample), expected)
 
 
+@pytest.mark.setup("torch.func", "second derivatives", refused="a routed gradient has none")
 def test_second_derivatives_of_torch_func_are_refused(loss):
     """Where somebody differentiates again, by a transform or by autograd, and nowhere else."""
 
@@ -139,6 +143,9 @@ def test_forward_mode_is_refused(loss):
         torch.func.hessian(loss)(w, x)
 
 
+@pytest.mark.setup(
+    "torch.func", "vmap over routed ops", refused="a batch is one call: its routes belong to all of it"
+)
 def test_batches_of_vmap_are_refused(loss):
     with pytest.raises(RuntimeError, match=BATCHED):
         torch.func.vmap(torch.func.grad(loss), (None, 0))(w, torch.randn(2, 3, 4))

@@ -56,6 +56,9 @@ def spans_in(length, draw):
     return [tuple(sorted(span)) for span in draw(st.lists(st.tuples(places, places), max_size=4))]
 
 
+@pytest.mark.setup(
+    "Tokenizers", "match_spans with every fast tokenizer: byte-level BPE, SentencePiece, WordPiece, Unigram"
+)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25)
 @given(texts_, st.booleans(), st.data())

@@ -26,6 +26,9 @@ def marks(kind, text, **options):
     return match_ngrams(torch.tensor(encoding.ids), sequences), words, encoding.tokens
 
 
+@pytest.mark.setup(
+    "Tokenizers", "token_sequences: a word at a line's start, in brackets, quotes and beside punctuation"
+)
 @pytest.mark.parametrize("kind", SPLITTING)
 def test_words_are_found_between_all_neighbours(kind):
     """At a line's start, behind brackets, quotes, dashes and tabs; nothing is warned of, for nothing is missed."""
@@ -49,6 +52,10 @@ def test_wordpiece_takes_signs_for_letters():
     assert words.sum() > 15
 
 
+@pytest.mark.setup(
+    "Tokenizers",
+    "token_sequences where a tokenizer merges a word with its neighbours: a warning names the spellings",
+)
 @pytest.mark.parametrize("kind", ["unsplit", "llama2"])
 def test_spellings_that_are_merged_are_warned_of(kind):
     """A tokenizer that splits nowhere makes tokens of a word's end and what follows."""
