@@ -175,7 +175,7 @@ class TopModel(Swapped):
         warnings.warn(
             f"{type(self).__name__}: got a forward in training mode without route_ids, in which every token trains "
             "every parameter (a collator may have dropped the column); expected route_ids or routes, or "
-            "`with gradroute.models.unrouted(model):` where that is meant",
+            "unrouted(model) around it where that is meant",
             UnroutedWarning,
             stacklevel=9,
         )
