@@ -122,7 +122,11 @@ def features(linear: AnyModule) -> tuple[int, int]:
     """The number of outputs and of inputs of a linear layer, or of what stands for one."""
     if hasattr(linear, "out_features"):
         return linear.out_features, linear.in_features
-    inputs, outputs = linear.weight.shape  # transformers' Conv1D
+    if not is_transposed(linear):
+        raise TypeError(
+            f"got a {full_name(linear)}, expected a linear layer with in_features and out_features"
+        )
+    inputs, outputs = linear.weight.shape
     return outputs, inputs
 
 

@@ -349,6 +349,16 @@ def test_layers_that_store_packed_numbers():
         route(eight_bits(), RoutingPlan(2, mlp=MLPSites(update=HIDDEN)))
 
 
+def test_layers_that_do_not_say_their_width():
+    """Some quantised layers are linear in all but their attributes' names."""
+    model = llama()
+    model.model.layers[0].mlp.down_proj = nn.Identity()
+    with expect(
+        TypeError, "nn.modules.linear.Identity, expected a linear layer with in_features and out_features"
+    ):
+        route(model, HIDDEN_ALONE)
+
+
 # Adapters around quantised layers (QLoRA).
 
 

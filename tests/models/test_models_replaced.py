@@ -131,11 +131,38 @@ def test_forwards_that_swallow_routes_are_found_out(name):
     ids=["layers", "the head alone"],
 )
 def test_another_forward_of_the_model_is_found_out(plan):
-    """Where no decoder layer is routed, nothing else would notice that ids were swallowed."""
+    """Where no decoder layer is routed, nothing but the model itself would notice that ids were swallowed."""
     model, plain = model_and_plain(plan)
     bind(model, plain, "")
-    with pytest.raises((RuntimeError, TypeError), match="forward was replaced"):
+    with pytest.raises(ValueError, match="past the routed model whose lm_head the plan routes too"):
         backward(model, tokens(), route_ids=mixed_ids(tokens()))
+
+
+def swallow(model):
+    """A forward of the model that drops what it does not know."""
+    ordinary = type(model).original.forward
+    model.forward = lambda input_ids, labels, **others: ordinary(model, input_ids=input_ids, labels=labels)
+
+
+@pytest.mark.filterwarnings("ignore:LlamaModel. got a forward in training mode without route_ids")
+@pytest.mark.parametrize("name", ["lm_head", "mlp"])
+def test_a_forward_of_the_model_that_drops_ids_is_found_out(name):
+    plan = RoutingPlan(2, **{name: getattr(PLAN, name)})
+    model, _ = model_and_plain(plan)
+    swallow(model)
+    with expect("route_ids: got routes for a model whose forward was replaced since route()"):
+        backward(model, tokens(), route_ids=mixed_ids(tokens()))
+
+
+@pytest.mark.parametrize("name", ["mlp", "embedding"])
+def test_the_ordinary_forward_of_the_model_hands_ids_on(name):
+    """To the base model, which takes routes too."""
+    plan = RoutingPlan(2, **{name: getattr(PLAN, name)})
+    model, plain = model_and_plain(plan)
+    x = tokens()
+    expected = backward(model, x, route_ids=mixed_ids(x))
+    bind(model, plain, "")
+    assert_gradients_close(backward(model, x, route_ids=mixed_ids(x)), expected, 0.0)
 
 
 def test_forwards_that_pass_everything_on_stay():
