@@ -184,6 +184,7 @@ def test_the_trainer_itself_does_not_train_without_routes(tmp_path):
         cases.trained(made)
 
 
+@pytest.mark.slow
 def test_wrong_routes(tmp_path):
     wrong = [row | {"route_ids": [0, 1, 0]} for row in rows()]
     made = routed_trainer(DPOTrainer)(

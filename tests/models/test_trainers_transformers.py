@@ -47,8 +47,8 @@ def expect(error, message):
 
 
 @pytest.mark.setup("Trainer", "RoutedTrainerMixin, with any collator")
-@pytest.mark.parametrize("removes", [True, False])
-@pytest.mark.parametrize("arrow", [True, False])
+@pytest.mark.parametrize("removes", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arrow", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_default_collator(tmp_path, removes, arrow):
     model = cases.routed()
     data = cases.dataset(EVEN) if arrow else EVEN
@@ -60,6 +60,7 @@ def test_the_default_collator(tmp_path, removes, arrow):
     cases.assert_routed(got, unrouted(model, EVEN))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -79,6 +80,7 @@ def test_collators(tmp_path, make):
     cases.assert_close(got, cases.stepped_on(model, DOCUMENTS))
 
 
+@pytest.mark.slow
 def test_a_plan_of_attention_packed(tmp_path):
     """Documents in one row keep apart in routed attention too."""
     from gradroute import AttentionSites
@@ -92,6 +94,7 @@ def test_a_plan_of_attention_packed(tmp_path):
     cases.assert_close(got, cases.stepped_on(model, DOCUMENTS))
 
 
+@pytest.mark.slow
 def test_next_token(tmp_path):
     model = cases.routed()
     made = trainer(tmp_path, copy.deepcopy(model), EVEN, default_data_collator, route_align="next_token")
@@ -100,6 +103,7 @@ def test_next_token(tmp_path):
     cases.assert_routed(got, cases.stepped_on(model, EVEN))
 
 
+@pytest.mark.slow
 def test_accumulation(tmp_path):
     """Two batches of documents that differ in length have the gradient of one of them all."""
     model = cases.routed()
@@ -123,6 +127,7 @@ def test_evaluation_is_unrouted(tmp_path):
     assert made.predict(EVEN).metrics["test_loss"] == pytest.approx(plain, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_subclasses(tmp_path):
     """Of a routed trainer, and routed ones of subclasses."""
 
@@ -195,6 +200,7 @@ def test_compiled(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.setup("Trainer", "RoutedTrainerMixin, activation checkpointing")
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}])
 def test_checkpointing(tmp_path, options):
