@@ -4,6 +4,9 @@ PYTHON ?= python3
 EXTRAS ?= test
 PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
+OTHER_TORCHES ?= 2.10.0 2.11.0
+TORCH_TESTS := $(addprefix tests/ops/test_,compile.py layers_compiled.py overwriting.py transforms.py) \
+	tests/toolkit/test_optim.py
 GPU_WORKERS ?= 8
 BENCH_ARGS ?=
 OUT ?= bench/results/local
@@ -14,14 +17,15 @@ NATIVE := $(VENV)/.native-$(GRADROUTE_NATIVE)-$(GRADROUTE_CUDA)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help installed venv demo experiments test test-all lint sanitize docs gpu wheel check-wheel clean
+.PHONY: help installed venv demo experiments test test-all test-torch lint sanitize docs gpu wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
 	@echo "make venv   only the environment .venv, with this checkout in it (EXTRAS=models,bench: those extras alone)"
 	@echo "make test   lint, then the first tier of the tests: every op, backend, dtype, table and site (PYTEST_WORKERS,"
 	@echo "            PYTEST_ARGS)"
-	@echo "make test-all  lint, then both tiers: every test that this machine can run"
+	@echo "make test-all  lint, then both tiers and test-torch: every test that this machine can run"
+	@echo "make test-torch  the tests of compiling and of autograd with other versions of torch (OTHER_TORCHES)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make sanitize  the native module's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make docs   the manual in build/site, with every link and reference checked"
@@ -82,6 +86,27 @@ test: lint
 
 test-all: test
 	$(RUN_TESTS) -m slow $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-torch
+
+# What differs between versions of torch: Dynamo and autograd. Each has an environment of its own, with the CUDA build of
+# Linux, which works without a device: 5 to 7 GB. The pins are those of constraints.txt, less what torch brings.
+.venv-torch-%/.installed: constraints.txt tests/other_torch.txt
+	rm -rf .venv-torch-$*
+	$(PYTHON) -m venv .venv-torch-$*
+	grep -vE "^(torch|triton|setuptools|numpy)==" constraints.txt | cat - tests/other_torch.txt > .venv-torch-$*/pins.txt
+	.venv-torch-$*/bin/python -m pip install --no-compile -c .venv-torch-$*/pins.txt \
+		torch==$* numpy pytest pytest-xdist hypothesis "transformers>=5.12" accelerate
+	touch $@
+
+# Triton 3.6 converts arrays in a way that NumPy warns of, in its interpreter alone.
+test-torch: $(NATIVE) $(OTHER_TORCHES:%=.venv-torch-%/.installed)
+	status=0; \
+	for version in $(OTHER_TORCHES); do \
+		OMP_NUM_THREADS=1 .venv-torch-$$version/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
+			-W "ignore:Conversion of an array with ndim:DeprecationWarning" -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS) \
+			|| status=$$?; \
+	done; \
+	exit $$status
 
 lint: installed
 	$(VENV)/bin/ruff check
@@ -127,4 +152,4 @@ check-wheel: $(BUILD_TOOLS)
 clean:
 	rm -rf gradroute/_native* $(VENV)/.native* build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path "./$(VENV)*" -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -143,7 +143,9 @@ class RoutedAdamW(Optimizer):
             fused_backend(device, dtype)  # raises before anything is counted
         for gradient, touched in zip(gradients, touched_blocks(gradients), strict=True):
             update = self._update_of(gradient, touched)
-            key = id(update.group), update.parameter.device, update.parameter.dtype, update.is_fused()
+            # Not id(): Dynamo of torch 2.11 knows no id of a dict.
+            number = [group is update.group for group in self.param_groups].index(True)
+            key = number, update.parameter.device, update.parameter.dtype, update.is_fused()
             alike.setdefault(key, []).append(update)
         for (*_, is_fused), updates in alike.items():
             corrections = Corrections.of(updates)

@@ -91,13 +91,18 @@ def test_first_derivatives_of_torch_func(op, backend, device):
 
 
 @pytest.fixture(params=backends.OPS["routed_linear"])
-def loss(request):
-    """w [5, 4], x [3, 4] → a loss."""
+def backend(request):
     cases.require(request.param, torch.device("cpu"))
+    return request.param
+
+
+@pytest.fixture
+def loss(backend):
+    """w [5, 4], x [3, 4] → a loss."""
     routes, sites = Routes.of([0, 1, 0], 2), LinearSites(output=[[1.0], [0.5]])
 
     def function(w, x):
-        return routed_linear(x, w, None, routes, sites, backend=request.param).square().sum()
+        return routed_linear(x, w, None, routes, sites, backend=backend).square().sum()
 
     return function
 
