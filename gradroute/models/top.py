@@ -177,7 +177,7 @@ class TopModel(Swapped):
             "every parameter (a collator may have dropped the column); expected route_ids or routes, or "
             "unrouted(model) around it where that is meant",
             UnroutedWarning,
-            stacklevel=9,
+            stacklevel=11,
         )
 
     def _routed(self, routes: Routes, kwargs: dict[str, Argument]) -> Argument:

@@ -42,6 +42,7 @@ def trained(model, size, **options):
 
 @pytest.mark.setup("Accelerate", "prepare and accumulate")
 @pytest.mark.parametrize("size", [4, 2])
+@pytest.mark.setup("Accelerate", "prepare, accumulate")
 def test_accumulation(size):
     """Batches of as many tokens, so that the mean of their means is that of all."""
     model = cases.routed()
@@ -51,6 +52,7 @@ def test_accumulation(size):
 
 @pytest.mark.setup("Accelerate", "mixed precision and unwrap_model")
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.setup("Accelerate", "mixed precision, unwrap_model, then unroute")
 def test_mixed_precision_and_unwrapping(keep):
     """Unwrapped, the model is routed still; it is unrouted, and routed again."""
     model = cases.routed()

@@ -40,6 +40,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["Trainer", "SFTTrainer"])
+@pytest.mark.setup("DDP", "routed_trainer of Trainer and SFTTrainer, two processes")
 def test_a_step_is_that_of_one_process(results, name):
     model = tiny.llama()
     model.load_state_dict(results[f"{name}-0"]["before"])

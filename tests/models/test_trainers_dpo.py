@@ -103,6 +103,7 @@ def reference_of(model):
     ],
     ids=lambda options: "-".join(options) or "none",
 )
+@pytest.mark.setup("TRL DPOTrainer", "routed_trainer: a route a pair or two, the reference unrouted")
 def test_a_step(tmp_path, options):
     model = cases.routed()
     reference = reference_of(model)
@@ -122,6 +123,7 @@ def test_a_reference_that_is_routed_too_is_not_given_routes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.setup("TRL DPOTrainer", "routed_trainer: a plan of the head, by all logits")
 def test_a_plan_of_the_head(tmp_path):
     model = cases.routed(RoutingPlan(2, lm_head=LinearSites(update_rows=[[1.0], [0.0]])))
     reference = reference_of(model)
@@ -130,6 +132,7 @@ def test_a_plan_of_the_head(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.setup("TRL DPOTrainer", "routed_trainer: adapters, whose copy is the reference")
 def test_adapters_whose_reference_is_a_copy_of_them(tmp_path):
     """The trainer adds that copy, "ref", to the routed model, and makes it active for the reference's forward."""
     peft = pytest.importorskip("peft")

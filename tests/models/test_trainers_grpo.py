@@ -106,6 +106,7 @@ def whole(routes, batch):
     ],
     ids=lambda options: "-".join(options) or "none",
 )
+@pytest.mark.setup("TRL GRPOTrainer", "routed_trainer: routes by a function of the rollouts")
 def test_routes_by_a_function_of_the_rollouts(tmp_path, options):
     """A function that looks at the completions chooses which part of the model they train."""
     model = cases.routed()
@@ -166,6 +167,7 @@ def test_routes_of_the_prompts(tmp_path):
     ],
     ids=lambda options: "-".join(options),
 )
+@pytest.mark.setup("TRL GRPOTrainer", "routed_trainer: rollouts that several steps use")
 def test_rollouts_that_several_steps_use(tmp_path, plan, options):
     """Shuffled and split, each rollout keeps its route; the ratio to old log-probabilities starts at 1."""
     model = cases.routed(plan())
@@ -227,6 +229,7 @@ def test_what_a_function_is_given(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.setup("TRL GRPOTrainer", "routed_trainer: adapters, whose copy is the reference")
 def test_the_reference_and_evaluation_are_unrouted(tmp_path):
     """The reference is a copy of the adapters, under a plan that hides units from tokens of the base route."""
     peft = pytest.importorskip("peft")

@@ -59,6 +59,7 @@ def weights(module):
 
 @pytest.mark.setup("Lightning", "training_step with accumulation")
 @pytest.mark.parametrize(("options", "size"), [({}, 4), ({"accumulate_grad_batches": 4}, 1)])
+@pytest.mark.setup("Lightning", "training_step, accumulation")
 def test_a_step(tmp_path, options, size):
     model = cases.routed()
     module = Module(copy.deepcopy(model))
@@ -76,6 +77,7 @@ def test_a_step(tmp_path, options, size):
 @pytest.mark.setup("Lightning", "bf16-true and bf16-mixed, also with configure_model")
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.setup("Lightning", "bf16-true, bf16-mixed, configure_model")
 def test_precision(tmp_path, precision, configured):
     """The step of a plain loop in the same dtype, with tables of the weights that were written."""
     torch.manual_seed(0)
@@ -102,6 +104,7 @@ def test_precision(tmp_path, precision, configured):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.setup("Lightning", "checkpoints")
 @pytest.mark.setup("Lightning", "checkpoints")
 def test_checkpoints(tmp_path):
     """A saved step continues as the step that was not saved, and loads as a plain model's."""

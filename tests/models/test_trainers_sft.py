@@ -65,6 +65,7 @@ def expect(error, message):
 
 
 @pytest.mark.setup("TRL SFTTrainer", "texts with a route a document")
+@pytest.mark.setup("TRL SFTTrainer", "routed_trainer: texts, one route a document")
 def test_texts(tmp_path):
     """One route a document; the trainer's own collator drops the column."""
     model = cases.routed()
@@ -97,6 +98,7 @@ def test_next_token(tmp_path):
 @pytest.mark.setup("TRL SFTTrainer", "prompts and completions")
 @pytest.mark.slow
 @pytest.mark.parametrize("completion_only", [True, False])
+@pytest.mark.setup("TRL SFTTrainer", "routed_trainer: prompts and completions, completion_only_loss")
 def test_prompts_and_completions(tmp_path, completion_only):
     model = cases.routed()
     examples = [row | {"labels": row["input_ids"]} for row in TOKENIZED]
@@ -109,6 +111,7 @@ def test_prompts_and_completions(tmp_path, completion_only):
 @pytest.mark.setup("TRL SFTTrainer", "chats, also with assistant_only_loss")
 @pytest.mark.slow
 @pytest.mark.parametrize("assistant_only", [True, False])
+@pytest.mark.setup("TRL SFTTrainer", "routed_trainer: chats, assistant_only_loss")
 def test_chats(tmp_path, assistant_only):
     """Two turns, whose tokens are those of the template; the loss of the assistant's alone."""
     model, rows, examples = cases.routed(), [], []
@@ -128,6 +131,7 @@ def test_chats(tmp_path, assistant_only):
 @pytest.mark.setup("TRL SFTTrainer", "truncation")
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "kept"), [("keep_start", slice(0, 4)), ("keep_end", slice(-4, None))])
+@pytest.mark.setup("TRL SFTTrainer", "routed_trainer: truncation")
 def test_truncation(tmp_path, mode, kept):
     """A document's routes are cut where its tokens are; one whose labels are all cut goes with its routes."""
     model = cases.routed()
@@ -151,6 +155,7 @@ def pieces(rows, width):
 @pytest.mark.slow
 @pytest.mark.parametrize("align", ["position", "next_token"])
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+@pytest.mark.setup("TRL SFTTrainer", "routed_trainer: packing by bfd, bfd_split and wrapped")
 def test_packing(tmp_path, strategy, align):
     """Rows of several documents, whose tokens each have a route of their own."""
     model, width = cases.routed(), 6
@@ -206,6 +211,7 @@ def test_packed_documents_keep_their_routes(tmp_path):
     ],
     ids=lambda options: "-".join(options),
 )
+@pytest.mark.setup("TRL SFTTrainer", "routed_trainer: padding-free, accumulation, checkpoints, torch_compile")
 def test_options(tmp_path, options):
     model, rows = cases.routed(), [by_token(row) for row in TOKENIZED]
     cases.assert_close(trained(tmp_path, model, rows, **options), cases.stepped_on(model, rows))
@@ -304,6 +310,7 @@ def test_the_model_after_training(tmp_path):
     "SFTTrainer itself, with its own collator",
     refused="it drops the routes; RoutedTrainerMixin keeps them",
 )
+@pytest.mark.setup("TRL SFTTrainer", "SFTTrainer itself", refused="its collator drops the routes")
 def test_the_trainer_itself_does_not_train_without_routes(tmp_path):
     """TRL's own class and collator drop the routes: training raises, and not where it is meant."""
     model = cases.routed()
@@ -319,6 +326,7 @@ def test_the_trainer_itself_does_not_train_without_routes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.setup("TRL SFTTrainer", "SFTTrainer itself, RouteCollator and remove_unused_columns=False")
 def test_the_trainer_itself_with_a_route_collator(tmp_path):
     model = cases.routed()
     rows = [by_token(row) | {"labels": row["input_ids"]} for row in TOKENIZED]
@@ -346,6 +354,7 @@ def test_wrong_datasets(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("align", ["position", "next_token"])
+@pytest.mark.setup("TRL SFTTrainer", "routed_trainer: a plan of the head, by all logits")
 def test_a_plan_of_the_head(tmp_path, align):
     """TRL's fused head reads the head's weight; where the plan routes it, all logits are computed."""
     retain_only = [[1.0], [0.0]]

@@ -49,6 +49,7 @@ def expect(error, message):
 @pytest.mark.setup("Trainer", "RoutedTrainerMixin, with any collator")
 @pytest.mark.parametrize("removes", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arrow", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.setup("Trainer", "routed_trainer: any collator that pads, unused columns removed or not")
 def test_the_default_collator(tmp_path, removes, arrow):
     model = cases.routed()
     data = cases.dataset(EVEN) if arrow else EVEN
@@ -70,6 +71,7 @@ def test_the_default_collator(tmp_path, removes, arrow):
     ],
     ids=["RouteCollator", "language modelling", "flattening"],
 )
+@pytest.mark.setup("Trainer", "routed_trainer: DataCollatorForLanguageModeling, DataCollatorWithFlattening")
 def test_collators(tmp_path, make):
     """What transformers' collators make of documents of several lengths has the gradient of RouteCollator's batch."""
     model, collator = cases.routed(), make()
@@ -153,6 +155,7 @@ def test_subclasses(tmp_path):
 
 
 @pytest.mark.setup("Trainer", "RoutedTrainerMixin, a batch without routes", refused="it would train unrouted")
+@pytest.mark.setup("Trainer", "routed_trainer: a batch without routes", refused="it would train unrouted")
 def test_a_batch_without_routes_is_refused(tmp_path):
     model = cases.routed()
     plain = [{name: row[name] for name in ("input_ids", "labels")} for row in EVEN]
