@@ -60,24 +60,17 @@ def is_plain(tensor: object) -> bool:
 
 
 def _computes_as_tensor(kind: type) -> bool:
+    if not issubclass(kind, Tensor):
+        return False
     if kind.__module__.startswith("torch._subclasses."):
         return True
-    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)  # type: ignore[attr-defined]
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     ordinary = (Tensor.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in ordinary  # type: ignore[attr-defined]
-
-
-def check_bias(name: str, tensor: Tensor | None, features: int, weight: Tensor) -> None:
-    """As `check_parameter`, of a bias, which may be None, beside a weight of a linear layer."""
-    if tensor is not None:
-        check_parameter(name, tensor, features)
-        check_dtype(name, tensor, weight)
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in ordinary
 
 
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
-    """Raises TypeError where two operands of a product differ in dtype, and no autocast makes them alike."""
-    if x.dtype is weight.dtype:
-        return
+    """Raises TypeError, of operands that differ in dtype, where no autocast makes them alike."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"{name}: got dtype {x.dtype} beside a weight of {weight.dtype}, expected one dtype for both, or autocast"
@@ -86,9 +79,8 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
 
 def check_parameter(name: str, tensor: Any, *expected: int) -> None:
     """As `check_shape`; raises TypeError where a parameter is not plain, because ops read its numbers."""
-    if not isinstance(tensor, Tensor):
-        check_tensor(name, tensor)
     if not is_plain(tensor):
+        check_tensor(name, tensor)
         raise TypeError(
             f"{name}: got a {type(tensor).__name__}, expected an ordinary tensor, whose numbers are read: call the "
             "layer of this one, and mask around it with gradroute.route_grad; of a DTensor pass to_local()"
@@ -96,12 +88,13 @@ def check_parameter(name: str, tensor: Any, *expected: int) -> None:
     check_shape(name, tensor, *expected)
 
 
-def check_features(name: str, x: Tensor, features: int, origin: str, weight: Tensor) -> None:
+def check_features(name: str, x: Any, features: int, origin: str, weight: Tensor) -> None:
     """Raises ValueError unless the last dimension of `x` is `features`, which `origin` explains, and both have memory.
 
     PyTorch refuses a weight on another device by itself, but computes with one on meta as if its numbers were there.
     """
-    check_tensor(name, x)
+    if not isinstance(x, Tensor):
+        check_tensor(name, x)
     if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected [*tokens, {features}] ({origin})")
     if weight.is_meta and not x.is_meta:

@@ -9,7 +9,6 @@ from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
 from .checks import (
     autocast,
-    check_bias,
     check_dtype,
     check_features,
     check_parameter,
@@ -71,14 +70,16 @@ def routed_gated_mlp(
     check_parameter("w_gate", w_gate, -1, -1)
     d_ff, d_model = w_gate.shape
     check_features("x", x, d_model, "w_gate is [d_ff, d_model]", w_gate)
-    check_dtype("x", x, w_gate)
+    if x.dtype is not w_gate.dtype:
+        check_dtype("x", x, w_gate)
     check_parameter("w_up", w_up, d_ff, d_model)
     check_parameter("w_down", w_down, -1, d_ff)
-    check_dtype("w_up", w_up, w_gate)
-    check_dtype("w_down", w_down, w_gate)
-    check_bias("b_gate", b_gate, d_ff, w_gate)
-    check_bias("b_up", b_up, d_ff, w_up)
-    check_bias("b_down", b_down, w_down.shape[0], w_down)
+    if b_gate is not None:
+        check_parameter("b_gate", b_gate, d_ff)
+    if b_up is not None:
+        check_parameter("b_up", b_up, d_ff)
+    if b_down is not None:
+        check_parameter("b_down", b_down, w_down.shape[0])
     routes.check(x, "x")
     sites.check(routes, MLPSites.widths(w_down.shape[0], d_ff, b_down))
     x, w_gate, w_up, w_down, b_gate, b_up, b_down = autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)

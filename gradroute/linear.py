@@ -13,7 +13,6 @@ from . import backends, reference
 from .arguments import shown
 from .checks import (
     autocast,
-    check_bias,
     check_dtype,
     check_features,
     check_parameter,
@@ -146,8 +145,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites
     check_parameter("weight", weight, -1, -1)
     outputs, inputs = weight.shape
     check_features("x", x, inputs, "weight is [O, I]", weight)
-    check_dtype("x", x, weight)
-    check_bias("bias", bias, outputs, weight)
+    if x.dtype is not weight.dtype:
+        check_dtype("x", x, weight)
+    if bias is not None:
+        check_parameter("bias", bias, outputs)
     routes.check(x, "x")
     sites.check(routes, LinearSites.widths(inputs, outputs, bias))
 

@@ -13,7 +13,6 @@ from . import backends, reference
 from .activations import ACTIVATIONS, check_activation
 from .checks import (
     autocast,
-    check_bias,
     check_dtype,
     check_features,
     check_parameter,
@@ -149,11 +148,13 @@ def routed_mlp(
     check_parameter("w_in", w_in, -1, -1)
     d_ff, d_model = w_in.shape
     check_features("x", x, d_model, "w_in is [d_ff, d_model]", w_in)
-    check_dtype("x", x, w_in)
-    check_bias("b_in", b_in, d_ff, w_in)
+    if x.dtype is not w_in.dtype:
+        check_dtype("x", x, w_in)
+    if b_in is not None:
+        check_parameter("b_in", b_in, d_ff)
     check_parameter("w_out", w_out, -1, d_ff)
-    check_dtype("w_out", w_out, w_in)
-    check_bias("b_out", b_out, w_out.shape[0], w_out)
+    if b_out is not None:
+        check_parameter("b_out", b_out, w_out.shape[0])
     routes.check(x, "x")
     sites.check(routes, MLPSites.widths(w_out.shape[0], d_ff, b_out))
     x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)

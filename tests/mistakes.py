@@ -107,7 +107,7 @@ def ops():
             {
                 "x": (None, *TENSOR, torch.ones(4, 3), torch.ones(3, 4), bf16),
                 "weight": (None, *TENSOR, torch.ones(4, 3), bf16),
-                "bias": (*TENSOR, torch.ones(3), B.bfloat16()),
+                "bias": (*TENSOR, torch.ones(3)),
                 **OF_OP,
                 "sites": (*SITES, OF_MLP),
             },

@@ -222,8 +222,8 @@ class RoutingPlan:
         for name, table in sites.tables.items():
             if table.num_routes != self.num_routes:
                 raise ValueError(
-                    f"RoutingPlan.{where}: {expected.__name__}.{name} has {table.num_routes} routes, expected "
-                    f"num_routes = {self.num_routes}"
+                    f"RoutingPlan.{where}: got {expected.__name__}.{name}, which has {table.num_routes} routes, "
+                    f"expected num_routes = {self.num_routes}"
                 )
         return sites
 

@@ -190,7 +190,8 @@ def localize_mlp(
 
     def sites(index: int, shape: Shape) -> MLPSites | None:
         _layers(chosen, shape.layers)
-        check_int("units", count, 1, shape.d_ff, optional=True)
+        if count is not None:
+            check_int("units", count, 1, shape.d_ff)
         table = localize(routes, shape.d_ff, {route: _some_of(which, shape.d_ff, "units")}, on, off)
         return MLPSites(hidden=table) if index in chosen else None
 
