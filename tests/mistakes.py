@@ -362,6 +362,16 @@ def routed(preset):
     return lambda **arguments: models.route(MODEL_OF_ALL, preset(**arguments))
 
 
+def forward_within(manager):
+    """A `with` block of a context manager, and a forward of the routed model in it."""
+
+    def call(**arguments):
+        with manager(**arguments):
+            ROUTED(torch.zeros(1, 2, dtype=torch.long))
+
+    return call
+
+
 def plans():
     """Plans, presets, and what makes a model routed."""
     of_route = {"route": (None, *INT, -1, 99999), "num_routes": (*INT, 0, -1, 99999), "off": NONE + NUMBER}
@@ -413,6 +423,17 @@ def plans():
         "models.tensor_parallel",
         Call(models.tensor_parallel, {"model": MODEL_OF_ALL, "mesh": None}, wrong, MODEL_OF_ALL),
     )
+    wrong = {
+        "model": MODEL,
+        "route_ids": (None, "x", THING, [0.5], [[9, 9]], [[0], [0, 1]]),
+        "route_strength": ("x", 1j, NAN, THING),
+        "routes": ROUTES,
+    }
+    right = {"model": ROUTED, "route_ids": [[0, 1]]}
+    yield "models.routing", Call(forward_within(models.routing), right, wrong, ROUTED)
+    yield "models.unrouted", Call(forward_within(models.unrouted), {}, {"model": MODEL})
+    wrong = {"trainer_class": (None, 3, "x", THING, int)}
+    yield "models.routed_trainer", Call(models.routed_trainer, {}, wrong)
     yield (
         "models.RouteCollator",
         Call(

@@ -86,7 +86,7 @@ def test_errors_of_plans_themselves():
         RoutingPlan(0, mlp=MLPSites())
     with expect(TypeError, "RoutingPlan.final_norm: got a MLPSites, expected NormSites or None"):
         RoutingPlan(2, final_norm=MLPSites())
-    with expect(ValueError, "RoutingPlan.embedding: EmbeddingSites.update has 3 routes"):
+    with expect(ValueError, "RoutingPlan.embedding: got EmbeddingSites.update, which has 3 routes"):
         RoutingPlan(2, embedding=EmbeddingSites(table(WIDTH, 3)))
     with expect(TypeError, "unexpected keyword argument"):
         RoutingPlan(2, mpl=MLPSites())
