@@ -40,7 +40,6 @@ def trained(model, size, **options):
     return model, accelerator
 
 
-@pytest.mark.setup("Accelerate", "prepare and accumulate")
 @pytest.mark.parametrize("size", [4, 2])
 @pytest.mark.setup("Accelerate", "prepare, accumulate")
 def test_accumulation(size):
@@ -50,7 +49,6 @@ def test_accumulation(size):
     cases.assert_close(cases.weights(accelerator.unwrap_model(prepared)), cases.stepped_on(model, DOCUMENTS))
 
 
-@pytest.mark.setup("Accelerate", "mixed precision and unwrap_model")
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.setup("Accelerate", "mixed precision, unwrap_model, then unroute")
 def test_mixed_precision_and_unwrapping(keep):

@@ -86,7 +86,6 @@ def reference_of(model):
     return reference
 
 
-@pytest.mark.setup("TRL DPOTrainer", "a route a pair, or one each for chosen and rejected")
 @pytest.mark.parametrize(
     "options",
     [

@@ -89,7 +89,6 @@ def whole(routes, batch):
     return routes.expand(-1, tokens_of(batch)[0].shape[1]) * tokens_of(batch)[1]
 
 
-@pytest.mark.setup("TRL GRPOTrainer", "routes by a function of the rollouts")
 @pytest.mark.parametrize(
     "options",
     [
@@ -155,7 +154,6 @@ def test_routes_of_the_prompts(tmp_path):
     cases.assert_close(got, cases.stepped(model, lambda copied: policy_loss(copied, batch, routes)))
 
 
-@pytest.mark.setup("TRL GRPOTrainer", "rollouts that several steps use")
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [cases.hidden_plan, cases.forward_plan])
 @pytest.mark.parametrize(

@@ -57,7 +57,6 @@ def weights(module):
     return cases.weights(module.model)
 
 
-@pytest.mark.setup("Lightning", "training_step with accumulation")
 @pytest.mark.parametrize(("options", "size"), [({}, 4), ({"accumulate_grad_batches": 4}, 1)])
 @pytest.mark.setup("Lightning", "training_step, accumulation")
 def test_a_step(tmp_path, options, size):
@@ -74,7 +73,6 @@ def test_a_step(tmp_path, options, size):
     cases.assert_routed(weights(module), cases.stepped_on(model, plain))
 
 
-@pytest.mark.setup("Lightning", "bf16-true and bf16-mixed, also with configure_model")
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("configured", [True, False])
 @pytest.mark.setup("Lightning", "bf16-true, bf16-mixed, configure_model")
@@ -105,7 +103,6 @@ def test_precision(tmp_path, precision, configured):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.setup("Lightning", "checkpoints")
 @pytest.mark.setup("Lightning", "checkpoints")
 def test_checkpoints(tmp_path):
     """A saved step continues as the step that was not saved, and loads as a plain model's."""

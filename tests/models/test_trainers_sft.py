@@ -64,7 +64,6 @@ def expect(error, message):
     return pytest.raises(error, match=re.escape(message))
 
 
-@pytest.mark.setup("TRL SFTTrainer", "texts with a route a document")
 @pytest.mark.setup("TRL SFTTrainer", "routed_trainer: texts, one route a document")
 def test_texts(tmp_path):
     """One route a document; the trainer's own collator drops the column."""
@@ -95,7 +94,6 @@ def test_next_token(tmp_path):
     cases.assert_close(got, cases.stepped_on(model, rows, align="next_token"))
 
 
-@pytest.mark.setup("TRL SFTTrainer", "prompts and completions")
 @pytest.mark.slow
 @pytest.mark.parametrize("completion_only", [True, False])
 @pytest.mark.setup("TRL SFTTrainer", "routed_trainer: prompts and completions, completion_only_loss")
@@ -108,7 +106,6 @@ def test_prompts_and_completions(tmp_path, completion_only):
     cases.assert_close(got, cases.stepped_on(model, examples))
 
 
-@pytest.mark.setup("TRL SFTTrainer", "chats, also with assistant_only_loss")
 @pytest.mark.slow
 @pytest.mark.parametrize("assistant_only", [True, False])
 @pytest.mark.setup("TRL SFTTrainer", "routed_trainer: chats, assistant_only_loss")
@@ -128,7 +125,6 @@ def test_chats(tmp_path, assistant_only):
     cases.assert_close(got, cases.stepped_on(model, examples))
 
 
-@pytest.mark.setup("TRL SFTTrainer", "truncation")
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "kept"), [("keep_start", slice(0, 4)), ("keep_end", slice(-4, None))])
 @pytest.mark.setup("TRL SFTTrainer", "routed_trainer: truncation")
@@ -151,7 +147,6 @@ def pieces(rows, width):
     ]
 
 
-@pytest.mark.setup("TRL SFTTrainer", "packing and padding_free")
 @pytest.mark.slow
 @pytest.mark.parametrize("align", ["position", "next_token"])
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
@@ -305,11 +300,6 @@ def test_the_model_after_training(tmp_path):
         assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
-@pytest.mark.setup(
-    "TRL SFTTrainer",
-    "SFTTrainer itself, with its own collator",
-    refused="it drops the routes; RoutedTrainerMixin keeps them",
-)
 @pytest.mark.setup("TRL SFTTrainer", "SFTTrainer itself", refused="its collator drops the routes")
 def test_the_trainer_itself_does_not_train_without_routes(tmp_path):
     """TRL's own class and collator drop the routes: training raises, and not where it is meant."""

@@ -46,7 +46,6 @@ def expect(error, message):
     return pytest.raises(error, match=re.escape(message))
 
 
-@pytest.mark.setup("Trainer", "RoutedTrainerMixin, with any collator")
 @pytest.mark.parametrize("removes", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arrow", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.setup("Trainer", "routed_trainer: any collator that pads, unused columns removed or not")
@@ -154,7 +153,6 @@ def test_subclasses(tmp_path):
     assert routed_trainer(Doubled) is routed_trainer(Doubled)
 
 
-@pytest.mark.setup("Trainer", "RoutedTrainerMixin, a batch without routes", refused="it would train unrouted")
 @pytest.mark.setup("Trainer", "routed_trainer: a batch without routes", refused="it would train unrouted")
 def test_a_batch_without_routes_is_refused(tmp_path):
     model = cases.routed()
