@@ -121,9 +121,9 @@ class _Trie(NamedTuple):
                     ends.append(False)
             ends[state] = True
         size = 1 + max(map(max, sequences))
-        keys = torch.tensor([state * size + token for state, token in steps], device="cpu")
+        keys = torch.tensor([state * size + token for state, token in steps], dtype=torch.int64, device="cpu")
         keys, order = keys.sort()
-        after = torch.tensor(list(steps.values()), device="cpu")[order]
+        after = torch.tensor(list(steps.values()), dtype=torch.int64, device="cpu")[order]
         of_first = keys < size  # the key of a step from state 0 is its token
         states = torch.zeros(size, dtype=torch.int64, device="cpu")
         states[keys[of_first]] = after[of_first]
@@ -135,7 +135,7 @@ class _Trie(NamedTuple):
             keys.to(device),
             after.to(device),
             slots.to(device),
-            torch.tensor(ends, device=device),
+            torch.tensor(ends, dtype=torch.bool, device=device),
             size,
             frozenset(map(len, sequences)),
         )

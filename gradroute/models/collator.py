@@ -143,7 +143,7 @@ class RouteCollator:
         missing = self._rounded_up(total) - total
         if missing:
             documents = [*documents, self._padding(missing, documents[0])]
-        lengths = torch.tensor([_length(document) for document in documents], device="cpu")
+        lengths = torch.tensor([_length(document) for document in documents], dtype=torch.int64, device="cpu")
         ends = lengths.cumsum(0)
         starts = ends - lengths
         row = _joined(documents)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import as_tensor
 from .collator import Column, RouteCollator, checked_ids, checked_strength, next_token
 
 ROUTE_COLUMNS = ("route_ids", "route_strength")
@@ -121,7 +122,10 @@ def _tokens(index: int, example: Example) -> Tensor:
             f"examples[{index}]: got the columns {', '.join(sorted(example))}, expected input_ids beside route_ids: a "
             "collator that tokenizes does not say which route a token has"
         )
-    return torch.as_tensor(example["input_ids"], device="cpu")
+    try:
+        return as_tensor(example["input_ids"], "integers").cpu()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"examples[{index}]['input_ids']: {error}") from None
 
 
 def checked_column(where: str, name: str, value: Column, n: int) -> Tensor:

@@ -38,7 +38,7 @@ def new_steps(parameter: Tensor, block_dim: int | None, count: float = 0.0) -> T
         placement if whole and getattr(placement, "dim", None) == block_dim else Replicate()
         for placement in parameter.placements
     ]
-    stride = torch.empty(whole, device="meta").stride()
+    stride = torch.empty(whole, dtype=torch.float32, device="meta").stride()
     return DTensor.from_local(
         local, parameter.device_mesh, placements, run_check=False, shape=whole, stride=stride
     )

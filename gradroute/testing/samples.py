@@ -215,14 +215,15 @@ def sample(
 def _routes(draw: Draw, num_routes: int, used: int, strength: str | None, flat_ids: bool) -> Routes:
     """Random ids in [0, used); per-token strengths are 0 and 1 in part, otherwise anything in [0, 1.25)."""
     ids = draw.integers(used, *draw.tokens)
-    per_token = 1.25 * torch.rand(draw.tokens, generator=draw.generator)
+    source = draw.generator.device
+    per_token = 1.25 * torch.rand(draw.tokens, generator=draw.generator, dtype=torch.float32, device=source)
     per_token.view(-1)[::3] = 1
     per_token.view(-1)[1::5] = 0
     strengths = {
         None: None,
         "token": per_token,
-        "scalar": torch.tensor(0.3),
-        "ones": torch.ones(draw.tokens),
+        "scalar": torch.tensor(0.3, dtype=torch.float32, device=source),
+        "ones": torch.ones(draw.tokens, dtype=torch.float32, device=source),
     }
     if strength not in strengths:
         raise ValueError(f"strength: got {strength!r}, expected one of {', '.join(map(repr, strengths))}")

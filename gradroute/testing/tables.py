@@ -21,16 +21,16 @@ def make_table(kind: str, num_routes: int, features: int, seed: int = 0) -> Tabl
     {-0.75, 1}; "dense" and "unused": any feature any of {0, 1, 0.5, -0.75} (for "unused", `sample` gives the last
     route no token); "sparse": the same, three quarters of it 0; "broadcast": the same, `[R, 1]`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def one_of(values: Iterable[float], columns: int) -> Tensor:
-        choice = torch.tensor(tuple(values))
-        return choice[torch.randint(len(choice), (num_routes, columns), generator=generator)]
+        choice = torch.tensor(tuple(values), dtype=torch.float32, device="cpu")
+        return choice[torch.randint(len(choice), (num_routes, columns), generator=generator, device="cpu")]
 
     mixed = (0.0, 1.0, 0.5, -0.75)
     pieces = {"blocks": (0.0, 1.0), "fractional": (0.5, 1.0), "negative": (-0.75, 1.0)}
     if kind in ("ones", "zeros"):
-        weights = torch.full((num_routes, features), float(kind == "ones"))
+        weights = torch.full((num_routes, features), float(kind == "ones"), dtype=torch.float32, device="cpu")
     elif kind in pieces:
         bounds = [piece * features // 4 for piece in range(5)]
         weights = torch.cat(

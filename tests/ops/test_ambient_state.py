@@ -1,6 +1,8 @@
 """Constants of gradroute are the same, and as usable, whatever state surrounds the call that makes them."""
 
+import ast
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from gradroute.labels import documents, frequency_strength, soft_weights
 from gradroute.models import Shape, era, localize_mlp, sgtm, steering
 from gradroute.tables import concatenate, heads, localize
 from gradroute.telemetry.batches import BatchRoutes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextlib.contextmanager
@@ -209,3 +213,26 @@ def test_a_model_expanded_in_inference_mode_trains():
     route_grad(model(x), routes, [[1.0], [0.5]]).sum().backward()
     assert model[0].weight.grad.shape == (6, 3)
     assert not any(piece.index.is_inference() for piece in block.pieces)
+
+
+FLOATING = {"ones", "zeros", "full", "empty", "rand", "randn", "eye", "linspace", "tensor", "as_tensor"}
+INTEGER = {"arange", "randint", "randperm"}  # of ints: no default dtype has a part in them
+
+
+def factory_calls():
+    """Where gradroute makes tensors of nothing, as (place, function, names of keywords)."""
+    for file in sorted(path for root in ("gradroute", "kernels") for path in (ROOT / root).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name.startswith("torch.") and name[6:] in FLOATING | INTEGER:
+                keywords = {keyword.arg for keyword in node.keywords}
+                yield f"{file.relative_to(ROOT)}:{node.lineno}", name[6:], keywords
+
+
+def test_no_tensor_is_made_with_the_default_dtype_or_device():
+    calls = list(factory_calls())
+    assert len(calls) > 40
+    without_device = [place for place, _, keywords in calls if "device" not in keywords]
+    without_dtype = [place for place, name, keywords in calls if name in FLOATING and "dtype" not in keywords]
+    assert without_device == []
+    assert without_dtype == []
