@@ -86,8 +86,8 @@ def swapped_class_of(forward: Forward) -> type | None:
     for _ in range(_DEPTH):
         if isinstance(forward, MethodType):
             forward = forward.__func__
-        elif "swapped" in vars(forward):  # functools.wraps copies it to wrappers
-            return vars(forward)["swapped"]
+        elif hasattr(forward, "swapped"):  # functools.wraps copies it to wrappers
+            return forward.swapped
         elif isinstance(forward, functools.partial):
             forward = forward.func
         elif hasattr(forward, "__wrapped__"):

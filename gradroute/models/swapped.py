@@ -95,9 +95,8 @@ class Swapped(RoutedModule):
         routes = kwargs.get("routes")
         if isinstance(routes, Routes):
             first = args[0] if args else None
-            if (
-                isinstance(first, Tensor) and first.device != routes.device
-            ):  # layers may be on several devices
+            # Layers may be on several devices.
+            if isinstance(first, Tensor) and first.device != routes.device:
                 kwargs["routes"] = self._moved(routes, first.device)
         if "forward" in vars(self):
             self._meet_forward(routes)
