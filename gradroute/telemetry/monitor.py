@@ -225,7 +225,7 @@ class Telemetry:
         """
         check_is("losses", losses, Tensor, "a torch.Tensor")
         if counted is not None:
-            check_is("counted", counted, Tensor, "a torch.Tensor or None")
+            check_is("counted", counted, Tensor, "a tensor of dtype torch.bool or None")
         measurement = self._current("token_losses")
         if measurement is None:
             return

@@ -162,11 +162,11 @@ def test_sgtm_tables():
     other = models.sgtm(shape, 1, 6, retain=1, forget=0)
     assert tables_of(other, 2)[0]["attention.update_kv"].tolist() == [[0, 0], [1, 1]]
     for arguments, message in (
-        ({"forget_heads": 5}, "forget_heads: got 5, expected 0 to 4"),
-        ({"forget_units": 25}, "forget_units: got 25, expected 0 to 24"),
+        ({"forget_heads": 5}, "forget_heads: got 5, expected an int from 0 to 4"),
+        ({"forget_units": 25}, "forget_units: got 25, expected an int from 0 to 24"),
         ({"forget_heads": 0, "forget_units": 0}, "expected a forget part"),
         ({"forget_units": 1, "forget": 0}, "expected different routes"),
-        ({"forget_units": 1, "unlabelled": -1}, "expected different routes"),
+        ({"forget_units": 1, "unlabelled": -1}, "unlabelled: got -1, expected an int from 0"),
         ({"forget_units": 1, "layers": [2]}, "layers: got [2], expected indices from 0 to 1"),
     ):
         with expect(ValueError, message):
