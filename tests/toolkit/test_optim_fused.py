@@ -391,7 +391,7 @@ def test_the_largest_square_counts_with_amsgrad_only():
 
 @pytest.mark.parametrize("fused", [None, 1, "yes"])
 def test_fused_is_a_bool(fused):
-    with pytest.raises(ValueError, match=f"fused: got {fused!r}, expected True or False"):
+    with pytest.raises(TypeError, match=f"fused: got {fused!r}, expected True or False"):
         RoutedAdamW([nn.Parameter(torch.zeros(2))], fused=fused)
 
 
