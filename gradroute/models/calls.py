@@ -76,18 +76,22 @@ class Call:
 
 
 class Offer:
-    """Routing arguments that wait for the forwards of one model; none: these forwards are unrouted on purpose.
+    """Routing arguments that wait for the forwards of one model; none: these forwards are unrouted on purpose, or refused.
 
     Attributes:
         owner: the model's.
         arguments: `route_ids`, `route_strength` and `routes`, those that were given.
+        refusal: what a forward that trains without routes raises; None: it is meant.
         taken: whether a forward took them.
         outer: the offer inside which this one was made.
     """
 
-    def __init__(self, owner: Owner, arguments: dict[str, Any], outer: Offer | None) -> None:
+    def __init__(
+        self, owner: Owner, arguments: dict[str, Any], refusal: str | None, outer: Offer | None
+    ) -> None:
         self.owner = owner
         self.arguments = arguments
+        self.refusal = refusal
         self.taken = False
         self.outer = outer
 
@@ -131,10 +135,10 @@ def open_offer(owner: Owner | None) -> Offer | None:
 
 
 @contextmanager
-def offering(owner: Owner, arguments: dict[str, Any]) -> Iterator[Offer]:
+def offering(owner: Owner, arguments: dict[str, Any], refusal: str | None = None) -> Iterator[Offer]:
     """An offer, for the time of a `with` block."""
     outer: Offer | None = getattr(_THREAD, "offer", None)
-    offer = Offer(owner, arguments, outer)
+    offer = Offer(owner, arguments, refusal, outer)
     _THREAD.offer = offer
     try:
         yield offer

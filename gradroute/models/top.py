@@ -158,12 +158,21 @@ class TopModel(Swapped):
 
     def _unrouted(self, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Argument:
         forward = type(self).original.forward
+        self._refuse_unrouted()
         if self._owner is None or torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         self._warn_of_unrouted()
         # A call without routes: in a checkpoint of the whole model, no module of it lacks its routes.
         with running(self._owner, None):
             return forward(self, *args, **kwargs)
+
+    def _refuse_unrouted(self) -> None:
+        """Raises in a routed trainer, which trains with routes or not at all."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        offer = open_offer(self._owner)
+        if offer is not None and offer.refusal is not None:
+            raise RuntimeError(f"{type(self).__name__}: {offer.refusal}")
 
     def _warn_of_unrouted(self) -> None:
         """Warns once of training without routes, which a collator that drops columns brings about."""

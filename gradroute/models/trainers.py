@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .calls import offering
 from .collator import ALIGNMENTS, RouteCollator
 from .route_columns import ROUTE_COLUMNS, RouteColumns
 from .routing import routed_model
@@ -22,6 +23,13 @@ from .routing import routed_model
 # Trainers, their arguments, their datasets and their batches, of transformers, TRL and datasets.
 Argument = Any
 Batch = Any
+
+# What a forward without routes raises that a subclass's own compute_loss calls.
+_DROPPED = (
+    "got a forward in training mode without route_ids from compute_loss, expected the batch's: pass on "
+    'route_ids=inputs["route_ids"], or call the model as model(**inputs); where a forward without routes is meant, put '
+    "`with gradroute.models.unrouted(model):` around it"
+)
 
 # What a mixin of trainers stands before; mypy then asks nothing of the trainer's methods.
 _Trainer: Any = object
@@ -163,6 +171,11 @@ class RoutedTrainer(_Trainer):
 
     def _with_routes(self, collator: Callable[..., Batch], is_training: bool) -> Callable[..., Batch]:
         return RouteColumns(collator, align=self._route_align, routed=is_training, pairs=self.pairs)
+
+    def training_step(self, *args: Argument, **kwargs: Argument) -> Argument:
+        """The trainer's own, in which no loss of a subclass may leave the routes out."""
+        with offering(routed_model(self.model)._owner, {}, _DROPPED):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Argument, **kwargs: Argument) -> Argument:
         model, inputs = self._with_given(model, *self._split(inputs))

@@ -1,5 +1,6 @@
 """routed_trainer of transformers' Trainer, beside the collators and options of others."""
 
+import contextlib
 import copy
 import re
 
@@ -19,6 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
+from gradroute import models
 from gradroute.models import RouteCollator, routed_trainer
 
 RoutedTrainer = routed_trainer(Trainer)
@@ -169,6 +171,29 @@ def test_a_batch_without_routes_is_refused(tmp_path):
     arguments = TrainingArguments(tmp_path, **cases.STEP)
     with expect(RuntimeError, "route_ids: got a batch of input_ids, labels to train on"):
         cases.trained(Loader(model, arguments, train_dataset=EVEN))
+
+
+def test_a_loss_that_drops_the_routes_is_refused(tmp_path):
+    """A subclass's own compute_loss passes the routes on, or says that it means a forward without them."""
+
+    class Dropping(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            with context(model):
+                return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+
+    class DroppingAfter(RoutedTrainer):
+        compute_loss = Dropping.compute_loss
+
+    model = cases.routed()
+    arguments = TrainingArguments(tmp_path, **cases.STEP)
+    for made in (routed_trainer(Dropping), DroppingAfter):
+        context, copied = contextlib.nullcontext, copy.deepcopy(model)
+        steps = made(copied, arguments, train_dataset=EVEN, data_collator=default_data_collator)
+        with expect(RuntimeError, "without route_ids from compute_loss, expected the batch's"):
+            cases.trained(steps)
+        cases.assert_close(dict(copied.named_parameters()), dict(model.named_parameters()))
+        context = models.unrouted
+        cases.assert_close(cases.trained(steps), unrouted(model, EVEN))
 
 
 def test_wrong_models_and_trainers(tmp_path):
