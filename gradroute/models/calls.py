@@ -76,7 +76,7 @@ class Call:
 
 
 class Offer:
-    """Routing arguments that wait for the forwards of one model; none: these forwards are unrouted on purpose, or refused.
+    """Routing arguments that wait for the forwards of one model; none: these forwards are unrouted, or refused.
 
     Attributes:
         owner: the model's.
