@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import shown
 from .primitives.protocol import Primitives
@@ -133,3 +133,17 @@ def masked_forward(z: Tensor, routes: Routes, table: Table | None, primitives: P
     rows = flat(z)
     product = primitives.masked_product(rows, routes, table, overwrite=True)
     return z if product is rows else product.view(z.shape)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Raises unless an optimizer is one that has parameters of the model, or None."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: got {shown(optimizer)}, expected a torch.optim.Optimizer")
+    parameters = set(model.parameters())
+    if parameters.isdisjoint(parameter for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            f"optimizer: got {type(optimizer).__name__} of none of the parameters of the {type(model).__name__}, "
+            "expected the one that trains it, whose state belongs to them"
+        )

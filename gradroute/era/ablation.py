@@ -7,8 +7,9 @@ from torch import nn
 
 from ..arguments import check_choice, check_is, ordinary_tensors
 from ..blocks import Block
+from ..checks import check_optimizer
 from ..models.inspection import inner_model, ordinary_model
-from .checks import check_block, check_optimizer, check_parameters
+from .checks import check_block, check_parameters
 from .contraction import take_out
 from .drawing import draw, write
 from .optimizer_state import zero_state
@@ -48,7 +49,7 @@ def ablate(
     inner = inner_model(model)
     check_block(block)
     check_choice("how", how, HOW)
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, inner)
     if generator is not None:
         check_is("generator", generator, torch.Generator, "a torch.Generator or None")
     check_parameters(block, inner)

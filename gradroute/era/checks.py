@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_int, check_is, check_number, shown
+from ..arguments import check_int, check_is, check_number
 from ..blocks import Block, check_state
-from ..checks import is_plain
+from ..checks import check_optimizer, is_plain
 from ..layers import RoutedModule
 from ..models.inspection import is_dtensor
 from ..models.plan import Shape
@@ -30,12 +30,6 @@ def check_added(units: int, heads: int) -> None:
 def check_std(std: float | None) -> None:
     """Raises unless a standard deviation is a finite number of 0 or more, or None."""
     check_number("std", std, 0, optional=True)
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
-    """Raises unless an optimizer is one, or None."""
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: got {shown(optimizer)}, expected a torch.optim.Optimizer")
 
 
 def check_block(block: Block) -> None:
@@ -88,7 +82,7 @@ def check_change(inner: nn.Module, block: Block, sign: int, optimizer: torch.opt
             )
         new_numbers(config, changes_of(block.parts, sign))
     _check_ties(inner, block)
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, inner)
     if optimizer is not None:
         named = dict(inner.named_parameters(remove_duplicate=False))
         check_states(optimizer, {piece.parameter: named[piece.parameter] for piece in block.pieces})

@@ -80,7 +80,19 @@ def resize(model: nn.Module, parts: Sequence[Part], sign: int) -> None:
     units = [len(part.index) for part in parts if part.what == "units" and part.module]
     if units:
         record_added_units(model, sign * units[0])
+    if config_of(model) is None:
+        return
+    _copy_config(model)
     config = config_of(model)
-    if config is not None:
-        for name, value in new_numbers(config, changes_of(parts, sign)).items():
-            setattr(config, name, value)
+    for name, value in new_numbers(config, changes_of(parts, sign)).items():
+        setattr(config, name, value)
+
+
+def _copy_config(model: nn.Module) -> None:
+    """Gives a model a configuration of its own: others that were made of the same one stay as wide as they are."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]

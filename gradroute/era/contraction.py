@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..arguments import check_int, check_is, ordinary_tensors
 from ..blocks import Block
+from ..checks import check_optimizer
 from ..models.architectures import Architecture
 from ..models.inspection import ordinary_model
-from .checks import check_block, check_change, check_fits, check_optimizer, check_parameters, check_removed
+from .checks import check_block, check_change, check_fits, check_parameters, check_removed
 from .configuration import resize
 from .surgery import insert, remove
 
@@ -39,7 +40,7 @@ def contract(
             the block is not one of units and heads, or not as large in every layer; none would remain.
     """
     inner = ordinary_model(model)
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, inner)
     if architecture is not None:
         check_is("architecture", architecture, Architecture, "an Architecture or None")
     if not isinstance(block, Block):
@@ -85,7 +86,7 @@ def merge(
     """
     inner = ordinary_model(model)
     check_block(block)
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, inner)
     check_parameters(block, inner)
     check_fits(inner, block, state)
     check_change(inner, block, 1, optimizer)

@@ -10,9 +10,10 @@ from torch import nn
 
 from ..arguments import check_bool, ordinary_tensors
 from ..blocks import Block, Part, Units
+from ..checks import check_optimizer
 from ..models.architectures import Architecture
 from ..models.inspection import Width, find_widths, inner_model, ordinary_model
-from .checks import check_added, check_change, check_optimizer, check_parameters, check_std
+from .checks import check_added, check_change, check_parameters, check_std
 from .configuration import resize
 from .drawing import draw, write
 from .surgery import insert
@@ -85,7 +86,7 @@ def expand(
     """
     inner = ordinary_model(model)
     check_added(units, heads)
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, inner)
     growths = _growths(model, units, heads, between, architecture)
     check_std(std)
     zero_output = check_bool("zero_output", zero_output)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_int, check_is
+from ..arguments import check_int
+from ..checks import check_optimizer
 from .architectures import inner_model
 from .attention import Attention
 from .linear import matrix
@@ -40,7 +41,7 @@ def ablate(model: nn.Module, route: int = 0, *, optimizer: torch.optim.Optimizer
             f"model: got a {type(top).__name__} that is not routed, expected one that route() made so"
         )
     route = check_int("route", route, 0, top.routing_plan.num_routes - 1)
-    check_is("optimizer", optimizer, (torch.optim.Optimizer, type(None)), "a torch.optim.Optimizer or None")
+    check_optimizer(optimizer, top)
     masked = _masked_in_forward(top, route)
     if all(bool((weights == 1).all()) for _, weights in masked):
         raise ValueError(

@@ -478,3 +478,32 @@ def test_state_may_come_in_any_order(tokens):
     era.ablate(model, block, how="slice")
     era.merge(model, block, state)
     assert_bits(model, before)
+
+
+def test_a_configuration_that_models_share():
+    """Another model of the same configuration stays as wide as it is, and what is inside the model follows."""
+    model, other = model_zoo.build("llama"), model_zoo.build("llama")
+    other.config = model.config
+    width = model.config.intermediate_size
+    block = era.expand(model, ADDED)
+    assert other.config.intermediate_size == width
+    assert model.config.intermediate_size == width + ADDED
+    assert model.model.config is model.config
+    assert model.model.layers[0].self_attn.config is model.config
+    era.contract(model, block)
+    assert model.config.intermediate_size == width
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    """Its momentum would go on untouched, and bring back what was taken out."""
+    model, other = Own(), Own()
+    optimizer = torch.optim.AdamW(other.parameters())
+    before, message = bits(model), "optimizer: got AdamW of none of the parameters of the Own, expected"
+    with pytest.raises(ValueError, match=message):
+        era.expand(model, 4, optimizer=optimizer)
+    with pytest.raises(ValueError, match=message):
+        era.ablate(model, Block.units(model, 4), optimizer=optimizer)
+    assert_bits(model, before)
+    routed = route(model_zoo.build("llama"), sgtm(model_zoo.build("llama").config, forget_units=4))
+    with pytest.raises(ValueError, match="optimizer: got AdamW of none of the parameters of the Llama"):
+        routed_models.ablate(routed, 0, optimizer=optimizer)
