@@ -32,8 +32,9 @@ SIZES = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-# torch's own warnings: pyproject.toml says when the first two come, and the last comes at FSDP2's graph breaks.
+# Warnings of others: pyproject.toml says when the first three come, and the last comes at FSDP2's graph breaks.
 IGNORED_WARNINGS = [
+    ("invalid escape sequence", Warning),
     ("`torch.jit.script", DeprecationWarning),
     (".*should not be instantiated", DeprecationWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),

@@ -257,6 +257,7 @@ def refusal(cell, batch):
 def run(rank, directory):
     torch.set_num_threads(1)
     warnings.filterwarnings("error")
+    warnings.filterwarnings("ignore", "invalid escape sequence")  # of torchao, whenever Python compiles it
     warnings.filterwarnings("ignore", ".*FSDP", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     store = dist.FileStore(str(Path(directory, "store")), RANKS)

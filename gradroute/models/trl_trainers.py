@@ -17,7 +17,7 @@ from .mlp import MLP
 from .rollouts import rollout_routes
 from .route_columns import ROUTE_COLUMNS, checked_column
 from .routing import routed_model
-from .trainers import Argument, Batch, RoutedTrainer
+from .transformers_trainer import Argument, Batch, RoutedTrainer
 
 
 class WithRoutes:

@@ -46,4 +46,6 @@ config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidde
 LlamaForCausalLM(config)
 print(is_kernels_available())
 """
-    assert run(code) == "False"
+    assert (
+        run(code).split()[-1] == "False"
+    )  # other packages, which transformers imports, may say things before

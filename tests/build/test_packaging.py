@@ -108,7 +108,10 @@ def test_tests_examples_and_sources_are_not(pure):
     unwanted = ("tests", "examples", "bench", "conftest", "csrc")
     assert not {name for name in pure[0] if any(part in name for part in unwanted)}
     assert all(
-        name.endswith(".py") or name == "gradroute/py.typed" or ".dist-info/" in name for name in pure[0]
+        name.endswith(".py")
+        or name in ("gradroute/py.typed", "gradroute/setups.json")
+        or ".dist-info/" in name
+        for name in pure[0]
     )
 
 

@@ -169,6 +169,9 @@ class Ranks:
     def size(self):
         return self.ranks
 
+    def get_group(self):
+        raise AssertionError("asked for its processes, before all is checked")
+
 
 @pytest.mark.parametrize(
     ("mesh", "message"),

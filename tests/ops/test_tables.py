@@ -266,7 +266,7 @@ def test_features_that_are_none_are_named(features, error, message):
 
 
 def test_ragged_tables_are_named():
-    message = "LinearSites.output: got [[1.0, 0.0], [1.0]], expected numbers in rows of one length"
+    message = "LinearSites.output: got [[1.0, 0.0], [1.0]], expected weights, numbers in rows of one length"
     with pytest.raises(ValueError, match=re.escape(message)):
         LinearSites(output=[[1.0, 0.0], [1.0]])
 
