@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -152,10 +153,16 @@ def label_count(batch):
 
 
 def gradients(model):
-    return {
-        name.replace("_orig_mod.", "").removeprefix("module."): whole(parameter.grad)
-        for name, parameter in model.named_parameters()
-    }
+    unsharded = contextlib.nullcontext()
+    if isinstance(model, FullyShardedDataParallel):
+        unsharded = FullyShardedDataParallel.summon_full_params(model, with_grads=True)
+    with unsharded:
+        return {name_of(name): whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def name_of(name):
+    """A parameter's name without those of wrappers."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "").removeprefix("module.")
 
 
 def whole(gradient):
@@ -175,6 +182,10 @@ def parallelize(model, parallel, policy=None):
     mesh = init_device_mesh("cpu", (RANKS,))
     if parallel == "ddp":
         return DistributedDataParallel(model)
+    if parallel == "fsdp1":
+        policy = ModuleWrapPolicy({type(model.model.layers[0])})
+        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
     if parallel == "fsdp":
         options = {} if policy is None else {"mp_policy": policy}
         for layer in model.model.layers:
@@ -192,13 +203,13 @@ def set_checkpoint(model, checkpoint):
 
 def step(model, parallel, micro_batches, rank):
     """One accumulated backward over the micro-batches, normalised by the labels of all ranks."""
-    splits = parallel in ("ddp", "fsdp")
+    splits = parallel in ("ddp", "fsdp", "fsdp1")
     count = sum(map(label_count, micro_batches))
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         if parallel == "fsdp":
             model.set_requires_gradient_sync(last)
-        accumulating = parallel == "ddp" and not last
+        accumulating = parallel in ("ddp", "fsdp1") and not last
         with model.no_sync() if accumulating else contextlib.nullcontext():
             part = of_rank(batch, rank) if splits else batch
             # DDP and FSDP2 average over the ranks, so a rank's share of the sum is taken RANKS times.
@@ -339,6 +350,7 @@ GROUPS = {
     "more": {
         "accumulation ddp": (accumulation, "ddp"),
         "accumulation fsdp": (accumulation, "fsdp"),
+        "accumulation fsdp1": (accumulation, "fsdp1"),
         "mixed precision": (mixed_precision,),
         "mean of means": (missing_sync,),
         "biases": (tensor_parallel_of, make_biased),

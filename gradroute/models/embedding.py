@@ -27,6 +27,11 @@ class Embedding(Swapped):
         if not isinstance(module, nn.Embedding):
             raise TypeError(f"got a {full_name(module)}, expected a torch.nn.Embedding")
         refuse_special(module)
+        if module.weight.dim() != 2:
+            raise TypeError(
+                f"got a weight of shape {list(module.weight.shape)}, expected [vocabulary, d_model]: FSDP flattens "
+                "what it shards, so route the model before that"
+            )
         check_embedding(module.max_norm, module.scale_grad_by_freq, module.sparse)
 
     def _widths(self) -> Mapping[str, int | str]:

@@ -105,9 +105,10 @@ def test_gradients_are_those_of_one_process(groups, cell):
 
 
 @pytest.mark.setup("DDP", "gradient accumulation with no_sync")
+@pytest.mark.setup("FSDP1", "a routed model on two processes, gradient accumulation with no_sync")
 @pytest.mark.setup("FSDP2", "gradient accumulation")
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "fsdp1"])
 def test_gradients_accumulate(groups, parallel):
     """In the second micro-batch rank 1 has only tokens that may not update everything."""
     for error, parameter in groups.passed(f"accumulation {parallel}"):

@@ -128,7 +128,16 @@ def test_model_of_another_form_is_refused():
     assert all(type(a) is type(b) for a, b in zip(model.modules(), plain("llama").modules(), strict=True))
 
 
+def test_an_embedding_that_was_flattened():
+    """As FSDP1 leaves parameters of a model that it wraps whole: rows and columns are not there to be counted."""
+    model = fresh("llama")
+    model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().flatten())
+    with expect(TypeError, "FSDP flattens what it shards, so route the model before that"):
+        models.route(model, RoutingPlan(2, embedding=EmbeddingSites(table(WIDTH))))
+
+
 @pytest.mark.setup("FSDP2", "route after fully_shard", refused="FSDP keeps the class that it found")
+@pytest.mark.setup("FSDP1", "route after its layers were wrapped", refused="the wrappers hide them")
 @pytest.mark.parametrize("where", ["model", "layer", "mlp"])
 def test_what_was_done_to_modules_before(where):
     """Sharding, compilation and replaced forwards of any part are refused, and nothing has changed."""
