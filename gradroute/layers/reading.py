@@ -12,6 +12,9 @@ from torch.nn.modules import module as every_module
 
 from ..checks import is_plain
 
+# torch's own, or None where somebody had replaced it before.
+_FORWARD = nn.Linear.forward if nn.Linear.forward.__module__ == "torch.nn.modules.linear" else None
+
 
 def full_name(module: nn.Module) -> str:
     """A module's class, with the Python module that defines it."""
@@ -33,6 +36,11 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
+def is_patched() -> bool:
+    """Whether somebody gave torch.nn.Linear itself another forward."""
+    return nn.Linear.forward is not _FORWARD
+
+
 def is_readable(module: nn.Module) -> bool:
     """Whether the parameters of a torch.nn.Linear may be read instead of calling it: a call does nothing else.
 
@@ -43,7 +51,7 @@ def is_readable(module: nn.Module) -> bool:
     kind = type(module)
     if kind is not nn.Linear and not _computes_as_linear(kind):
         return False
-    if is_watched(module):
+    if is_watched(module) or is_patched():
         return False
     weight = module._parameters.get("weight")
     return weight is None or type(weight) is nn.Parameter or is_plain(weight)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from ..layers.reading import full_name, is_dtensor, is_watched
+from ..layers.reading import full_name, is_dtensor, is_patched, is_watched
 from ..linear import LinearSites, routed_linear, routed_linears
 from ..route_grad import route_grad
 from ..routes import Routes
 from ..tables import Table
+from .computed import unknown_forward
 from .modules import AnyModule, Argument, refuse_dtensor, refuse_replaced, special_parameters
 from .swapped import Swapped
 
@@ -23,6 +25,7 @@ class CalledLinear(Swapped):
 
     sites_type = LinearSites
     owns_sites = True
+    computes = False
     bias: Tensor | None
 
     @classmethod
@@ -64,6 +67,7 @@ class CalledLinear(Swapped):
 class Linear(CalledLinear):
     """torch.nn.Linear: `gradroute.routed_linear`; with a weight that is not an ordinary tensor it is called."""
 
+    computes = True
     weight: Tensor
     in_features: int
     out_features: int
@@ -169,14 +173,19 @@ def is_readable(linear: AnyModule) -> bool:
     """Whether a linear layer's parameters may be read instead of calling it: nothing else happens in a call."""
     # A tensor-parallel layer's shard reads like the layer.
     made = getattr(type(linear), "whole", type(linear))
-    plain = made is nn.Linear or is_conv1d(linear)
+    plain = made is nn.Linear or (is_conv1d(linear) and _is_known(made))
     swapped = getattr(made, "mixin", None) in (Linear, Conv1D) and "mixin" in made.__dict__
     return (
         (plain or swapped)
+        and not is_patched()
         and not is_watched(linear)
         and not is_dtensor(linear.weight)
         and not special_parameters(linear)
     )
+
+
+def _is_known(conv1d: type[nn.Module]) -> bool:
+    return torch.compiler.is_compiling() or unknown_forward(conv1d) is None
 
 
 def scale_rows(linear: AnyModule, weights: Tensor) -> None:

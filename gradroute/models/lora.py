@@ -25,6 +25,7 @@ class Adapter(Swapped):
     """Any adapter of PEFT around a linear layer: it is called as it is, because nothing of its own can be routed."""
 
     sites_type = LinearSites
+    computes = False
 
     def _sites_of_ops(self, sites: LinearSites) -> tuple[LinearSites, ...]:
         raise TypeError(

@@ -19,6 +19,7 @@ from .architectures import Architecture, architecture_of, inner_model, submodule
 from .attention_function import register
 from .base_model import BaseModel
 from .calls import Owner, offering, retire
+from .computed import foreign_forward
 from .decoder_layer import DecoderLayer, LayerRouting
 from .embedding import PositionEmbedding
 from .inspection import added_units
@@ -71,14 +72,15 @@ def route(
     for module in (inner, *filter(_is_routed, inner.modules())):
         refuse_unswappable(module)
     register()
-    if architecture is None:
-        architecture = architecture_of(inner)
+    found = architecture_of(inner) if architecture is None else architecture
     try:
-        _swap_all(inner, plan, architecture, backend)
+        _swap_all(inner, plan, found, backend)
+        if architecture is None:
+            _refuse_foreign(inner)
     except BaseException:
         _unswap_all(inner)
         raise
-    _warn_of_ties(inner, plan, architecture)
+    _warn_of_ties(inner, plan, found)
     return model
 
 
@@ -133,7 +135,8 @@ def routing(
     Raises:
         TypeError: `model` is not a module, or `routes` is no Routes.
         ValueError: it is not routed, or there are no routes, or two sorts.
-        RuntimeError: at the end of the block, where no forward took the routes.
+        RuntimeError: at the end of the block, where no forward took the routes, or where blocks of one model overlap,
+            as those of generators that take turns do (tasks of asyncio keep theirs apart).
     """
     top = routed_model(model)
     given = {"route_ids": route_ids, "route_strength": route_strength, "routes": routes}
@@ -226,6 +229,20 @@ def _swap_all(model: nn.Module, plan: RoutingPlan, architecture: Architecture, b
     for module in model.modules():
         if isinstance(module, Swapped):
             module._owner = owner
+
+
+def _refuse_foreign(model: AnyModule) -> None:
+    """Raises where a module is of a class that only has the names of the architecture's submodules."""
+    for name, module in model.named_modules():
+        if not isinstance(module, Swapped) or not module.computes:
+            continue
+        foreign = foreign_forward(type(module).original, type(model).original)
+        if foreign is not None:
+            raise TypeError(
+                f"model.{name}: got a {type(module).__name__} with the forward {foreign}, expected a class of "
+                "transformers, which routed modules compute themselves: route() before it is put there, or give the "
+                "architecture, for a model of your own of that form"
+            )
 
 
 def _swap_base(

@@ -27,6 +27,7 @@ from ..layers import RoutedModule
 from ..routes import Routes
 from ..sites import Sites
 from .calls import Call, Owner, refuse_retired, running_call
+from .computed import unknown_forward
 from .modules import Argument
 from .patched import absorb, patch_of, patched_class, restore
 from .replaced import adopt_forward, check_forward, refuse_forward_without_routes
@@ -45,11 +46,13 @@ class Swapped(RoutedModule):
         original: the module's class before.
         mixin: the subclass of this one that routes it.
         owns_sites: whether the module's sites concern nothing but itself, and may be assigned again.
+        computes: whether it computes itself, with routes, what the original's forward does without.
     """
 
     original: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[Swapped]]
     owns_sites: ClassVar[bool] = False
+    computes: ClassVar[bool] = True
     # What the routed modules of one model share.
     _owner: Owner | None = None
     # Whether the module finds its routes in the running call, because its parent passes no arguments on.
@@ -90,6 +93,8 @@ class Swapped(RoutedModule):
         """Swaps the submodules that the module calls with routes; called once it has its own sites."""
 
     def __call__(self, *args: Argument, **kwargs: Argument) -> Argument:
+        if not is_swapped(self):  # torch.compile keeps this method, bound, when the module is unrouted
+            return type(self).__call__(self, *args, **kwargs)
         if "routes" not in kwargs and self._is_handed:
             self._take_routes(running_call(self._owner), kwargs)
         routes = kwargs.get("routes")
@@ -158,6 +163,11 @@ class Swapped(RoutedModule):
         return _empty, (self.mixin, self.original), state
 
 
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module is routed."""
+    return isinstance(module, Swapped)
+
+
 def _empty(mixin: type[Swapped], original: type[nn.Module]) -> nn.Module:
     swapped = swapped_class(mixin, original)
     return swapped.__new__(swapped)
@@ -184,6 +194,8 @@ def _make_class(mixin: type[Swapped], original: type[nn.Module]) -> type:
         if not torch.compiler.is_compiling():
             refuse_retired(self, kwargs.get("routes"))
             _mark_reached(self, kwargs.get("routes"))
+            if mixin.computes and kwargs.get("routes") is not None:
+                _refuse_patched(original)
         if not isinstance(self, swapped):
             return original.forward(self, *args, **kwargs)
         return routed(self, *args, **kwargs)
@@ -196,6 +208,28 @@ def _make_class(mixin: type[Swapped], original: type[nn.Module]) -> type:
     forward.swapped = swapped  # type: ignore[attr-defined]
     swapped.forward.swapped = swapped  # type: ignore[attr-defined]
     return swapped
+
+
+def _refuse_patched(original: type[nn.Module]) -> None:
+    """Raises where a class was given another forward since a module of it was routed, which would not be called."""
+    unknown = unknown_forward(original)
+    if unknown is not None:
+        raise RuntimeError(
+            f"{original.__name__}: got routes for a module whose class was given the forward {unknown} since route(), "
+            "which routed modules would not call; expected the class's own (a hook, or a wrapper around the forward of "
+            "the module itself, is called)"
+        )
+
+
+def _refuse_other_class(module: nn.Module) -> None:
+    """Raises where a module's class does not compute what the mixins know it for."""
+    unknown = unknown_forward(type(module))
+    if unknown is not None:
+        raise TypeError(
+            f"model: got a {type(module).__name__} whose class has the forward {unknown}, expected that of its own "
+            "package, which routed modules compute themselves: take the patch or the override away, or do the same by "
+            "a hook, which is called"
+        )
 
 
 def _mark_reached(module: nn.Module, routes: Argument) -> None:
@@ -228,6 +262,8 @@ def swap(
     """
     refuse_unswappable(module)
     mixin.check_module(module)
+    if mixin.computes:
+        _refuse_other_class(module)
     absorb(module)
     swapped = swapped_class(mixin, type(module))
     check_forward(module, swapped)
