@@ -8,6 +8,7 @@ threading.local, which torch.compile can trace and guards on; a context variable
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +85,8 @@ class Offer:
         refusal: what a forward that trains without routes raises; None: it is meant.
         taken: whether a forward took them.
         outer: the offer inside which this one was made.
+        is_open: whether its block has not ended.
+        task: the asyncio task that made it, in which alone it waits; None: none did.
     """
 
     def __init__(
@@ -94,6 +97,15 @@ class Offer:
         self.refusal = refusal
         self.taken = False
         self.outer = outer
+        self.is_open = True
+        self.task = _task()
+
+
+def _task() -> object:
+    """The asyncio task that runs in this thread. Several take turns there, and their blocks are not nested."""
+    if torch.compiler.is_compiling() or asyncio._get_running_loop() is None:
+        return None
+    return asyncio.current_task()
 
 
 _THREAD = threading.local()
@@ -129,21 +141,37 @@ def running(owner: Owner, routes: Routes | None, documents: Tensor | None = None
 def open_offer(owner: Owner | None) -> Offer | None:
     """What waits for the forwards of a model in this thread."""
     offer: Offer | None = getattr(_THREAD, "offer", None)
-    while offer is not None and offer.owner is not owner:
+    task = None if offer is None else _task()
+    while offer is not None and not (
+        offer.owner is owner and offer.is_open and (offer.task is None or offer.task is task)
+    ):
         offer = offer.outer
     return offer
 
 
 @contextmanager
 def offering(owner: Owner, arguments: dict[str, Any], refusal: str | None = None) -> Iterator[Offer]:
-    """An offer, for the time of a `with` block."""
-    outer: Offer | None = getattr(_THREAD, "offer", None)
-    offer = Offer(owner, arguments, refusal, outer)
+    """An offer, for the time of a `with` block.
+
+    Raises:
+        RuntimeError: at the end of the block, where one that began inside it, for the same model, has not ended.
+    """
+    offer = Offer(owner, arguments, refusal, getattr(_THREAD, "offer", None))
     _THREAD.offer = offer
     try:
         yield offer
+        if open_offer(owner) not in (offer, None):
+            raise RuntimeError(
+                "routing: got the end of a block in which another one of the same model began that is still open, as "
+                "in generators that take turns: forwards of one took the other's routes; expected blocks that end in "
+                "the block in which they began, or route_ids as an argument of the forward"
+            )
     finally:
-        _THREAD.offer = outer
+        offer.is_open = False
+        last: Offer | None = getattr(_THREAD, "offer", None)
+        while last is not None and not last.is_open:
+            last = last.outer
+        _THREAD.offer = last
 
 
 # The routes of forwards of models that were unrouted since, whose graphs or checkpoints are alive.

@@ -21,7 +21,7 @@ from .lora import is_adapter
 from .modules import Argument
 from .plan import RoutingPlan
 from .replaced import hides_forward
-from .swapped import Swapped
+from .swapped import Swapped, is_swapped
 
 # The arguments that a routed model's forward takes besides the ordinary one's.
 ROUTING_ARGUMENTS = ("route_ids", "route_strength", "routes")
@@ -60,6 +60,7 @@ class TopModel(Swapped):
     """
 
     sites_type = Sites  # it masks nothing itself
+    computes = False
     argument_names: ClassVar[tuple[str, ...]]
     takes_cache: ClassVar[bool]
     _routing: ModelRouting
@@ -88,6 +89,8 @@ class TopModel(Swapped):
         }
 
     def __call__(self, *args: Argument, **kwargs: Argument) -> Argument:
+        if not is_swapped(self):  # torch.compile keeps this method, bound, when the model is unrouted
+            return type(self).__call__(self, *args, **kwargs)
         given = [name for name in ROUTING_ARGUMENTS if kwargs.get(name) is not None]
         if not given or torch.compiler.is_compiling() or not hides_forward(self):
             return super().__call__(*args, **kwargs)
@@ -312,6 +315,7 @@ class TopModel(Swapped):
         around = [submodule(self, ".".join(names[:depth])) for depth in range(1, len(names) + 1)]
         return any(
             getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
             or type(module).__name__ == "OptimizedModule"
             for module in around
         )

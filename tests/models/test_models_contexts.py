@@ -1,5 +1,6 @@
 """routing() and unrouted(): routes for callers that pass none on; and the one warning of training without routes."""
 
+import asyncio
 import threading
 import warnings
 
@@ -189,3 +190,43 @@ def test_training_without_routes_warns_once(case):
         warnings.simplefilter("error")
         model(words)
     models.unroute(model)
+
+
+def test_tasks_that_take_turns_keep_their_routes(case):
+    """asyncio runs them in one thread: a block that one of them has begun is not the others'."""
+    model, words, targets, ids, expected = case
+    got = {}
+
+    async def train(name, its_ids):
+        with routing(model, its_ids):
+            await asyncio.sleep(0)
+            loss = loss_of(model(input_ids=words, use_cache=False).logits, targets)
+            await asyncio.sleep(0)
+            got[name] = torch.autograd.grad(loss, list(model.parameters()))
+
+    async def both():
+        await asyncio.gather(train("mine", ids), train("others", 1 - ids))
+
+    asyncio.run(both())
+    names = [name for name, _ in model.named_parameters()]
+    check(dict(zip(names, got["mine"], strict=True)), expected, 0.0)
+    others = backward(model, words, targets, route_ids=1 - ids)
+    check(dict(zip(names, got["others"], strict=True)), others, 0.0)
+
+
+def test_generators_that_take_turns_are_found_out(case):
+    """Their blocks overlap, so that forwards of one take the other's routes: the block that ends first says so."""
+    model, words, _, ids, _ = case
+
+    def forwards(its_ids):
+        with routing(model, its_ids):
+            yield model(words)
+            yield model(words)
+
+    first, second = forwards(ids), forwards(1 - ids)
+    next(first), next(second), next(first), next(second)
+    with expect(RuntimeError, "got the end of a block in which another one of the same model began"):
+        list(first)
+    assert list(second) == []
+    with pytest.warns(UnroutedWarning):  # both have ended
+        model(words)

@@ -259,3 +259,37 @@ def test_modules_that_were_compiled_in_place(case, order):
     models.unroute(model)
     check(backward(model, words, targets), bare, 1e-5)
     torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.setup("torch.compile", "a compiled model that is unrouted, and routed again")
+def test_a_compiled_model_that_is_unrouted_since(case):
+    """What torch.compile returns holds the method of the class that the model had: it calls that of its class now."""
+    given, words, targets, ids, expected = case
+    model = routed("llama", given)
+    compiled = torch.compile(model, backend="eager")
+    check(backward(compiled, words, targets, route_ids=ids), renamed(expected), 1e-6)
+    models.unroute(compiled)
+    bare = backward(model, words, targets)
+    check(backward(compiled, words, targets), renamed(bare), 1e-6)
+    models.route(model, given)
+    check(backward(compiled, words, targets, route_ids=ids), renamed(expected), 1e-6)
+
+
+def renamed(of_parameters):
+    """By the names that a compiled module gives its parameters."""
+    return {f"_orig_mod.{name}": gradient for name, gradient in of_parameters.items()}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at that of a layer's input
+def test_a_method_that_was_compiled(case):
+    """`module.forward = torch.compile(module.forward)` of one module, which leaves no marks of what was reached."""
+    given, words, targets, ids, expected = case
+    model = routed("llama", given)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = torch.compile(mlp.forward, backend="eager")
+    check(backward(model, words, targets, route_ids=ids), expected, 1e-6)
+    models.unroute(model)
+    bare = backward(model, words, targets)
+    del mlp.forward
+    check(bare, backward(model, words, targets), 1e-6)
