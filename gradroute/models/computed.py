@@ -26,7 +26,8 @@ def unknown_forward(kind: type[nn.Module]) -> str | None:
 
     Also of one that overrides the forward of a class of transformers or torch. It is asked in every routed forward.
     """
-    return _unknown(kind, kind.forward)
+    forward: Any = kind.forward
+    return _unknown(kind, forward)
 
 
 def foreign_forward(kind: type[nn.Module], model: type[nn.Module]) -> str | None:
