@@ -26,8 +26,8 @@ def unknown_forward(kind: type[nn.Module]) -> str | None:
 
     Also of one that overrides the forward of a class of transformers or torch. It is asked in every routed forward.
     """
-    forward: Any = kind.forward
-    return _unknown(kind, forward)
+    asked: tuple[Any, ...] = (kind, kind.forward)  # mypy does not know that a class is hashable
+    return _unknown(*asked)
 
 
 def foreign_forward(kind: type[nn.Module], model: type[nn.Module]) -> str | None:
