@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import ordinary_tensors
 from ..embedding import EmbeddingSites
 from ..linear import LinearSites
 from ..sites import Sites, given
@@ -70,11 +71,13 @@ def _derived(sites: LinearSites | EmbeddingSites) -> LoRASites:
     return LoRASites(given(LinearSites, **tables), a, b)
 
 
+@ordinary_tensors()
 def anything(table: Table | None) -> Table | None:  # [R, 1]
     """1 for the routes that may update anything at all, else 0."""
     return None if table is None else Table((table.weights != 0).any(dim=1, keepdim=True).to(torch.float32))
 
 
+@ordinary_tensors()
 def product(*tables: Table | None) -> Table | None:
     """The product of several masks; None masks nothing."""
     given_tables = [table for table in tables if table is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import ordinary_tensors
 from ..attention import routed_attention
 from ..layers.projections import ProjectionSites
 from ..linear import LinearSites
@@ -37,6 +38,7 @@ class FusedAttention(ConfiguredWindowAttention):
         ]
         return given(LinearSites, update_rows=self._row_table(tables)), projections.output
 
+    @ordinary_tensors()
     def _row_table(self, tables: list[Table | None]) -> Table | None:
         """The tables of q, k and v as one for the rows of the one linear layer."""
         table = concatenate(tables, self._splits())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_is, check_number, shown
+from ..arguments import check_is, check_number, ordinary_tensors, shown
 from ..attention import AttentionSites
 from ..embedding import EmbeddingSites
 from ..layers import RoutedModule
@@ -17,6 +17,7 @@ from ..mlp import MLPSites
 from ..tables import Table
 
 
+@ordinary_tensors()
 def routed_param_groups(
     model: nn.Module,
     *,
