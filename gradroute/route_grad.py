@@ -35,6 +35,21 @@ def route_grad(
         BackendError: the requested backend cannot run the call.
         RuntimeError: in backward with create_graph=True.
     """
+    return _route(x, routes, table, backend, False)
+
+
+def route_own(x: Tensor, routes: Routes, table: Table, backend: str | None) -> Tensor:
+    """route_grad of a tensor that nobody else holds, whose result may be written in place like any other.
+
+    A view that an autograd.Function returned may not. What it aliases is not a view to autograd here, so a write would
+    change x and leave its gradient: that is why nobody else may hold it. Both count the same version.
+    """
+    return _route(x, routes, table, backend, True)
+
+
+def _route(
+    x: Tensor, routes: Routes | None, table: TableLike | None, backend: str | None, is_own: bool
+) -> Tensor:
     if table is not None:
         table = Table.of(table)
     if unrouted(routes, table, Table):
@@ -49,7 +64,7 @@ def route_grad(
         return reference.route_grad(x, routes, table)
     if table.kind == "ones":
         return x
-    return RouteGradFunction.apply(x, routes, table, backends.primitives(chosen))
+    return RouteGradFunction.apply(x, routes, table, backends.primitives(chosen), is_own)
 
 
 class RouteGradContext(Context, Protocol):
@@ -64,12 +79,12 @@ class RouteGradFunction(Function):
     """route_grad on the primitives of a backend."""
 
     @staticmethod
-    def forward(x: Tensor, routes: Routes, table: Table, primitives: Primitives) -> Tensor:
-        return x.view_as(x)
+    def forward(x: Tensor, routes: Routes, table: Table, primitives: Primitives, is_own: bool) -> Tensor:
+        return x.detach() if is_own else x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: RouteGradContext, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.routes, ctx.table, ctx.primitives = inputs
+        _, ctx.routes, ctx.table, ctx.primitives, _ = inputs
 
     @staticmethod
     @first_order("route_grad")
@@ -80,4 +95,5 @@ class RouteGradFunction(Function):
             None,  # routes
             None,  # table
             None,  # primitives
+            None,  # is_own
         )

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from ..route_grad import route_grad
+from ..route_grad import route_grad, route_own
 from ..routes import Routes
 from ..sites import Sites
 from .attention import Attention, AttentionRouting
@@ -126,7 +126,7 @@ class DecoderLayer(Swapped):
         kwargs.update(zip(self.positional, args, strict=False))
         x = self._masked("pre", hidden_states, routes)
         x, probabilities = self._body(x, routes, kwargs)
-        return self._output(self._masked("post", x, routes), probabilities)
+        return self._output(self._masked_sum("post", x, routes), probabilities)
 
     def _refuse_ids(self, kwargs: dict[str, Argument]) -> None:
         """Raises where ids came past the routed model, whose base model or another forward handed them on."""
@@ -140,7 +140,7 @@ class DecoderLayer(Swapped):
     def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
         first, second = self.norm_names
         attended, probabilities = self._attend(self._normed(first, x, routes), routes, kwargs)
-        x = self._masked("mid", x + self._dropped(0, attended), routes)
+        x = self._masked_sum("mid", x + self._dropped(0, attended), routes)
         return x + self._dropped(1, self._mlp(self._normed(second, x, routes), routes)), probabilities
 
     def _output(self, x: Tensor, probabilities: Tensor | None) -> Argument:
@@ -149,6 +149,11 @@ class DecoderLayer(Swapped):
     def _masked(self, site: str, x: Tensor, routes: Routes) -> Tensor:
         table = None if self._sites is None else getattr(self._sites.effective, site)
         return x if table is None else route_grad(x, routes, table, backend=self.backend)
+
+    def _masked_sum(self, site: str, x: Tensor, routes: Routes) -> Tensor:
+        """The same of a sum that was just made: hooks may write to what they get, as to the ordinary layer's."""
+        table = None if self._sites is None else getattr(self._sites.effective, site)
+        return x if table is None else route_own(x, routes, table, self.backend)
 
     def _normed(self, name: str, x: Tensor, routes: Routes) -> Tensor:
         return call(getattr(self, name), x, routes, self._routing.sites.norm)
@@ -180,7 +185,7 @@ class SandwichLayer(DecoderLayer):
     def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         y, probabilities = self._attend(self._normed(before_attention, x, routes), routes, kwargs)
-        x = self._masked("mid", x + self._normed(after_attention, y, routes), routes)
+        x = self._masked_sum("mid", x + self._normed(after_attention, y, routes), routes)
         y = self._mlp(self._normed(before_mlp, x, routes), routes)
         return x + self._normed(after_mlp, y, routes), probabilities
 

@@ -6,13 +6,13 @@ import torch
 pytest.importorskip("transformers")
 
 import model_zoo
-from model_zoo import HIDDEN, NAMES, backward, fresh
+from model_zoo import HIDDEN, NAMES, WIDTH, backward, fresh
 from routed_models import activation_sites, batch, check, routed, table
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradroute import MLPSites
-from gradroute.models import RoutingPlan
+from gradroute.models import ResidualSites, RoutingPlan
 
 
 @pytest.mark.setup(
@@ -87,3 +87,32 @@ def test_operations_are_counted():
             model(tokens, **options)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.setup(
+    "Modules and hooks", "hooks that write to a decoder layer's output in place, as steering does"
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_write_to_the_output_of_a_layer(name):
+    """Behind its mask, and to what its norms get behind the mask in the middle: gradients are those of a new tensor."""
+    tokens, targets, ids = batch()
+    sites = ResidualSites(mid=None if name == "gpt_neox" else table(WIDTH), post=table(WIDTH))
+    gradients = []
+    for hook in (write, write_anew):
+        model = routed(name, RoutingPlan(2, residual=sites))
+        layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+        layers[0].register_forward_hook(hook)
+        gradients.append(backward(model, tokens, targets, route_ids=ids))
+    check(gradients[0], gradients[1], 0.0)
+
+
+def write(module, inputs, output):
+    output = output[0] if isinstance(output, tuple) else output
+    output[..., 0] += 4.0
+    output.mul_(2.0)
+
+
+def write_anew(module, inputs, output):
+    x = output[0] if isinstance(output, tuple) else output
+    x = torch.cat([x[..., :1] + 4.0, x[..., 1:]], dim=-1) * 2.0
+    return (x, *output[1:]) if isinstance(output, tuple) else x
