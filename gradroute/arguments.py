@@ -43,7 +43,9 @@ def as_tensor(values: object, expected: str) -> Tensor:
         ValueError: likewise, where they are not of one shape.
     """
     if isinstance(values, Tensor):
-        values = values if torch.compiler.is_compiling() else _unwrapped(values)
+        if not torch.compiler.is_compiling():
+            _refuse_other_layouts(values, expected)
+            values = _unwrapped(values)
         # What vmap makes has no values: check_values refuses it, and detach fails where vmap is left already.
         return values if torch._C._functorch.is_batchedtensor(values) else values.detach()
     if torch.compiler.is_compiling():  # numbers alone: strengths of Routes made in compiled code
@@ -62,6 +64,17 @@ def as_tensor(values: object, expected: str) -> Tensor:
         array = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
     with ordinary_tensors():
         return torch.from_numpy(array)
+
+
+def _refuse_other_layouts(tensor: Tensor, expected: str) -> None:
+    """Raises TypeError for tensors whose numbers do not lie one beside the other."""
+    if tensor.is_quantized:
+        kind = f"quantised tensor of {tensor.dtype}"
+    elif tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+    else:
+        return
+    raise TypeError(f"got a {kind}, expected {expected}, in an ordinary dense tensor")
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:

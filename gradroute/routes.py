@@ -91,8 +91,7 @@ class Routes:
                 ids = as_tensor(ids, "integers in rows of one length")
             except (TypeError, ValueError) as error:
                 raise type(error)(f"ids: {error}") from None
-        if ids.layout is not torch.strided:
-            raise TypeError(f"ids: got a tensor of layout {ids.layout}, expected a dense one: ids.to_dense()")
+        _check_dense("ids", ids)
         if not torch.compiler.is_compiling():
             check_batched(("ids", ids), ("strength", strength))
             ids = in_fake_mode(ids)
@@ -264,6 +263,15 @@ def check_num_routes(num_routes: Any) -> int:
     return int(check_int("num_routes", num_routes, 1, MAX_ROUTES))
 
 
+def _check_dense(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a sparse, a nested or a quantised tensor."""
+    if tensor.is_quantized:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected an ordinary dense tensor")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+        raise TypeError(f"{name}: got a {kind}, expected an ordinary dense tensor")
+
+
 def _checked_strength(strength: Tensor | float | None, ids: Tensor) -> Tensor | None:
     if strength is None:
         return None
@@ -275,6 +283,7 @@ def _checked_strength(strength: Tensor | float | None, ids: Tensor) -> Tensor | 
         if strength.is_complex() or strength.dtype == torch.bool:
             raise TypeError(f"strength: got dtype {strength.dtype}, expected real numbers")
         strength = in_fake_mode(strength).to(dtype=torch.float32, device=ids.device, copy=True)
+    _check_dense("strength", strength)
     if not strength.is_floating_point():
         raise TypeError(f"strength: got dtype {strength.dtype}, expected floating point")
     if strength.dim() > 0 and strength.shape != ids.shape:

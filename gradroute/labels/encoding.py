@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..arguments import shown
+
 Offsets = list[tuple[int, int]]
 
 NO_CHARACTER = "\U0010ffff"  # Unicode will never have a character there
@@ -35,9 +37,11 @@ class Encoder:
     has_offsets: bool
 
     def __init__(self, tokenizer: Any) -> None:
-        if not callable(getattr(tokenizer, "encode", None)):
+        if isinstance(tokenizer, str) or not callable(
+            getattr(tokenizer, "encode", None)
+        ):  # a str has encode too
             raise TypeError(
-                f"tokenizer: got a {type(tokenizer).__name__}, expected a tokenizer of transformers or a "
+                f"tokenizer: got {shown(tokenizer)}, expected a tokenizer of transformers or a "
                 "tokenizers.Tokenizer"
             )
         inner = getattr(tokenizer, "backend_tokenizer", tokenizer)

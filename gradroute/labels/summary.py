@@ -120,7 +120,8 @@ def summarize(
 
     Raises:
         TypeError: ids that are not integers, names that are not strings.
-        ValueError: ids out of range; `input_ids` of another shape; negative numbers; `cu_seqlens` as in `match_ngrams`.
+        ValueError: ids out of range; two routes of one name; `input_ids` of another shape, or none of them beside
+            `tokenizer` or `cu_seqlens`; negative numbers; `cu_seqlens` as in `match_ngrams`.
     """
     given = as_tensor("ids", ids)
     route_ids = on_host("ids", given.long() if given.dtype == torch.bool else as_integers("ids", given))
@@ -129,6 +130,9 @@ def summarize(
     check_int("examples", examples, 0)
     check_int("context", context, 1)
     counts = torch.bincount(route_ids.reshape(-1), minlength=len(names)).tolist()
+    if input_ids is None and (tokenizer is not None or cu_seqlens is not None):
+        name = "tokenizer" if tokenizer is not None else "cu_seqlens"
+        raise ValueError(f"{name}: got one without input_ids, expected None: examples are made of input_ids")
     shown: tuple[tuple[str, ...], ...] = ((),) * len(names)
     if input_ids is not None:
         tokens = on_host("input_ids", as_integers("input_ids", input_ids))
@@ -152,6 +156,8 @@ def _names(routes: int | Sequence[str]) -> tuple[str, ...]:
     ):
         raise TypeError(f"routes: got {routes!r}, expected the number of routes, or their names")
     check_int("routes, their number", len(routes), 1, MAX_ROUTES)
+    if len(set(routes)) < len(routes):
+        raise ValueError(f"routes: got {routes!r}, expected different names")
     return tuple(routes)
 
 

@@ -52,8 +52,11 @@ class Units:
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs"):
-            if isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a list of paths")
+            paths = getattr(self, name)
+            if isinstance(paths, str) or not paths:
+                raise ValueError(f"{name}: got {paths!r}, expected a list of paths")
+            if not isinstance(paths, Sequence):
+                raise TypeError(f"{name}: got {shown(paths)}, expected a list of paths")
 
 
 @dataclass(frozen=True, eq=False)

@@ -262,7 +262,7 @@ def _entries(name: str, entries: PerLayer, shape: Shape) -> list[Any]:
             )
         return [entries.get(i) for i in range(shape.layers)]
     if callable(entries):
-        return _called(entries, shape)
+        return _called(f"RoutingPlan.{name}", entries, shape)
     if len(entries) != shape.layers:
         raise ValueError(
             f"RoutingPlan.{name}: got a sequence of {len(entries)}, expected one entry for each of the "
@@ -271,13 +271,21 @@ def _entries(name: str, entries: PerLayer, shape: Shape) -> list[Any]:
     return list(entries)
 
 
-def _called(function: Callable[..., Any], shape: Shape) -> list[Any]:
+def _called(name: str, function: Callable[..., Any], shape: Shape) -> list[Any]:
     """The results of a function of the index alone, or of the index and the model's shape, for every layer."""
+    signature = inspect.signature(function)
     positional = [
         parameter
-        for parameter in inspect.signature(function).parameters.values()
+        for parameter in signature.parameters.values()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         and parameter.default is parameter.empty
     ]
     extra = (shape,) if len(positional) > 1 else ()
+    try:
+        signature.bind(0, *extra)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: got a function of {signature}, expected one of the layer's index, or of that and the model's "
+            f"Shape ({error})"
+        ) from None
     return [function(i, *extra) for i in range(shape.layers)]

@@ -350,7 +350,7 @@ def _is_recomputed() -> bool:
 @torch.compiler.assume_constant_result  # Dynamo cannot trace difflib
 def _is_misspelt(name: str) -> bool:
     is_close = bool(difflib.get_close_matches(name, ROUTING_ARGUMENTS, 1, 0.75))
-    return is_close or any(word in name.lower() for word in ("route", "strength"))
+    return is_close or any(word in name.lower() for word in ("rout", "strength"))
 
 
 def _made_routes(route_ids: Argument, route_strength: Argument, num_routes: int) -> Routes:

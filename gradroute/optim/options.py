@@ -18,6 +18,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr: got a tensor of shape {list(lr.shape)}, expected one element")
+        if type(lr) is Tensor and lr.is_cpu:  # elsewhere the host would wait for it
+            check_number("lr", lr.item(), 0)
     else:
         check_number("lr", lr, 0)
     for name in ("eps", "weight_decay"):

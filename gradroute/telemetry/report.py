@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..arguments import check_is
+
 if TYPE_CHECKING:
     from rich.table import Table
     from torch.utils.tensorboard import SummaryWriter
@@ -92,7 +94,9 @@ def summary_writer(log_dir: str | os.PathLike[str] | None = None, **options: Any
 
     Raises:
         ImportError: tensorboard is missing.
+        TypeError: a folder that is no path.
     """
+    check_is("log_dir", log_dir, (str, os.PathLike, type(None)), "the path of a folder, or None")
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
