@@ -35,7 +35,7 @@ def routed_trainer(trainer_class: Any) -> Any:
     it, SFT and DPO and GRPO compute all logits instead.
 
     Args:
-        trainer_class: `transformers.Trainer`, one of the three above, or a subclass of one.
+        trainer_class: `transformers.Trainer` or `Seq2SeqTrainer`, one of the three of TRL above, or a subclass of one.
 
     Returns:
         A class with the trainer's arguments and these, all keywords:
@@ -65,6 +65,7 @@ def _mixin_of(trainer_class: object) -> type:
     """The mixin for the first class among a trainer's bases that is transformers' or TRL's."""
     mixins: dict[str, type] = {
         "transformers.Trainer": RoutedTrainer,
+        "transformers.Seq2SeqTrainer": RoutedTrainer,
         "trl.SFTTrainer": RoutedSFTTrainer,
         "trl.DPOTrainer": RoutedDPOTrainer,
         "trl.GRPOTrainer": RoutedGRPOTrainer,
@@ -79,7 +80,7 @@ def _mixin_of(trainer_class: object) -> type:
     if not known or known[0] not in mixins:
         raise TypeError(
             f"trainer_class: got {trainer_class!r}, expected transformers.Trainer, trl.SFTTrainer, trl.DPOTrainer, "
-            "trl.GRPOTrainer or a subclass of one; another trainer's forwards can be routed by "
+            "trl.GRPOTrainer or a subclass of one that is not TRL's; another trainer's forwards can be routed by "
             "gradroute.models.routing"
         )
     return mixins[known[0]]

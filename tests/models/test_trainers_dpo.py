@@ -168,7 +168,7 @@ def test_evaluation_is_unrouted(tmp_path):
 
 
 @pytest.mark.setup(
-    "TRL DPOTrainer", "DPOTrainer itself", refused="it drops the routes; RoutedTrainerMixin keeps them"
+    "TRL DPOTrainer", "DPOTrainer itself", refused="it drops the routes; routed_trainer keeps them"
 )
 @pytest.mark.slow
 def test_the_trainer_itself_does_not_train_without_routes(tmp_path):

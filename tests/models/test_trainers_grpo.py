@@ -288,7 +288,7 @@ def test_wrong_routes(tmp_path):
 
 
 @pytest.mark.setup(
-    "TRL GRPOTrainer", "GRPOTrainer itself", refused="it drops the routes; RoutedTrainerMixin keeps them"
+    "TRL GRPOTrainer", "GRPOTrainer itself", refused="it drops the routes; routed_trainer keeps them"
 )
 @pytest.mark.slow
 def test_the_trainer_itself_does_not_train_without_routes(tmp_path):

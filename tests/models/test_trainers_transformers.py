@@ -15,6 +15,8 @@ import trl_cases as cases
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -145,8 +147,8 @@ def test_subclasses(tmp_path):
     model = cases.routed()
     batch = RouteCollator(pad_token_id=0)(EVEN)
     expected = cases.stepped(model, lambda copied: 2 * copied(**batch).loss)
-    for made in (routed_trainer(Doubled), After):
-        arguments = TrainingArguments(tmp_path, **cases.STEP)
+    for made in (routed_trainer(Doubled), After, routed_trainer(type("Own", (Doubled, Seq2SeqTrainer), {}))):
+        arguments = Seq2SeqTrainingArguments(tmp_path, **cases.STEP)
         got = cases.trained(
             made(copy.deepcopy(model), arguments, train_dataset=EVEN, data_collator=default_data_collator)
         )
@@ -173,6 +175,9 @@ def test_a_batch_without_routes_is_refused(tmp_path):
         cases.trained(Loader(model, arguments, train_dataset=EVEN))
 
 
+@pytest.mark.setup(
+    "Trainer", "routed_trainer: a compute_loss that drops the routes", refused="it would train unrouted"
+)
 def test_a_loss_that_drops_the_routes_is_refused(tmp_path):
     """A subclass's own compute_loss passes the routes on, or says that it means a forward without them."""
 
@@ -210,11 +215,13 @@ def test_wrong_models_and_trainers(tmp_path):
             TypeError, "expected transformers.Trainer, trl.SFTTrainer, trl.DPOTrainer, trl.GRPOTrainer"
         ):
             routed_trainer(wrong)
+    with expect(TypeError, "a subclass of one that is not TRL's"):
+        routed_trainer(pytest.importorskip("trl").RewardTrainer)
     with expect(TypeError, "which is routed already"):
         routed_trainer(RoutedTrainer)
 
 
-@pytest.mark.setup("Trainer", "RoutedTrainerMixin, torch_compile=True")
+@pytest.mark.setup("Trainer", "routed_trainer: torch_compile=True")
 @pytest.mark.slow
 def test_compiled(tmp_path):
     model = cases.routed()
@@ -227,7 +234,7 @@ def test_compiled(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.setup("Trainer", "RoutedTrainerMixin, activation checkpointing")
+@pytest.mark.setup("Trainer", "routed_trainer: activation checkpointing")
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}])
 def test_checkpointing(tmp_path, options):
     model = cases.routed()
