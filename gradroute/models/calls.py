@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Offer:
         taken: whether a forward took them.
         outer: the offer inside which this one was made.
         is_open: whether its block has not ended.
-        task: the asyncio task that made it, in which alone it waits; None: none did.
+        is_of_task: whether an asyncio task made it, in which alone it waits, and in those that the task begins.
     """
 
     def __init__(
@@ -98,15 +99,12 @@ class Offer:
         self.taken = False
         self.outer = outer
         self.is_open = True
-        self.task = _task()
+        self.is_of_task = not torch.compiler.is_compiling() and asyncio._get_running_loop() is not None
 
 
-def _task() -> object:
-    """The asyncio task that runs in this thread. Several take turns there, and their blocks are not nested."""
-    if torch.compiler.is_compiling() or asyncio._get_running_loop() is None:
-        return None
-    return asyncio.current_task()
-
+# The offers of this asyncio task, and those that the task had which began it. Tasks take turns in one thread, so that
+# their blocks are not nested there.
+_OF_TASK: ContextVar[tuple[Offer, ...]] = ContextVar("gradroute_offers", default=())
 
 _THREAD = threading.local()
 
@@ -141,12 +139,14 @@ def running(owner: Owner, routes: Routes | None, documents: Tensor | None = None
 def open_offer(owner: Owner | None) -> Offer | None:
     """What waits for the forwards of a model in this thread."""
     offer: Offer | None = getattr(_THREAD, "offer", None)
-    task = None if offer is None else _task()
-    while offer is not None and not (
-        offer.owner is owner and offer.is_open and (offer.task is None or offer.task is task)
-    ):
+    while offer is not None and not (offer.owner is owner and offer.is_open and _waits_here(offer)):
         offer = offer.outer
     return offer
+
+
+def _waits_here(offer: Offer) -> bool:
+    """Whether an offer is that of the running task, or of one that began it."""
+    return not offer.is_of_task or torch.compiler.is_compiling() or offer in _OF_TASK.get()
 
 
 @contextmanager
@@ -158,6 +158,8 @@ def offering(owner: Owner, arguments: dict[str, Any], refusal: str | None = None
     """
     offer = Offer(owner, arguments, refusal, getattr(_THREAD, "offer", None))
     _THREAD.offer = offer
+    if offer.is_of_task:
+        _OF_TASK.set((*(one for one in _OF_TASK.get() if one.is_open), offer))
     try:
         yield offer
         if open_offer(owner) not in (offer, None):

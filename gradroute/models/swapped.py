@@ -260,6 +260,11 @@ def swap(
         TypeError: the module is not one that the mixin can route.
         ValueError: it is routed already, or a table does not fit it.
     """
+    if isinstance(module, Swapped):  # route() refuses a model that is routed already before it begins
+        raise ValueError(
+            f"model: got a {type(module).__name__} that is in two places of the model and is routed in the first, "
+            "expected a module of its own in each"
+        )
     refuse_unswappable(module)
     mixin.check_module(module)
     if mixin.computes:
@@ -287,8 +292,8 @@ def errors_name(where: str) -> Iterator[None]:
 
 def check_children(module: nn.Module, names: Iterable[str]) -> None:
     """Raises TypeError unless a module has submodules of these names."""
-    present = dict(module.named_children())
-    missing = [name for name in names if name not in present]
+    # named_children leaves out a submodule that has two names.
+    missing = [name for name in names if module._modules.get(name) is None]
     if missing:
         raise TypeError(f"got a {type(module).__name__} without {', '.join(missing)}")
 

@@ -183,6 +183,27 @@ def test_layers_that_were_routed_alone():
     assert [type(module) for module in model.modules()] == classes
 
 
+@pytest.mark.parametrize("part", ["layer", "mlp", "gate_proj"])
+def test_modules_in_two_places(part):
+    """One module cannot have two sets of sites; where it has none of its own, it may be in two places."""
+    plan = RoutingPlan(2, mlp=MLPSites(hidden=table(HIDDEN), update=table(HIDDEN)))
+    model = fresh("llama")
+    layers = model.model.layers
+    if part == "layer":
+        layers[1] = layers[0]
+    elif part == "mlp":
+        layers[1].mlp = layers[0].mlp
+    else:
+        layers[1].mlp.up_proj = layers[1].mlp.gate_proj
+    classes = [type(module) for module in model.modules()]
+    with expect(ValueError, "that is in two places of the model and is routed in the first"):
+        models.route(model, plan)
+    assert [type(module) for module in model.modules()] == classes
+    if part == "gate_proj":
+        models.route(model, RoutingPlan(2, mlp=MLPSites(hidden=table(HIDDEN))))
+        assert unroute(model) is model
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "nano_gpt"])
 def test_tied_parameters(name):
     options = {"architecture": NANO_GPT} if name == "nano_gpt" else {}
