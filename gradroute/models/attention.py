@@ -17,6 +17,7 @@ from ..norm import NormSites
 from ..routes import Routes
 from ..tables import Table
 from .attention_function import attention_forward
+from .computed import is_known
 from .linear import call_linear, call_linears, features, is_fusible, scale_columns, scale_rows
 from .lora import swap_linear
 from .modules import AnyModule, Argument, call
@@ -73,6 +74,8 @@ class Attention(Swapped):
         check_children(module, cls.names)
 
     def swap_children(self) -> None:
+        if self._routing.everywhere:
+            self._refuse_own_attention()
         for name, sites in zip(self.names, self._linear_sites(), strict=True):
             swap_linear(getattr(self, name), sites, self.backend)
         if self._routing.norm is not None:
@@ -209,6 +212,8 @@ class Attention(Swapped):
             assert kwargs.pop(name, None) is None, "the model refuses a cache beside routes"
         function: Callable[..., tuple[Tensor, Tensor | None]] = attention_forward
         if self._routing.everywhere:
+            if not torch.compiler.is_compiling():
+                self._refuse_own_attention()
             kwargs = kwargs | {"routes": routes, "sites": self._attention_sites()}
         else:
             function = self._own_attention()
@@ -227,6 +232,19 @@ class Attention(Swapped):
         module = _module_of(self)
         functions = module.ALL_ATTENTION_FUNCTIONS
         return functions.get_interface(self.config._attn_implementation, module.eager_attention_forward)
+
+    def _refuse_own_attention(self) -> None:
+        """Raises where the model has an attention of somebody else, in whose place gradroute's would stand."""
+        if not hasattr(_module_of(self), "ALL_ATTENTION_FUNCTIONS"):
+            return
+        function = self._own_attention()
+        if not is_known(function, self.original.__module__.partition(".")[0]):
+            raise ValueError(
+                f"attn_implementation: got {self.config._attn_implementation!r}, which is "
+                f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}, beside a plan "
+                "that masks attention itself, expected one of transformers' own: routed attention would stand in its "
+                "place"
+            )
 
     def _scaling(self) -> float:
         return self.scaling

@@ -38,6 +38,14 @@ def foreign_forward(kind: type[nn.Module], model: type[nn.Module]) -> str | None
 
 
 @functools.lru_cache(maxsize=1024)
+def is_known(function: Callable[..., Any], package: str) -> bool:
+    """Whether a function, and all that it wraps, stands in a known package or in this one."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return all(_defined_in(one) in (_KNOWN | {"gradroute", package}) for one in _chain(function))
+
+
+@functools.lru_cache(maxsize=1024)
 def _unknown(kind: type[nn.Module], forward: Callable[..., Any]) -> str | None:
     owner, *overridden = _owners(kind)
     package = _package(owner.__module__)

@@ -21,6 +21,7 @@ from ..route_grad import route_grad
 from ..routes import Routes
 from ..sites import given
 from ..tables import Table, concatenate
+from .computed import unknown_forward
 from .linear import call_linear, features, is_readable, matrix, scale_columns, scale_rows
 from .lora import swap_linear
 from .modules import AnyModule
@@ -113,9 +114,11 @@ class MLP(Swapped):
 
     def _calls_activation(self) -> bool:
         """Whether the activation is called as a module: there are hooks on it, or it has another forward."""
-        return patched_activation(type(self).original) is None and is_watched(
-            getattr(self, self.activation_name)
-        )
+        if patched_activation(type(self).original) is not None:
+            return False
+        activation = getattr(self, self.activation_name)
+        is_patched = not torch.compiler.is_compiling() and unknown_forward(type(activation)) is not None
+        return is_patched or is_watched(activation)
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         if routes is None or self._sites is None:

@@ -7,10 +7,11 @@ import torch
 from model_zoo import backward, fresh, logits_of
 from routed_models import all_sites, batch, check, expect
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 from transformers.pytorch_utils import Conv1D
 
-from gradroute import MLPSites
+from gradroute import AttentionSites, MLPSites
 from gradroute.models import RoutingPlan, localize_mlp, route, unroute
 
 KINDS = [
@@ -121,3 +122,46 @@ def test_other_classes_with_the_same_submodules_are_refused(kind):
     with pytest.raises(TypeError, match=rf"got a {kind.__name__} .*forward {__name__}\..*forward"):
         route(model, localize_mlp([0, 1], 4))
     assert type(model.model.layers[0].mlp) is llama.LlamaMLP
+
+
+def test_an_activation_that_a_patch_changes_is_called(monkeypatch):
+    model, other = fresh("llama"), fresh("llama")
+    words, targets, _ = batch()
+    route(model, RoutingPlan(2, mlp=MLPSites(hidden=[[1.0], [0.5]])))
+    for layer in other.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0] / 2 + args[0].detach() / 2,))
+    patched(type(other.model.layers[0].mlp.act_fn), monkeypatch)
+    check(
+        backward(model, words, targets, route_ids=torch.ones_like(words)),
+        backward(other, words, targets),
+        1e-5,
+    )
+
+
+@pytest.mark.setup(
+    "Modules and hooks",
+    "attention of one's own (AttentionInterface.register) beside plans that mask attention",
+    refused="routed attention would stand in its place",
+)
+def test_attention_of_ones_own(monkeypatch):
+    """Also under the name of transformers' own, before route or after; other plans call it."""
+    words, targets, ids = batch()
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module, query, *args, **kwargs):
+        return sdpa(module, query * 2, *args, **kwargs)
+
+    heads = RoutingPlan(2, attention=AttentionSites(heads=[[1.0], [0.0]]))
+    model, late, other = fresh("llama"), route(fresh("llama"), heads), fresh("llama")
+    for one in (model, late, other):
+        one.set_attn_implementation("sdpa")
+    plain = logits_of(other, words)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attention)
+    with expect(ValueError, "layer 0: RoutingPlan.attention: attn_implementation: got 'sdpa', which is "):
+        route(model, heads)
+    with expect(ValueError, "attn_implementation: got 'sdpa', which is "):
+        backward(late, words, targets, route_ids=ids)
+    route(model, RoutingPlan(2, mlp=MLPSites(hidden=[[1.0], [0.0]])))
+    got = logits_of(model, words, route_ids=ids)
+    assert torch.equal(got, logits_of(other, words))
+    assert not torch.equal(got, plain)
