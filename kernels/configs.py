@@ -68,7 +68,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_dkdv_kernel.64.edges.masked": {
         80: _tiles(32, 64, 8, 2),
         90: _tiles(64, 128, 8, 2),
-        100: _tiles(64, 64, 8, 2),
+        100: _tiles(32, 128, 8, 2),
     },
     "attention_dkdv_kernel.64.gather": {80: _tiles(32, 32, 4, 2), 90: _tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.float32": {

@@ -36,6 +36,7 @@ SIZES = {
 # Warnings of others: pyproject.toml says when the first three come, and the last comes at FSDP2's graph breaks.
 IGNORED_WARNINGS = [
     ("invalid escape sequence", Warning),
+    (".*got a forward in training mode without route_ids", RuntimeWarning),  # cells compare unrouted ones too
     ("`torch.jit.script", DeprecationWarning),
     (".*should not be instantiated", DeprecationWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
