@@ -47,9 +47,8 @@ class Owner:
         return mine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
-        memo[id(self)] = copy = Owner(
-            memo.get(id(self.whole()))
-        )  # the model's copy has been begun, if it is copied
+        # The model's copy has been begun, if it is copied.
+        memo[id(self)] = copy = Owner(memo.get(id(self.whole())))
         return copy
 
     def __reduce__(self) -> tuple[type[Owner], tuple[()]]:
@@ -62,7 +61,7 @@ class Call:
     Attributes:
         owner: the model's.
         routes: the batch's routes; None: the forward is unrouted.
-        documents: the bounds of the batch's documents, `cu_seq_lens_q`, for layers of models that pass them not on.
+        documents: the bounds of the batch's documents, `cu_seq_lens_q`, for layers of models that do not pass them on.
         reached: the ids of the modules that routes have reached in this call.
         outer: the call inside which this one runs.
     """
