@@ -55,7 +55,9 @@ def token_sequences(
     pairs of neighbours are tried as well.
 
     What a sequence cannot say is where a word ends: one that is several tokens is also found where it begins or ends a
-    longer word of the same tokens. `match_spans` looks at the text instead, and has neither fault.
+    longer word of the same tokens. Nor can it know what a tokenizer does that splits text neither at white space nor at
+    punctuation: there a word may be merged with letters of the next one, in ways that none of these texts show and no
+    warning names. `match_spans` looks at the text instead, and has none of these faults.
 
     A word takes about 10 ms of one core.
 
