@@ -34,17 +34,19 @@ def routed_trainer(trainer_class: Any) -> Any:
     TRL's fused head reads the head's weight, which no route can mask; where the plan routes the head, or adapters of
     it, SFT and DPO and GRPO compute all logits instead.
 
+    The class takes the trainer's arguments and these, all keywords:
+
+    - `route_align`: "position" (default) or "next_token", see `RouteCollator`.
+    - `route_fn` (GRPO): called after every generation with the keywords `prompts` and `completions` (lists of B),
+      `completion_ids` (a list of B lists), `rewards` `[B, functions]`, `advantages` `[B]`, and `inputs`, the B rows
+      of the dataset. It returns the route of every rollout `[B]`, or of every token of the completions, `[B, C]` or
+      B lists (prompts then have that of the dataset, or 0); or a dict of `route_ids` and `route_strength`.
+
     Args:
         trainer_class: `transformers.Trainer` or `Seq2SeqTrainer`, one of the three of TRL above, or a subclass of one.
 
     Returns:
-        A class with the trainer's arguments and these, all keywords:
-
-        - `route_align`: "position" (default) or "next_token", see `RouteCollator`.
-        - `route_fn` (GRPO): called after every generation with the keywords `prompts` and `completions` (lists of B),
-          `completion_ids` (a list of B lists), `rewards` `[B, functions]`, `advantages` `[B]`, and `inputs`, the B rows
-          of the dataset. It returns the route of every rollout `[B]`, or of every token of the completions, `[B, C]` or
-          B lists (prompts then have that of the dataset, or 0); or a dict of `route_ids` and `route_strength`.
+        A class with the trainer's arguments and those of routes.
 
     Raises:
         TypeError: no class of these.
