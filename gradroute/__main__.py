@@ -77,7 +77,7 @@ def versions() -> dict[str, str | None]:
 
 
 def setups() -> list[dict[str, str]]:
-    """What other tools do beside routing: `tool`, `setup`, why it is `refused` ("": it works), and its `test`."""
+    """The table of set-ups: `tool`, `setup`, why it is `refused` ("": it works), and its `test`."""
     rows: list[dict[str, str]] = json.loads(SETUPS.read_text(encoding="utf-8"))
     return rows
 

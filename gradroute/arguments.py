@@ -46,7 +46,7 @@ def as_tensor(values: object, expected: str) -> Tensor:
         if not torch.compiler.is_compiling():
             _refuse_other_layouts(values, expected)
             values = _unwrapped(values)
-        # What vmap makes has no values: check_values refuses it, and detach fails where vmap is left already.
+        # A tensor that vmap makes has no values: check_values refuses it, and detach fails where vmap is left already.
         return values if torch._C._functorch.is_batchedtensor(values) else values.detach()
     if torch.compiler.is_compiling():  # numbers alone: strengths of Routes made in compiled code
         dtype = torch.float64 if isinstance(values, float) else None
@@ -116,7 +116,7 @@ def check_values(tensor: Tensor, what: str) -> None:
 
 
 def shown(value: object) -> str:
-    """What came, for a message: numbers, names and lists themselves, of anything else its type."""
+    """The words for what came, in a message: numbers, names and lists themselves, of anything else its type."""
     plain = value is None or isinstance(
         value, (bool, int, float, complex, str, list, tuple, slice, np.generic)
     )

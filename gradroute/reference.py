@@ -2,8 +2,7 @@
 
 The backwards are the definition line by line: `masked(table, g)` is the masked product m ⊙ g (Cloud et al. 2024,
 arXiv 2410.04332, section 3; the update sites are the parameter routing of SGTM, arXiv 2512.05648, per token).
-Nothing here is fast and everything is allowed to be large. fp64 inputs make it the oracle of the tests. Tensors are
-documented as `[T, F]`, T being all tokens. `update_*` sites are read with their defaults filled in.
+Nothing is fast or small here; in fp64 it is the tests' oracle. T is all tokens; `update_*` sites have their defaults.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What torch.func does to the ops: first derivatives are right, everything else is refused with the reason."""
+"""The ops under torch.func: first derivatives are right, everything else is refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What labels ask of a tokenizer: the tokens of a text, where its characters are, and what it does not know."""
+"""A tokenizer, as labels ask it: the tokens of a text, where its characters are, and what it does not know."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _unknown_tokens(tokenizer: Any, inner: Any) -> frozenset[int]:
     if inner is not None:
         try:
             tokens = inner.model.tokenize(NO_CHARACTER)
-        except Exception:  # what `tokenizers` raises where a model needs an unknown token and has none
+        except Exception:  # `tokenizers` raises this where a model needs an unknown token and has none
             tokens = []
         # Several tokens are the bytes of the character, which are known.
         ids |= {token.id for token in tokens if len(tokens) == 1}

@@ -55,7 +55,7 @@ def with_errors(
     most = 2 if ids.dtype == torch.bool else MAX_ROUTES
     check_int("route", route, 0, most - 1)
     check_int("base", base, 0, most - 1)
-    check_int("seed", seed, -(2**63), 2**64 - 1)  # what torch.Generator takes
+    check_int("seed", seed, -(2**63), 2**64 - 1)  # as many as torch.Generator takes
     if route == base:
         raise ValueError(f"route, base: got {route} for both, expected two routes")
     if groups is None:

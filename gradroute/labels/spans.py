@@ -239,7 +239,7 @@ def _marked(
     marked = np.zeros(len(starts), dtype=bool)
     if not len(begins):
         return marked
-    # Of 10M tokens few are near a span, and only their characters are looked at.
+    # Few of 10M tokens are near a span, and only their characters are looked at.
     near = np.flatnonzero(_meets(begins, ends, starts, stops))
     stops = stops[near]
     starts = _without_leading_space(codes, starts[near], stops)

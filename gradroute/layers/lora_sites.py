@@ -1,4 +1,4 @@
-"""What the sites of a linear layer or of an embedding mean for PEFT's LoRA around it."""
+"""The meaning of the sites of a linear layer or of an embedding for PEFT's LoRA around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..tables import Table
 
 
 class LoRASites(NamedTuple):
-    """What the sites of a layer mean for LoRA around it; None: the ordinary op.
+    """The meaning of a layer's sites for LoRA around it; None: the ordinary op.
 
     Attributes:
         base: the sites of the base layer, without the masks that it shares with the adapters.
@@ -52,7 +52,7 @@ def adapter_sites(
 
 
 def sites_around(sites: Sites) -> LoRASites:
-    """What the sites of a linear layer or of an embedding mean for LoRA around it, derived once."""
+    """The meaning of the sites of a linear layer or of an embedding for LoRA around it, derived once."""
     if not isinstance(sites, (LinearSites, EmbeddingSites)):
         return LoRASites(None, None, None)
     found: LoRASites | None = sites.groups.get("lora")

@@ -1,4 +1,4 @@
-"""What may be read instead of being called: modules without hooks, and parameters that are ordinary tensors.
+"""Modules that may be read instead of being called: without hooks, and with parameters that are ordinary tensors.
 
 A fused op reads the weights of several modules and calls none of them. That is right only where a call would do nothing
 else. Layers ask `is_readable`, and so do routed models (`gradroute.models.linear`).

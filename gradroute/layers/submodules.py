@@ -10,7 +10,7 @@ from torch import nn
 
 from .module import RoutedModule, check_plain
 
-# What stands in the place of a torch.nn.Linear may be of any class.
+# A module in the place of a torch.nn.Linear may be of any class.
 AnyModule = Any
 # The features of a submodule that does not say how many it has.
 NO_FEATURES = (-1, -1)

@@ -28,7 +28,7 @@ def _nothing() -> None:
 
 
 class Owner:
-    """What the modules of one routed model have in common: by it a module knows the calls of its own model.
+    """An identity that the modules of one routed model have in common: by it a module knows the calls of its own model.
 
     Attributes:
         handed: the routes of forwards whose graphs or checkpoints may still be alive, one private object a forward.
@@ -136,7 +136,7 @@ def running(owner: Owner, routes: Routes | None, documents: Tensor | None = None
 
 
 def open_offer(owner: Owner | None) -> Offer | None:
-    """What waits for the forwards of a model in this thread."""
+    """The offer that waits for the forwards of a model in this thread."""
     offer: Offer | None = getattr(_THREAD, "offer", None)
     while offer is not None and not (offer.owner is owner and offer.is_open and _waits_here(offer)):
         offer = offer.outer

@@ -26,7 +26,7 @@ _INTEGERS = (
 # and may be absent; `input_ids`, `labels`, `attention_mask` and `route_ids` are int64 and always there.
 Document = dict[str, Tensor]
 
-# What has a number of a column, in errors.
+# Errors name by this the things that have a number each in a column.
 _TOKEN = "the example's input_ids"
 
 # A column of an example as it comes: a number, a list, a tensor, an array, or what turns out to be none of these.

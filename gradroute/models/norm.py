@@ -68,7 +68,7 @@ class GemmaNorm(Norm):
 
 
 def rms_norm_mixin(norm: AnyModule) -> type[Norm]:
-    """What routes an RMS norm, which says by its attributes how it computes."""
+    """The mixin that routes an RMS norm, which says by its attributes how it computes."""
     own = "llama" if hasattr(norm, "variance_epsilon") else "gemma"
     mode = getattr(norm, "casting_mode", own)  # Liger's say it
     return GemmaNorm if mode == "gemma" else LlamaNorm

@@ -42,7 +42,7 @@ def mlp_patch(original: type[nn.Module]) -> Patch | None:
 
 
 def patched_activation(original: type[nn.Module]) -> str | None:
-    """What one of Liger's MLPs computes between its linear layers; None: a class is none."""
+    """The activation that one of Liger's MLPs computes between its linear layers; None: a class is none."""
     patch = mlp_patch(original)
     return None if patch is None else _ACTIVATIONS[patch.__qualname__]
 

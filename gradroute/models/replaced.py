@@ -98,7 +98,7 @@ def swapped_class_of(forward: Forward) -> type | None:
 
 
 def _found_forward(module: nn.Module) -> Forward | None:
-    """What accelerate's hook calls, else the forward that the instance has; None: it has that of its class."""
+    """The forward that accelerate's hook calls, else the instance's own; None: it has that of its class."""
     return vars(module)["_old_forward"] if _is_hooked(module) else vars(module).get("forward")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .route_columns import ROUTE_COLUMNS, checked_column
 
-# What stands at prompts whose row says nothing, and at padding: the base route, at full strength.
+# This stands at prompts whose row says nothing, and at padding: the base route, at full strength.
 _BASE = {"route_ids": 0, "route_strength": 1.0}
 
 
@@ -55,7 +55,7 @@ def _of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _answers(answer: Any, lengths: list[int]) -> dict[str, list[Any]]:
-    """What a route_fn said, by column, as one entry a rollout."""
+    """The answer of a route_fn, by column, as one entry a rollout."""
     answers = dict(answer) if isinstance(answer, Mapping) else {"route_ids": answer}
     unknown = [name for name in answers if name not in ROUTE_COLUMNS]
     if unknown or "route_ids" not in answers:

@@ -13,7 +13,7 @@ from .collator import Column, RouteCollator, checked_ids, checked_strength, next
 
 ROUTE_COLUMNS = ("route_ids", "route_strength")
 
-# What stands at padding: the base route, at full strength.
+# This stands at padding: the base route, at full strength.
 _PADDING = {"route_ids": 0, "route_strength": 1.0}
 
 # A batch and an example as the collators of others make and take them.

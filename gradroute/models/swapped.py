@@ -53,7 +53,7 @@ class Swapped(RoutedModule):
     mixin: ClassVar[type[Swapped]]
     owns_sites: ClassVar[bool] = False
     computes: ClassVar[bool] = True
-    # What the routed modules of one model share.
+    # The routed modules of one model share it.
     _owner: Owner | None = None
     # Whether the module finds its routes in the running call, because its parent passes no arguments on.
     _is_handed: bool = False

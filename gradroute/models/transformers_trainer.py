@@ -17,19 +17,19 @@ from .routing import routed_model
 Argument = Any
 Batch = Any
 
-# What a forward without routes raises that a subclass's own compute_loss calls.
+# A forward without routes that a subclass's own compute_loss calls raises this.
 _DROPPED = (
     "got a forward in training mode without route_ids from compute_loss, expected the batch's: pass on "
     'route_ids=inputs["route_ids"], or call the model as model(**inputs); where a forward without routes is meant, put '
     "`with gradroute.models.unrouted(model):` around it"
 )
 
-# What a mixin of trainers stands before; mypy then asks nothing of the trainer's methods.
+# A mixin of trainers stands before this; mypy then asks nothing of the trainer's methods.
 _Trainer: Any = object
 
 
 class RoutedTrainer(_Trainer):
-    """What `routed_trainer` puts before a trainer's class.
+    """The class that `routed_trainer` puts before a trainer's class.
 
     Attributes:
         pairs: whether a batch has two rows an example, see `RouteColumns`.
@@ -46,7 +46,7 @@ class RoutedTrainer(_Trainer):
         self._route_align = route_align
         self._check(_named(super().__init__, args, kwargs))
         super().__init__(*args, **kwargs)
-        routed_model(self.model)  # what a `model_init` made
+        routed_model(self.model)  # the one that a `model_init` made
 
     def _check(self, given: Mapping[str, Argument]) -> None:
         """Raises where the trainer's arguments would train without routes, before it changes anything."""

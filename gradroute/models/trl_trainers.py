@@ -1,4 +1,4 @@
-"""What routed trainers of TRL do besides: datasets that are tokenized and packed, pairs, and rollouts."""
+"""Routed trainers of TRL do this besides: datasets that are tokenized and packed, pairs, and rollouts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RoutedTRLTrainer(RoutedTrainer):
 
 
 class HeadOfLogits:
-    """What TRL's fused head returns, computed of all logits: the head itself is called, and so it can be routed.
+    """The output of TRL's fused head, computed of all logits: the head itself is called, and so it can be routed.
 
     Args:
         forward: the forward that TRL put on the model; without `fused_lm_head` it is the routed one.
@@ -108,7 +108,7 @@ class RoutedSFTTrainer(RoutedTRLTrainer):
         """
         prepare = super()._prepare_dataset
         columns = [name for name in ROUTE_COLUMNS if name in _columns_of(dataset)]
-        if "route_ids" not in columns:  # of evaluation: the constructor has looked at the other
+        if "route_ids" not in columns:  # a dataset of evaluation: the constructor has looked at the other
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
