@@ -183,9 +183,8 @@ class Routes:
         if self.ids.is_meta:
             raise ValueError(f"device: got {device}, expected meta: routes on the meta device have no values")
         if self.strength is not None and self.strength.dim() == 0:
-            return self._moved(
-                device, non_blocking
-            )  # a 0-dim strength may be written to, so no copy of it is kept
+            # A 0-dim strength may be written to, so no copy of it is kept.
+            return self._moved(device, non_blocking)
         return self.derived(("device", device), lambda: self._moved(device, non_blocking))
 
     def _moved(self, device: torch.device, non_blocking: bool) -> Routes:

@@ -96,9 +96,8 @@ class RoutedLinear(RoutedModule, nn.Linear):
     def _masked_around(self, x: Tensor, routes: Routes, sites: LinearSites, weight: Any, bias: Any) -> Tensor:
         """The same with a weight that is distributed, or that its class multiplies with, as quantised ones are."""
         if is_dtensor(weight):
-            from .sharded import (
-                sharded_linear,
-            )  # here, because importing DTensor takes longer than all of gradroute
+            # Here, because importing DTensor takes longer than all of gradroute.
+            from .sharded import sharded_linear
 
             return sharded_linear(x, weight, bias, routes, sites, self.backend)
         updates = [name for name in sites.tables if name.startswith("update")]

@@ -88,9 +88,8 @@ class RoutedRMSNorm(_RoutedNorm, nn.RMSNorm):
         if eps is not None:
             check_number("eps", eps, 0)
         check_bool("elementwise_affine", elementwise_affine)
-        self.offset = check_number(
-            "offset", offset
-        )  # reset_parameters, which the constructor calls, reads it
+        # reset_parameters, which the constructor calls, reads it.
+        self.offset = check_number("offset", offset)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self._check_affine()
         self.casting_mode = casting_mode

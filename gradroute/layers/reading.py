@@ -72,9 +72,8 @@ def is_dtensor(tensor: object) -> bool:
         return False
     if not torch.distributed.is_available():
         return False
-    from torch.distributed.tensor import (
-        DTensor,
-    )  # here, because importing it takes longer than all of gradroute
+    # Here, because importing it takes longer than all of gradroute.
+    from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 

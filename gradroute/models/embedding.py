@@ -10,7 +10,7 @@ from ..embedding import EmbeddingSites, routed_embedding
 from ..layers import check_embedding
 from ..layers.reading import full_name
 from ..routes import Routes
-from .modules import refuse_dtensor, refuse_special
+from .modules import refuse_dtensors, refuse_special
 from .swapped import Swapped
 
 
@@ -43,7 +43,7 @@ class Embedding(Swapped):
         return self._routed(tokens, routes)
 
     def _routed(self, tokens: Tensor, routes: Routes) -> Tensor:
-        refuse_dtensor(self)
+        refuse_dtensors(self)
         return routed_embedding(
             tokens, self.weight, routes, self._sites, self.padding_idx, backend=self.backend
         )

@@ -13,7 +13,7 @@ from ..route_grad import route_grad
 from ..routes import Routes
 from ..tables import Table
 from .computed import unknown_forward
-from .modules import AnyModule, Argument, refuse_dtensor, refuse_replaced, special_parameters
+from .modules import AnyModule, Argument, refuse_dtensors, refuse_replaced, special_parameters
 from .swapped import Swapped
 
 
@@ -88,7 +88,7 @@ class Linear(CalledLinear):
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:  # type: ignore[override]
         if routes is None or self._sites is None:
             return super().forward(x)
-        refuse_dtensor(self)
+        refuse_dtensors(self)
         if special_parameters(self):
             self._refuse_updates(self._sites, RuntimeError)  # it was quantised since it was routed
             return super().forward(x, routes=routes)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import is_plain
-from ..layers.reading import full_name, is_dtensor
+from ..layers.reading import full_name, is_dtensor, refuse_dtensor
 from ..routes import Routes
 from ..sites import Sites
 
@@ -18,14 +18,11 @@ AnyModule = Any
 Argument = Any
 
 
-def refuse_dtensor(module: nn.Module) -> None:
-    """Raises where a module's parameters are distributed: the ops take local tensors."""
+def refuse_dtensors(module: nn.Module) -> None:
+    """Raises where a module's parameters are distributed and read so; those of a shard read as local tensors."""
     for name, parameter in module._parameters.items():
-        if is_dtensor(parameter) and is_dtensor(getattr(module, name)):  # a shard reads as a local tensor
-            raise TypeError(
-                f"{full_name(module)}.{name}: got a DTensor, expected a local tensor; use "
-                "gradroute.models.tensor_parallel, which hands the ops local tensors and rank-sliced tables"
-            )
+        if is_dtensor(parameter):
+            refuse_dtensor(module, name, getattr(module, name))
 
 
 def special_parameters(module: nn.Module) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..layers.reading import full_name
 from ..norm import NormSites, routed_layer_norm, routed_rms_norm
 from ..routes import Routes
-from .modules import AnyModule, refuse_dtensor, refuse_special
+from .modules import AnyModule, refuse_dtensors, refuse_special
 from .swapped import Swapped
 
 
@@ -33,7 +33,7 @@ class Norm(Swapped):
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         if routes is None or self._sites is None:
             return super().forward(x)
-        refuse_dtensor(self)
+        refuse_dtensors(self)
         if x.dim() > len(routes.shape) + 1:
             routes = routes.repeat(x.shape[-2])
         return self._routed(x, routes)
