@@ -24,7 +24,7 @@ from ..tables import Table
 from .embedding import RoutedEmbedding
 from .linear import RoutedLinear
 from .lora_sites import sites_around
-from .module import name_routes
+from .module import name_routes, names_of
 from .reading import full_name, is_readable
 
 # Modules of PEFT have classes that only PEFT knows.
@@ -214,8 +214,9 @@ _CLASSES: dict[tuple[type[RoutedAdapter], type[nn.Module]], type[nn.Module]] = {
 
 def _class_of(mixin: type[RoutedAdapter], original: type[nn.Module]) -> type[nn.Module]:
     if (mixin, original) not in _CLASSES:
-        names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-        made = type(original.__name__, (mixin, original), names | {"adopted": original, "mixin": mixin})
+        made = type(
+            original.__name__, (mixin, original), names_of(original) | {"adopted": original, "mixin": mixin}
+        )
         _CLASSES[mixin, original] = made
     return _CLASSES[mixin, original]
 

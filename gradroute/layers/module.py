@@ -85,6 +85,11 @@ def name_routes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
     return (args[0], *args[2:]), {**kwargs, "routes": args[1]}
 
 
+def names_of(original: type) -> dict[str, Any]:
+    """The members by which a class that is made at run time has the name of the one in whose place it stands."""
+    return {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+
+
 def check_plain(name: str, module: nn.Module, expected: type[nn.Module], instead: str) -> None:
     """Raises unless `module` computes what its type says: routed layers read parameters and call no forward."""
     got = None

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from ..arguments import shown
+from ..layers.module import names_of
 from .architectures import ARCHITECTURES, inner_model
 from .attention import Attention
 from .gated_mlp import GatedMLP
@@ -198,5 +199,4 @@ def _swap(module: AnyModule, mixin: type, mesh: DeviceMesh) -> None:
 @functools.cache
 def _parallel_class(mixin: type, whole: type[nn.Module]) -> type:
     """The subclass of a module's class that serves one rank; `whole` is what it was. It keeps the name."""
-    names = {name: getattr(whole, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(whole.__name__, (mixin, whole), names | {"whole": whole})
+    return type(whole.__name__, (mixin, whole), names_of(whole) | {"whole": whole})

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.module import names_of
 from .modules import AnyModule
 
 # As the one who binds it to a module calls it, the module first.
@@ -67,9 +68,8 @@ def patched_class(original: type[nn.Module], patch: Patch) -> Any:
 
 
 def _make_class(original: type[nn.Module], patch: Patch) -> type:
-    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     members = {"forward": patch, "patch": staticmethod(patch), "unpatched": original}
-    return type(original.__name__, (original,), names | members)
+    return type(original.__name__, (original,), names_of(original) | members)
 
 
 def absorb(module: AnyModule) -> None:

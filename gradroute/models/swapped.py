@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import RoutedModule
+from ..layers.module import names_of
 from ..routes import Routes
 from ..sites import Sites
 from .calls import Call, Owner, refuse_retired, running_call
@@ -184,7 +185,6 @@ def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> Any:
 
 
 def _make_class(mixin: type[Swapped], original: type[nn.Module]) -> type:
-    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     members = mixin.members(original)
     routed = members.get("forward", mixin.forward)
 
@@ -204,7 +204,7 @@ def _make_class(mixin: type[Swapped], original: type[nn.Module]) -> type:
     forward.__doc__, forward.__signature__ = routed.__doc__, inspect.signature(routed)  # type: ignore[attr-defined]
     members |= {"forward": forward, "original": original, "mixin": mixin}
     # transformers wraps the forward of a subclass of its layers when that is made: what it wraps is this function.
-    swapped = type(original.__name__, (mixin, original), names | members)
+    swapped = type(original.__name__, (mixin, original), names_of(original) | members)
     forward.swapped = swapped  # type: ignore[attr-defined]
     swapped.forward.swapped = swapped  # type: ignore[attr-defined]
     return swapped
