@@ -155,7 +155,9 @@ def check_number(
     if not is_number(value):
         raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
     if (
-        not math.isfinite(value)
+        not -math.inf
+        < value
+        < math.inf  # math.isfinite cannot be traced, where the number has become a symbol
         or (least is not None and value < least)
         or (most is not None and value > most)
     ):

@@ -184,7 +184,7 @@ def checked_pattern(
     check_bool("causal", causal)
     if window is not None and (type(window) is not int or window < 1):
         check_int("window", window, 1)
-    if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
+    if scale is not None and (type(scale) is not float or not -math.inf < scale < math.inf):
         check_number("scale", scale)
     if type(dropout) is not float or not 0.0 <= dropout < 1.0:
         check_number("dropout", dropout)

@@ -78,7 +78,7 @@ def routed_rms_norm(
         check_choice("casting_mode", casting_mode, CASTING_MODES)
     if eps is not None and (type(eps) is not float or not 0.0 <= eps < math.inf):
         check_number("eps", eps, 0)
-    if type(offset) is not float or not math.isfinite(offset):
+    if type(offset) is not float or not -math.inf < offset < math.inf:
         check_number("offset", offset)
     if unrouted(routes, sites, NormSites):
         backends.check_backend(backend)

@@ -13,12 +13,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradroute
-from gradroute import MLPSites, Routes, Table, backends, routed_linear, testing
+from gradroute import (
+    AttentionSites,
+    MLPSites,
+    NormSites,
+    Routes,
+    Table,
+    backends,
+    routed_attention,
+    routed_layer_norm,
+    routed_linear,
+    routed_rms_norm,
+    testing,
+)
 from gradroute.backends import native
 from gradroute.primitives import overwriting
 from gradroute.tables import localize
 from gradroute.testing import Result, assert_result_within_budget, assert_same_bits
 
+HALF = Table([[1.0], [0.5]])
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -318,3 +331,24 @@ def test_meta_tensors_need_no_kernel():
         assert output.shape == call.upstream.shape
         gradients = torch.autograd.grad(output, list(meta.values()), call.upstream.to("meta"))
         assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in meta.values()]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, routes, number: routed_attention(
+            *[x.unflatten(-1, (4, -1)).transpose(1, 2)] * 3, routes, AttentionSites(HALF), scale=number
+        ),
+        lambda x, routes, number: routed_rms_norm(x, x[0, 0], routes, NormSites(HALF), number),
+        lambda x, routes, number: routed_rms_norm(x, x[0, 0], routes, NormSites(HALF), 1e-6, number),
+        lambda x, routes, number: routed_layer_norm(x, x[0, 0], None, routes, NormSites(HALF), number),
+    ],
+    ids=["scale", "eps of rms_norm", "offset", "eps of layer_norm"],
+)
+def test_numbers_that_change(call):
+    """From its second value on Dynamo makes a symbol of a number, as between layers of different scales: one graph."""
+    x, routes = torch.randn(1, 6, 16), Routes.of([[0, 1, 1, 0, 1, 0]], 2)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for number in (0.25, 0.5, 0.75):
+        got, want = (f(x, routes, number) for f in (compiled, call))
+        torch.testing.assert_close(got, want)
