@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from gradroute import __main__ as report
+from gradroute.machine import identity
 
 from . import progress
 from .cases import Step
@@ -41,11 +41,11 @@ GEMM_SHAPES = {  # (m, n, k): products run at other rates in other shapes, and t
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processors, and the commit: a run that goes on must find all of it unchanged."""
-    found = report.versions() | report.cpu()
-    found |= {name: report.version(name) for name in ("transformers", "liger_kernel")}
+    found = identity.versions() | identity.cpu()
+    found |= {name: identity.version(name) for name in ("transformers", "liger_kernel")}
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
-        found |= {name: report.cuda()[name] for name in ("runtime", "driver")}
+        found |= {name: identity.cuda()[name] for name in ("runtime", "driver")}
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *SOURCES)
     return found | {"commit": commit, "clean": None if changes is None else changes == ""}
 

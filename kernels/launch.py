@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from ..fake_tensors import has_data
+from ..machine import answers
 from .configs import ARCHITECTURES, CONFIGS
 
 # CUDA's limit on a grid's y and z; the interpreter has none.
@@ -55,13 +56,18 @@ def record(architecture: int) -> Iterator[list[Launch]]:
 def config_of(
     kernel: triton.JITFunction, device: torch.device, dtype: torch.dtype | None = None, variant: str = ""
 ) -> dict[str, int]:
-    """The shipped configuration of `kernel` for the device's architecture, or for the nearest older one.
+    """The configuration of `kernel` that was measured on this machine, else the one shipped for such a device.
 
-    Entries called `kernel{variant}.dtype`, `kernel{variant}` and `kernel` are tried in this order.
+    Shipped is one for the device's architecture, or for the nearest older one. Entries called
+    `kernel{variant}.dtype`, `kernel{variant}` and `kernel` are tried in this order.
     """
     name = kernel.fn.__name__
     suffix = f"{variant}.{str(dtype).removeprefix('torch.')}"
-    shipped = next(CONFIGS[key] for key in (name + suffix, name + variant, name) if key in CONFIGS)
+    entry = next(key for key in (name + suffix, name + variant, name) if key in CONFIGS)
+    measured = None if _recorder is not None else answers.launch(entry, device)
+    if measured is not None:
+        return measured
+    shipped = CONFIGS[entry]
     architecture = _architecture(device)
     for known in reversed(ARCHITECTURES):
         if known <= architecture and known in shipped:

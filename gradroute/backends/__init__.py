@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_device, check_choice, shown
+from ..machine import answers, verdicts
+from ..machine.answers import MEASURED, SHIPPED
 from ..primitives.protocol import Primitives
 from . import composed, native
 
@@ -127,14 +129,15 @@ def choose(
     """The backend that runs `op` on the activation `x`.
 
     An explicit choice (`requested`, else use_backend, else GRADROUTE_BACKEND) is taken or refused; the automatic
-    one takes the first of the op's backends that supports the call, and warns when it is not the fastest there.
+    one takes the first of the op's backends that supports the call, and that no check has found wrong on this machine,
+    and warns when it is not the fastest there.
 
     Args:
         op: its name in OPS.
         requested: the argument `backend`.
         x: the activation.
         refused: backends that cannot run this very call, with the reasons.
-        order: in which the automatic choice tries the op's backends; default: that of OPS.
+        order: in which the automatic choice tries the op's backends; default: `order_of`.
 
     Raises:
         ValueError: no such backend.
@@ -149,7 +152,28 @@ def choose(
         return explicit
     if order is None and not refused and not torch.compiler.is_compiling():
         return _remembered(op, x)
-    return _automatic(op, x, refused, order)
+    return _automatic(op, x, refused, order or order_of(op, x))
+
+
+def order_of(op: str, x: Tensor) -> tuple[str, ...]:
+    """The op's backends, fastest first: as measured on this machine for such an activation, else as shipped.
+
+    Traced code must not depend on a size: under torch.compile what was measured for the largest counts.
+    """
+    orders = _orders_of(op, x)
+    if torch.compiler.is_compiling():
+        return orders[-1][1]
+    return next(names for limit, names in orders if limit is None or x.numel() <= limit)
+
+
+def _orders_of(op: str, x: Tensor) -> answers.Orders:
+    """The orders by size; what was not measured comes after what was."""
+    measured = answers.backends(op, x.device, x.dtype)
+    if measured is None:
+        return ((None, OPS[op]),)
+    return tuple(
+        (limit, (*names, *(name for name in OPS[op] if name not in names))) for limit, names in measured
+    )
 
 
 def _remembered(op: str, x: Tensor) -> str:
@@ -157,16 +181,70 @@ def _remembered(op: str, x: Tensor) -> str:
     key = (op, x.device, x.dtype)
     found = _choices.get(key)
     if found is None:
-        found = _choices[key] = _automatic(op, x, None, None)
-    return found
+        found = []
+        for limit, order in _orders_of(op, x):
+            found.append((limit, _automatic(op, x, None, order)))
+        _choices[key] = found
+    for limit, name in found:
+        if limit is None or x.numel() <= limit:
+            return name
+    raise AssertionError("the last choice has no limit")
 
 
-_choices: dict[Any, str] = {}
+# By op, device and dtype: the backends by size (the most elements of the activation; None: any number).
+_choices: dict[Any, list[tuple[int | None, str]]] = {}
 
 
-def _automatic(op: str, x: Tensor, refused: Mapping[str, str] | None, order: tuple[str, ...] | None) -> str:
+def choose_anew() -> None:
+    """Forgets what was chosen, and what `check` and `tune` found: their files are read again at the next call."""
+    _choices.clear()
+    answers.forget()
+    verdicts.forget()
+
+
+class Choice(NamedTuple):
+    """Which backend runs a call.
+
+    Attributes:
+        backend: a name of BACKENDS.
+        reason: why it runs there.
+        evidence: what its place before others rests on: MEASURED ("measured here") or SHIPPED ("shipped estimate").
+    """
+
+    backend: str
+    reason: str
+    evidence: str
+
+
+def explain(op: str, x: Tensor, backend: str | None = None) -> Choice:
+    """Which backend a call of `op` runs on, and why; nothing is computed.
+
+    Args:
+        op: a name of OPS. Attention has an `explain` of its own in `gradroute.attention`, which knows more.
+        x: the activation, of any size; of embeddings the weight.
+        backend: the argument `backend` of the call.
+
+    Raises:
+        ValueError: no such op or backend.
+        BackendError: the explicit backend, or every backend, cannot run the call.
+    """
+    check_choice("op", op, OPS)
+    chosen = choose(op, backend, x)
+    evidence = evidence_of(op, x)
+    if backend is not None or _process_wide is not None:
+        return Choice(chosen, "it was asked for", evidence)
+    rejected = _rejected(op, order_of(op, x), x, None)
+    why = "it is the fastest that can run the call"
+    return Choice(chosen, f"{why}; {_listed(rejected)}" if rejected else why, evidence)
+
+
+def evidence_of(op: str, x: Tensor) -> str:
+    """What the order of an op's backends rests on: MEASURED or SHIPPED."""
+    return SHIPPED if answers.backends(op, x.device, x.dtype) is None else MEASURED
+
+
+def _automatic(op: str, x: Tensor, refused: Mapping[str, str] | None, names: tuple[str, ...]) -> str:
     """The first of the backends that supports the call."""
-    names = order or OPS[op]
     for name in names:
         if _is_elsewhere(name, x) or _why_not_automatic(op, name, x, refused):
             continue
@@ -191,6 +269,8 @@ def with_kernels(what: str, device: torch.device, dtype: torch.dtype) -> str:
     reasons: dict[str, str] = {}
     for name in names:
         reason = _why_not(None, name, device, dtype) if name != "reference" else "it has no kernels"
+        if reason is None and _process_wide is None:
+            reason = verdicts.why_not(name, device)
         if reason is None:
             return name
         reasons[name] = reason
@@ -299,7 +379,9 @@ def _why_not_automatic(op: str, name: str, x: Tensor, refused: Mapping[str, str]
     backend = _BACKENDS[name]
     if backend.elsewhere is not None and x.device.type != backend.home:
         return backend.elsewhere.format(device=x.device)
-    return _why_not(op, name, x.device, x.dtype) or (refused or {}).get(name)
+    return (
+        _why_not(op, name, x.device, x.dtype) or (refused or {}).get(name) or verdicts.why_not(name, x.device)
+    )
 
 
 def _rejected(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from .. import backends
+from ..machine import answers
 from ..primitives.attention_pattern import Pattern
 from ..primitives.protocol import AttentionTables
 from ..routes import Routes
@@ -33,10 +34,6 @@ OWN = ("triton", "reference")
 # Backends that compute in tiles of torch's products where no vendor's kernel does what a call asks for.
 TILED = ("cpu", "torch")
 
-# In which order the automatic choice tries the backends.
-OWN_FIRST = backends.OPS["routed_attention"]
-VENDOR_FIRST = tuple(sorted(OWN_FIRST, key=OWN.__contains__))
-
 
 class Plan(NamedTuple):
     """The kernels that run a call.
@@ -46,11 +43,13 @@ class Plan(NamedTuple):
         vendor: the vendor's kernel, by its name in `gradroute.backends.vendor.VENDORS` (with edges its forward alone);
             None: the backend's own kernels, which on backends torch and cpu are tiles of torch's products.
         reason: why it runs there.
+        evidence: what the choice rests on: "measured here" (by `python -m gradroute tune`) or "shipped estimate".
     """
 
     backend: str
     vendor: str | None
     reason: str
+    evidence: str = answers.SHIPPED
 
 
 def plan(call: AttentionCall, requested: str | None) -> Plan:
@@ -65,8 +64,9 @@ def plan(call: AttentionCall, requested: str | None) -> Plan:
     vendor, vendor_reason = vendors.choose(call.q, call.k, call.v, call.pattern)
     has_edges = call.sites.score_edges is not None or call.sites.value_edges is not None
     work = remaining_work(call.routes, call.sites)
-    own_first = has_edges or vendor is None or work < SKIP_BELOW
-    order = OWN_FIRST if own_first else VENDOR_FIRST
+    skip_below, evidence = _skip_below(call.q)
+    own_first = has_edges or vendor is None or work < skip_below
+    order = _in_order(backends.order_of("routed_attention", call.q), own_first)
     reasons = refused(call.q, vendor, vendor_reason, has_edges, call.pattern)
     backend = backends.choose("routed_attention", requested, call.q, reasons, order)
     if backend in OWN:
@@ -75,12 +75,28 @@ def plan(call: AttentionCall, requested: str | None) -> Plan:
             why = "edges between routes need own kernels"
         elif vendor is None:
             why = f"no vendor's kernel can run it: {vendor_reason}"
-        elif work < SKIP_BELOW:
+        elif work < skip_below:
             why = "masks leave so little of the backward's work that own kernels, which make no more, are faster"
-        return Plan(backend, None, why)
+        return Plan(backend, None, why, evidence)
     if has_edges and vendor is not None:
-        return Plan(backend, vendor, f"{vendor_reason}; edges between routes need a backward in tiles")
-    return Plan(backend, vendor, vendor_reason)
+        vendor_reason = f"{vendor_reason}; edges between routes need a backward in tiles"
+    return Plan(backend, vendor, vendor_reason, evidence)
+
+
+def _in_order(names: tuple[str, ...], own_first: bool) -> tuple[str, ...]:
+    """The order in which the automatic choice tries the backends: those with own kernels first, or after the others."""
+    if own_first:
+        return ("triton", *(name for name in names if name != "triton"))
+    return tuple(sorted(names, key=OWN.__contains__))
+
+
+def _skip_below(q: Tensor) -> tuple[float, str]:
+    """Below which share of the work own kernels are faster, and what any of the call's choices rests on."""
+    measured = answers.share_for_own(q.device, q.dtype)
+    is_measured = backends.evidence_of("routed_attention", q) != answers.SHIPPED or measured is not None
+    is_measured = is_measured or answers.vendors(q.device, q.dtype) is not None
+    evidence = answers.MEASURED if is_measured else answers.SHIPPED
+    return SKIP_BELOW if measured is None else measured, evidence
 
 
 def refused(

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from gradroute import __main__ as report
 from gradroute import backends
+from gradroute.__main__ import main
 from gradroute.backends import composed, native
+from gradroute.machine import identity, report
 
 EVERY_PAIR = {(op, backend) for op in backends.OPS for backend in backends.BACKENDS}
 
@@ -40,7 +41,7 @@ def test_here_every_backend_agrees(tmp_path):
 
 
 def test_json_has_every_op_on_every_backend(capsys):
-    assert report.main(["--json"]) == 0
+    assert main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["agrees"] is True
     assert {(op, backend) for op, row in found["ops"].items() for backend in row} == EVERY_PAIR
@@ -53,7 +54,7 @@ def test_json_has_every_op_on_every_backend(capsys):
 
 def test_versions_and_build(one_op):
     found = report.report()
-    assert {"gradroute", "python", "torch", "triton", "numpy", *report.TOOLS} == set(found["versions"])
+    assert {"gradroute", "python", "torch", "triton", "numpy", *identity.TOOLS} == set(found["versions"])
     assert {row["tool"] for row in found["setups"]} >= {"Trainer", "FSDP1", "Threads"}
     assert any(row["refused"] for row in found["setups"])
     assert f"{len(found['setups'])} " not in report.setups_text(found["setups"])  # some are refused
@@ -65,7 +66,7 @@ def test_versions_and_build(one_op):
 
 def test_a_wrong_kernel_is_named_with_its_error(one_op, monkeypatch, capsys):
     monkeypatch.setattr(composed, "masked_product", lambda g, *_: 1.01 * g)
-    assert report.main([]) == 1
+    assert main([]) == 1
     said = capsys.readouterr().out
     assert "cpu WRONG [1]" in said
     assert "[1] AssertionError: route_grad on torch: dx: maximum error" in said
@@ -76,7 +77,7 @@ def test_a_kernel_that_fails_is_named(one_op, monkeypatch, capsys):
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(composed, "masked_product", fails)
-    assert report.main(["--json"]) == 1
+    assert main(["--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["agrees"] is False
     row = found["ops"]["route_grad"]
@@ -88,7 +89,7 @@ def test_without_the_native_module_it_says_why(monkeypatch, capsys):
     monkeypatch.setattr(backends, "OPS", {"route_grad": ("cpu", "torch", "reference")})
     monkeypatch.setattr(native.loading, "module", None)
     monkeypatch.setattr(native.loading, "load_error", "the native module was not built")
-    assert report.main([]) == 0
+    assert main([]) == 0
     said = capsys.readouterr().out
     assert "native    the native module was not built\n" in said
     assert said.count("the native module was not built") > 1  # in the row of backend cpu too
@@ -108,5 +109,5 @@ def test_the_driver_version_is_found(tmp_path):
     file.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build\nGCC version: 12.2.0\n"
     )
-    assert report.first_match(str(file), report.DRIVER_VERSION) == "580.82.07"
-    assert report.first_match(str(tmp_path / "absent"), report.DRIVER_VERSION) is None
+    assert identity.first_match(str(file), identity.DRIVER_VERSION) == "580.82.07"
+    assert identity.first_match(str(tmp_path / "absent"), identity.DRIVER_VERSION) is None

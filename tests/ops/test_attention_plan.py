@@ -44,7 +44,7 @@ def test_on_the_cpu_masks_go_around_the_vendors_kernel():
 def test_on_the_cpu_a_window_is_computed_in_tiles():
     q, k, v, routes = inputs()
     plan = explain(q, k, v, routes, HEADS, window=3)
-    assert plan == ("cpu", None, "cpu_flash: it has no window")
+    assert plan[:3] == ("cpu", None, "cpu_flash: it has no window")
 
 
 def test_an_explicit_choice_is_taken():
@@ -118,7 +118,7 @@ def test_on_cuda_masks_go_around_the_vendors_kernel(cuda):
 def test_on_cuda_edges_take_own_kernels(cuda):
     q, k, v, routes = cuda(head_dim=64)
     plan = explain(q, k, v, routes, SCORES)
-    assert plan == ("triton", None, "edges between routes need own kernels")
+    assert plan[:3] == ("triton", None, "edges between routes need own kernels")
     with refusal(
         "the requested backend 'cuda' cannot run it: there is no CUDA kernel for edges between routes yet"
     ):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...machine import answers
 from ...primitives.attention_pattern import Pattern
 from . import cpu_flash, cudnn, efficient, flash, machine
 from .contract import VendorKernel
@@ -43,7 +44,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[str | Non
 
 
 def _preference(q: Tensor) -> tuple[tuple[str, ...], str]:
-    """The kernels of q's device, fastest first, and why in this order; by others' measurements so far."""
+    """The kernels of q's device, fastest first, and why in this order: measured here, else by others' measurements."""
     if q.device.type in ("cpu", "meta"):
         return ("cpu_flash",), "cpu_flash is the CPU's only vendor kernel"
     if not q.is_cuda:
@@ -52,6 +53,13 @@ def _preference(q: Tensor) -> tuple[tuple[str, ...], str]:
     active, capability = machine.activated_flash(), machine.capability(q.device.index)
     if active is not None:
         return flash_first, f"{active} was activated in place of FlashAttention 2"
+    measured = answers.vendors(q.device, q.dtype)
+    if measured is not None:
+        others = tuple(name for name in VENDORS if name not in measured and name != "cpu_flash")
+        return (
+            *measured,
+            *others,
+        ), "the vendors' kernels are tried in the order of their speed measured here"
     if capability is not None and capability[0] in (9, 10):  # where PyTorch, too, prefers it
         why = f"on compute capability {capability[0]}.{capability[1]} cuDNN's backward is 1.7 to 2.3 times as fast as "
         return ("cudnn", "flash", "efficient"), why + "FlashAttention 2's"

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 import torch.nn.attention
 
-Read = TypeVar("Read", bound=Callable[..., Any])
-
-
-def _constant_when_traced(read: Read) -> Read:
-    """As torch.compiler.assume_constant_result, which would import the compiler (and Triton) for its mark alone."""
-    read._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return read
-
+from ...tracing import constant_when_traced
 
 _SWITCHES = {
     "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
@@ -29,31 +21,31 @@ activated_flash: Callable[[], str | None] = getattr(
 )
 
 
-@_constant_when_traced
+@constant_when_traced
 def switched_on(switch: str) -> bool:
     """Whether the user lets a kernel of this name run."""
     return _SWITCHES[switch]()
 
 
-@_constant_when_traced
+@constant_when_traced
 def determinism_only_warns() -> bool:
     """Whether deterministic algorithms, where they are asked for, are asked for with warn_only."""
     return torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-@_constant_when_traced
+@constant_when_traced
 def capability(index: int | None) -> tuple[int, int] | None:
     """The GPU's compute capability; None where none is visible, as when tracing for another machine."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
-@_constant_when_traced
+@constant_when_traced
 def cudnn_version() -> int | None:
     """The version of cuDNN, 0 without one; None where no GPU is visible."""
     return (torch.backends.cudnn.version() or 0) if torch.cuda.is_available() else None
 
 
-@_constant_when_traced
+@constant_when_traced
 def flash_is_missing() -> bool:
     """Whether there is a GPU, and this build of PyTorch has no FlashAttention for it."""
     return torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available()

@@ -1,0 +1,106 @@
+"""What `python -m gradroute check` found: which backends the automatic choice leaves out on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+from ..tracing import constant_when_traced
+from . import identity
+from .records import CHECK, Record, warn_ignored
+
+LOG = logging.getLogger("gradroute")
+
+
+class Verdict(NamedTuple):
+    """What a check found about a backend on a device.
+
+    Attributes:
+        passed: whether it was right.
+        date: when, in ISO 8601.
+        failures: what was wrong, a line each; none where it passed.
+    """
+
+    passed: bool
+    date: str
+    failures: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, found: Any) -> Verdict:
+        """Reads a verdict from a file of findings; raises ValueError where it is none."""
+        verdict = cls(found["passed"], found["date"], tuple(found["failures"]))
+        if type(verdict.passed) is not bool or verdict.passed != (not verdict.failures):
+            raise ValueError(f"passed: got {verdict.passed!r} with {len(verdict.failures)} failures")
+        return verdict
+
+
+def of(device: torch.device) -> dict[str, Verdict]:
+    """The verdicts on a device by backend; none where nothing was checked. Read once, with a warning of failures."""
+    found = _found.get(device)
+    if found is None:
+        found = _found[device] = _read(device)
+        _tell(device, found)
+    return found
+
+
+@constant_when_traced
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why the automatic choice leaves a backend out on a device; None where no check has found it wrong."""
+    verdict = of(device).get(backend)
+    if verdict is None or verdict.passed:
+        return None
+    return (
+        f"`python -m gradroute check` found it wrong on this machine on {verdict.date[:10]} "
+        f"({verdict.failures[0]}), and it stays out of the automatic choice until a check passes"
+    )
+
+
+def forget() -> None:
+    """Has the files read again at the next call."""
+    _found.clear()
+
+
+_found: dict[torch.device, dict[str, Verdict]] = {}
+_is_told = False
+
+
+def _read(device: torch.device) -> dict[str, Verdict]:
+    if not identity.keeps_findings(device):
+        return {}
+    record = Record(CHECK, device)
+    found = {}
+    for backend, written in record.read().items():
+        try:
+            found[backend] = Verdict.of(written)
+        except (ValueError, KeyError, TypeError) as error:
+            warn_ignored(record.file, f"{backend}: {type(error).__name__}: {error}")
+    return found
+
+
+def _tell(device: torch.device, found: dict[str, Verdict]) -> None:
+    """Warns of the backends that are left out, and says once that a CUDA device was never checked."""
+    for backend, verdict in found.items():
+        if not verdict.passed:
+            warnings.warn(
+                f"backend {backend!r} on {device}: {why_not(backend, device)}", RuntimeWarning, stacklevel=2
+            )
+    if device.type == "cuda" and identity.keeps_findings(device) and not found:
+        _tell_unchecked(device)
+
+
+def _tell_unchecked(device: torch.device) -> None:
+    """One line a process, of the first rank of a node alone, and of no worker of a data loader."""
+    global _is_told
+    in_loader = torch.utils.data.get_worker_info() is not None
+    if _is_told or in_loader or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    _is_told = True
+    LOG.warning(
+        "gradroute was never checked on this %s: `python -m gradroute check` does it in minutes, and `python -m "
+        "gradroute tune` measures what is fastest here",
+        identity.name_of(device),
+    )
