@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
         import interpreter
 
         interpreter.patch_the_language_once_a_launch()
+        interpreter.read_numbers_with_any_numpy()
 
 import gradroute
 

@@ -2,8 +2,11 @@
 
 import sys
 
-import matplotlib.figure
 import pytest
+
+pytest.importorskip("matplotlib")
+
+import matplotlib.figure
 from bench_runs import CPU, add_case, limit, make_run, mlp_axes
 
 from bench import plots

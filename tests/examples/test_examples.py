@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("matplotlib")
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import experiment

@@ -10,12 +10,13 @@ import inspect
 import re
 import types
 
-import liger
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("liger_kernel")
 
+import liger
 import tiny_models as tiny
 import transformers
 from liger_kernel.transformers import monkey_patch

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("torchao")
 
 import peft
 import tiny_models as tiny

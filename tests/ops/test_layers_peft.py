@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
+
+pytest.importorskip("peft")
+
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from gradroute import (
     AttentionSites,
