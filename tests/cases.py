@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from gradroute import backends, testing
+from gradroute import BackendError, attention, backends, testing
 from gradroute.backends import native
 
 #: Every op on every backend that implements it.
@@ -34,6 +34,11 @@ every_function_backend_in_tiers = pytest.mark.parametrize(
         for op, backend in FUNCTION_BACKENDS
     ],
 )
+
+
+def parameters(item):
+    """The parameters of a collected test, those of fixtures too."""
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def tiered(values):
@@ -65,12 +70,96 @@ def require(backend, device):
         pytest.skip(f"{backend}: {reason}")
 
 
-def make(op, **options):
-    """`testing.sample`; attention takes a batch of one sequence where a number of tokens is asked for."""
+def make(op, on=None, **options):
+    """A sample call; attention takes a batch of one sequence where a number of tokens is asked for.
+
+    Args:
+        op: its name.
+        on: the backend that the call is for. Attention is then one that it takes, see `_attention_on_cuda`.
+        **options: those of `testing.sample`.
+    """
+    if op != "routed_attention":
+        return testing.sample(op, **{"tokens": 37} | options)
     tokens = options.pop("tokens", 37)
-    if op == "routed_attention" and isinstance(tokens, int):
-        tokens = (1, tokens)
-    return testing.sample(op, tokens=tokens, **options)
+    options["tokens"] = (1, tokens) if isinstance(tokens, int) else tokens
+    return _attention_on_cuda(options) if on == "cuda" else testing.sample(op, **options)
+
+
+#: The sites of attention that backend cuda has no kernels for.
+EDGES = ("score_edges", "value_edges")
+
+
+def sites_on(backend, sites):
+    """Those of the sites that the backend has kernels for."""
+    return tuple(site for site in sites if backend != "cuda" or site not in EDGES)
+
+
+def _attention_on_cuda(options):
+    """A sample of what the backend can run, which masks around vendors' kernels.
+
+    It has no edges, and is of bf16 where no vendor's kernel runs it in fp32, which has neither windows nor documents.
+    """
+    sites = options.pop("sites", "all")
+    names = testing.site_names("routed_attention") if sites == "all" else sites
+    options["sites"] = sites_on("cuda", (names,) if isinstance(names, str) else names)
+    call = testing.sample("routed_attention", **options)
+    refusal = refusal_of(call, "cuda")
+    if refusal is not None and call.upstream.dtype == torch.float32:
+        call = testing.sample("routed_attention", **options | {"dtype": torch.bfloat16})
+        refusal = refusal_of(call, "cuda")
+    if refusal is not None:
+        pytest.skip(refusal)
+    return call
+
+
+def refusal_of(call, backend):
+    """Why a backend does not run a call of attention; None where it does."""
+    try:
+        plan_of(call, backend)
+    except BackendError as refusal:
+        return str(refusal)
+    return None
+
+
+def plan_of(call, backend):
+    """The kernels that run a call of attention on a backend."""
+    return attention.explain(
+        *call.tensors.values(), call.routes, call.sites, **call.keywords, backend=backend
+    )
+
+
+def bytes_of(tensor):
+    """A tensor's memory, flat: PyTorch compares integers of some dtypes on some devices only, and NaN with nothing."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+# Another variant of a kernel may contract other products and sums into one fused multiply-add, which rounds once where
+# they round twice. Each changes a gradient by at most half an eps of fp32, before it is rounded to its dtype: then by
+# an eps, here and there. Four of the largest value are few beside what a wrong mask changes.
+CONTRACTED = 4
+
+
+def assert_same_numbers(actual, expected, name):
+    """The same bits from two variants of a kernel, or on a GPU the same bits forward and gradients that nearly agree.
+
+    Two runs of one variant have the same bits everywhere: they are compared by `testing.assert_same_bits`.
+    """
+    if not actual.output.is_cuda:
+        testing.assert_same_bits(actual, expected, name)
+        return
+    assert torch.equal(actual.output, expected.output), f"{name}: output"
+    assert_gradients_nearly_agree(actual, expected, name)
+
+
+def assert_gradients_nearly_agree(actual, expected, name):
+    """Within CONTRACTED eps of each gradient's largest value."""
+    for argument, gradient in actual.gradients.items():
+        other = expected.gradients[argument]
+        if gradient is None or other is None:
+            assert gradient is other, f"{name}: d{argument}"
+            continue
+        limit = CONTRACTED * torch.finfo(other.dtype).eps * other.abs().max() if other.numel() else 0
+        assert torch.all((gradient - other).abs() <= limit), f"{name}: d{argument}"
 
 
 def covering(axes, strength=2, seed=0):

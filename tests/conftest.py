@@ -1,5 +1,7 @@
 """Threads, a seed and poisoned memory; the interpreter without a GPU; tests marked gpu only with one."""
 
+import fcntl
+import gc
 import importlib.util
 import os
 import tempfile
@@ -20,6 +22,11 @@ if not torch.cuda.is_available():
 
         interpreter.patch_the_language_once_a_launch()
         interpreter.read_numbers_with_any_numpy()
+
+import cases
+import device_state
+import emulated_cuda
+import emulated_vendors
 
 import gradroute
 
@@ -46,6 +53,58 @@ def _automatic_backend_and_seed():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _gpu_as_it_was(request):
+    yield
+    if "gpu" in request.keywords and torch.cuda.is_available():
+        device_state.allow_waiting()
+        device_state.end_after_an_error(request.config, request.node.nodeid)
+
+
+@pytest.fixture
+def whole_gpu():
+    """The GPU's memory less what this process still uses: what earlier tests have left in torch's cache is free."""
+    for _ in range(2):  # before the test, and after it
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda_folder(tmp_path_factory):
+    """The folder of the emulated module, which the first worker that comes here builds, while others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated_cuda"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not emulated_cuda.module_in(folder).exists():
+            emulated_cuda.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda_module(emulated_cuda_folder):
+    return emulated_cuda.load(emulated_cuda_folder)
+
+
+@pytest.fixture
+def emulated_backend_cuda(request, monkeypatch):
+    """Backend cuda runs on tensors of the CPU: its own kernels and the vendors' are emulated."""
+    missing = emulated_cuda.missing_tools()
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} to compile the emulation of CUDA with")
+    emulated_cuda.use_as_backend_cuda(request.getfixturevalue("emulated_cuda_module"), monkeypatch)
+    emulated_vendors.use_on_the_cpu(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _backend_cuda_on_the_cpu(request):
+    parameters = cases.parameters(request.node)
+    if (parameters.get("backend"), parameters.get("device")) == ("cuda", "cpu"):
+        request.getfixturevalue("emulated_backend_cuda")
+
+
 @pytest.fixture
 def quick_bench(monkeypatch):
     """Benchmarks without the ceilings of this machine, and without processes of their own: everything takes 1 MB."""
@@ -64,17 +123,23 @@ def device(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu need a GPU, and so does backend cuda: elsewhere neither is a case.
+    """Leaves out what is no case, here or anywhere.
 
     Slow ones come first: the last of them would leave one worker alone.
     """
-    dropped = {item for item in items if not _can_run(item)}
+    dropped = {item for item in items if not _is_case(item)}
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
     items.sort(key=lambda item: "slow" not in item.keywords)
 
 
-def _can_run(item):
-    on_gpu = "gpu" in item.keywords
-    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    return torch.cuda.is_available() if on_gpu else backend != "cuda"
+def _is_case(item):
+    """Tests marked gpu need a GPU, and backend cpu takes no tensors of one; elsewhere backend cuda is emulated.
+
+    It is where a test says by the parameter device that it also runs on a GPU.
+    """
+    parameters = cases.parameters(item)
+    backend = parameters.get("backend")
+    if "gpu" in item.keywords:
+        return torch.cuda.is_available() and backend != "cpu"
+    return backend != "cuda" or parameters.get("device") == "cpu"

@@ -13,6 +13,11 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
+from gradroute import backends
+from gradroute.backends import native
+
 CSRC = Path(__file__).parents[1] / "csrc"
 EMULATION = Path(__file__).parent / "emulation"
 HEADERS = sorted(CSRC.glob("*.cuh"))
@@ -113,3 +118,18 @@ def load(folder):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def use(module, monkeypatch):
+    """Tensors of the CPU go to the emulated kernels."""
+    monkeypatch.setattr(native.loading, "module", module)
+    monkeypatch.setattr(native.loading, "instruction_set", "baseline")
+
+
+def use_as_backend_cuda(module, monkeypatch):
+    """As `use`; and backend cuda takes tensors of the CPU, in the dtypes that it takes on a GPU."""
+    use(module, monkeypatch)
+    real, meta = backends._BACKENDS["cuda"], torch.device("meta")
+    monkeypatch.setattr(native, "why_not", lambda name: None)
+    emulated = real._replace(why_not=lambda name, _, dtype: real.why_not(name, meta, dtype), home="cpu")
+    monkeypatch.setitem(backends._BACKENDS, "cuda", emulated)

@@ -117,3 +117,22 @@ def empty(queries=128, keys=None, kv_heads=2, head_dim=64, batch=2, dtype=torch.
     keys = queries if keys is None else keys
     shapes = [(HEADS, queries), (kv_heads, keys), (kv_heads, keys), (HEADS, queries)]
     return [torch.empty(batch, *shape, head_dim, dtype=dtype, device=device) for shape in shapes]
+
+
+def bytes_of_its_own(name, q):
+    """How many bytes a vendor's kernel saves for its backward beside q, k, v, o and the log-sum-exp.
+
+    Args:
+        name: the kernel's name in VENDORS, or None.
+        q: `[B, H, S, D]`.
+    """
+    rows = q.shape[0] * q.shape[1]
+    padded = -(-q.shape[2] // 32) * 32
+    return {
+        None: 0,
+        "cpu_flash": 0,
+        "efficient": 4 * rows * padded
+        + 2 * 8,  # the log-sum-exp again, as the kernel padded it; seed and offset
+        "flash": 2 * 8 + 8,  # the generator's state, and a number that is not used
+        "cudnn": 4 * rows * q.shape[2] + 2 * 8,  # the log-sum-exp again, in another shape; seed and offset
+    }[name]

@@ -1,9 +1,7 @@
 """The CUDA kernels of csrc/ without a GPU: on an emulation of CUDA they keep the error budget of every backend."""
 
 import dataclasses
-import fcntl
 import itertools
-import os
 
 import cases
 import emulated_cuda
@@ -38,33 +36,10 @@ SIZES = (
 )
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """The folder of the module, which the first worker that comes here builds, while others wait."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated_cuda"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not emulated_cuda.module_in(folder).exists():
-            emulated_cuda.build(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def module(built):
-    return emulated_cuda.load(built)
-
-
 @pytest.fixture
-def emulated(module, monkeypatch):
+def emulated(emulated_cuda_module, monkeypatch):
     """Backend cpu runs the emulated kernels."""
-    use(module, monkeypatch)
-
-
-def use(module, monkeypatch):
-    monkeypatch.setattr(native.loading, "module", module)
-    monkeypatch.setattr(native.loading, "instruction_set", "baseline")
+    emulated_cuda.use(emulated_cuda_module, monkeypatch)
 
 
 TOKENS = (0, 1, 70, 130, (2, 19))  # sums are over runs of 64
@@ -94,17 +69,6 @@ def budget_cases():
 @pytest.mark.parametrize(("op", "case"), budget_cases())
 def test_budget(op, case):
     test_ops.run_budget_case(op, "cpu", case, CPU)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_laws(op):
-    """The laws of test_ops.py that hold exactly on every backend."""
-    for irregular in (False, True):
-        test_ops.test_what_is_masked_off_is_zero_whatever_arrives(op, "cpu", irregular, CPU)
-    for tables in ("blocks", "dense", "broadcast"):
-        test_ops.test_nothing_that_it_was_given_or_saved_is_written(op, "cpu", tables, CPU)
-        test_ops.test_strength_of_one_is_no_strength(op, "cpu", tables, CPU)
-    test_ops.test_parameters_that_no_token_may_update_have_zero_gradients(op, "cpu", CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,7 +175,7 @@ def test_products_in_place(dtype, tables):
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 5), (5, 0)])
-def test_nothing_is_launched_for_empty_matrices(module, rows, cols):
+def test_nothing_is_launched_for_empty_matrices(emulated_cuda_module, rows, cols):
     """The launch of an empty grid would be an error. The operands are as backend cuda hands them over."""
     m, heads = (0, rows, cols, cols, 1, 0), (0, (1, 2, rows, cols), (0, 0, 0, 0), 0)
     routing, stream = (0, 0, 0, False), (0, 0)
@@ -227,9 +191,9 @@ def test_nothing_is_launched_for_empty_matrices(module, rows, cols):
         "attention_delta": (heads, heads, heads, m, (routing, None, None)),
         "adamw_step": (m, m, m, m, None, m, False, 0.9, 0.99, 1e-8, False),
     }
-    assert set(calls) == set(module.KERNELS)
+    assert set(calls) == set(emulated_cuda_module.KERNELS)
     for name, operands in calls.items():
-        assert getattr(module.cpu_baseline, name)(operands, stream) is None, name
+        assert getattr(emulated_cuda_module.cpu_baseline, name)(operands, stream) is None, name
 
 
 def run_float64(op, **options):
@@ -249,8 +213,8 @@ REFUSING = {
 }
 
 
-def test_every_kernel_is_asked_to_refuse(module):
-    assert set(REFUSING) == set(module.KERNELS)
+def test_every_kernel_is_asked_to_refuse(emulated_cuda_module):
+    assert set(REFUSING) == set(emulated_cuda_module.KERNELS)
 
 
 @pytest.mark.parametrize("function", REFUSING)
@@ -286,10 +250,10 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found(built, mistake, tmp_path, monkeypatch):
+def test_mistakes_are_found(emulated_cuda_folder, mistake, tmp_path, monkeypatch):
     old, new, message = MISTAKES[mistake]
-    emulated_cuda.build_changed(tmp_path, built, "linear.cu", old, new)
-    use(emulated_cuda.load(tmp_path), monkeypatch)
+    emulated_cuda.build_changed(tmp_path, emulated_cuda_folder, "linear.cu", old, new)
+    emulated_cuda.use(emulated_cuda.load(tmp_path), monkeypatch)
     call = cases.make("routed_linear", tokens=70, sites="update_bias", sizes=testing.Sizes(d_ff=40))
     if "aligned" in mistake:
         call = call.with_upstream(torch.randn(70 * 40 + 1)[1:].view(70, 40))

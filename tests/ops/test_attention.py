@@ -7,18 +7,25 @@ import attention_statement as statement
 import cases
 import pytest
 import torch
+from cases import EDGES
 
 from gradroute import AttentionSites, BackendError, Routes, Table, backends, testing
 from gradroute.testing import Result, Sample, assert_result_within_budget, assert_same_bits
 
 BACKENDS = backends.OPS["routed_attention"]
 SITES = testing.site_names("routed_attention")
-EDGES = ("score_edges", "value_edges")
 
 # The error that is allowed to an element, as a share of its exact value, or of 0.1 where that is smaller.
 # fp32: 250 eps, because a gradient sums up to 400 products, which cancel; the reference's worst error in 384 calls of
 # test_all_sites_together, of 12 seeds, is 6e-6. fp64: 5e4 eps, far above rounding and far below any wrong mask.
 TOLERANCES = {torch.float32: 3e-5, torch.float64: 1e-11}
+
+# Efficient attention multiplies fp32 on tensor cores, in three products of TF32. TF32 has 10 bits of mantissa: of an
+# operand cut off at them and the rest rounded to them, 2⁻²¹ is left, and the product of both operands' rests, 2⁻²⁰, is
+# not made: together up to 2⁻¹⁹, 16 eps of a product. Four products follow one another from the scores to dq and dk,
+# which makes 64 eps, of terms that cancel to a quarter of their size: about 250 eps more. The worst error of these
+# tests with such products emulated is 1.1e-5.
+TOLERANCE_OF_3XTF32 = TOLERANCES[torch.float32] + 256 * 2**-23
 
 # For sequences of several tiles: Triton's interpreter takes up to a second a head.
 SMALL = {"batch": 1, "heads": 2, "kv_heads": 1}
@@ -51,8 +58,7 @@ def dtypes(backend):
 
 
 def sites_on(backend, sites=SITES):
-    """The sites, of these, that the backend has kernels for."""
-    return tuple(site for site in sites if backend != "cuda" or site not in EDGES)
+    return cases.sites_on(backend, sites)
 
 
 def width(site, heads, kv_heads, num_routes):
@@ -145,18 +151,25 @@ def on_cpu(result):
     return Result(result.output.cpu(), {name: g.cpu() for name, g in result.gradients.items()})
 
 
-def assert_close(actual, expected, name):
-    """Within TOLERANCES of the dtype."""
+def assert_close(actual, expected, name, tolerance=None):
+    """Within a tolerance; by default that of TOLERANCES for the dtype."""
     assert actual.shape == expected.shape, name
     error = (actual.double() - expected).abs() / expected.abs().clamp(min=0.1)
     worst = error.max().item() if error.numel() else 0.0  # NaN where any is
-    assert worst <= TOLERANCES[actual.dtype], f"{name}: error {worst:.2e}"
+    tolerance = TOLERANCES[actual.dtype] if tolerance is None else tolerance
+    assert worst <= tolerance, f"{name}: error {worst:.2e}"
 
 
-def assert_results_close(actual, expected, name):
-    assert_close(actual.output, expected.output, f"z on {name}")
+def assert_results_close(actual, expected, name, tolerance=None):
+    assert_close(actual.output, expected.output, f"z on {name}", tolerance)
     for argument, gradient in expected.gradients.items():
-        assert_close(actual.gradients[argument], gradient, f"d{argument} on {name}")
+        assert_close(actual.gradients[argument], gradient, f"d{argument} on {name}", tolerance)
+
+
+def tolerance_of(call, backend):
+    """The tolerance for the kernels that run a call; None: that of its dtype."""
+    is_in_parts = call.upstream.dtype == torch.float32 and cases.plan_of(call, backend).vendor == "efficient"
+    return TOLERANCE_OF_3XTF32 if is_in_parts else None
 
 
 @contextlib.contextmanager
@@ -176,7 +189,7 @@ def assert_as_stated(call, backend):
         result = on_cpu(call.run(backend))
     expected = stated(call)
     if result.output.dtype in TOLERANCES:
-        assert_results_close(result, expected, backend)
+        assert_results_close(result, expected, backend, tolerance_of(call, backend))
     else:
         keys = call.tensors["k"].shape[2]
         budgeted = without_cancelled(result) if keys == 1 else result
@@ -283,7 +296,7 @@ def test_documents_are_separate_batches(backend, options, device):
         separate = Result(
             part.output.double().cpu(), {n: g.double().cpu() for n, g in part.gradients.items()}
         )
-        assert_results_close(rows, separate, backend)
+        assert_results_close(rows, separate, backend, tolerance_of(call, backend))
 
 
 @pytest.mark.parametrize("site", ["heads", "forward_heads"])
@@ -424,7 +437,8 @@ def test_unrouted_attention_on_a_cache(backend, case, device):
     call = call_on_a_cache(device, case).with_routes(None)
     result = assert_as_stated(call, backend)
     with torch.no_grad():
-        assert_close(call.call(call.tensors, backend).cpu(), result.output.double(), f"z on {backend}")
+        again = call.call(call.tensors, backend).cpu()
+    assert_close(again, result.output.double(), f"z on {backend}")
 
 
 @OTHER_NUMBERS_OF_QUERIES
@@ -434,6 +448,7 @@ def test_routed_attention_on_a_cache(backend, case, device):
     call = call_on_a_cache(device, case, sites=sites_on(backend), strength=True)
     expected = stated(call.with_sites(AttentionSites(forward_heads=call.sites.forward_heads))).output
     with torch.no_grad(), skipping_refusals(backend):
-        assert_close(call.call(call.tensors, backend).cpu(), expected, f"z on {backend}")
+        z = call.call(call.tensors, backend).cpu()
+    assert_close(z, expected, f"z on {backend}", tolerance_of(call, backend))
     with pytest.raises(ValueError, match="queries"):
         call.run(backend)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import cases
 import pytest
 import torch
+from device_state import without_waiting
 from torch import Tensor
 
 from gradroute import AttentionSites, Routes, reference, testing
@@ -490,20 +491,17 @@ def test_products_of_half_precision(dtype, take, monkeypatch):
     assert set(products) == {(dtype, dtype, torch.float32)}
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu(dtype):
+def test_every_pattern_on_a_device(dtype, device):
+    """On a GPU nothing waits for it."""
     for options in PATTERNS.values():
         call = make(dtype=dtype, score="binary", value="fractional", **options)
-        tensors = {name: getattr(call, name).cuda() for name in ("d_o", "q", "k", "v")}
+        tensors = {name: getattr(call, name).to(device) for name in ("d_o", "q", "k", "v")}
         call = dataclasses.replace(
-            call, routes=call.routes.to("cuda"), pattern=on(call.pattern, "cuda"), **tensors
+            call, routes=call.routes.to(device), pattern=on(call.pattern, device), **tensors
         )
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting():
             call.tiled()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         call.assert_within_budget()
 
 

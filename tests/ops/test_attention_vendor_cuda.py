@@ -1,14 +1,16 @@
 """PyTorch's attention kernels for CUDA: on tensors without data, on emulated ops, or on a GPU."""
 
 import itertools
-from types import SimpleNamespace
 
+import cases
+import emulated_vendors
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated_vendors import EmulatedOps
+from device_state import without_waiting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vendor_cases import (
+    HALVES,
     HEADS,
     LAYOUTS,
     assert_within_budget,
@@ -72,13 +74,8 @@ def recorded(monkeypatch):
 
             return Op
 
-    replace_ops(monkeypatch, Ops())
+    emulated_vendors.replace_ops(monkeypatch, Ops())
     return calls
-
-
-def replace_ops(monkeypatch, ops):
-    for name in ("cudnn", "flash", "efficient"):
-        monkeypatch.setattr(VENDORS[name], "aten", ops)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
@@ -128,76 +125,67 @@ def case_of(name, fields, length, device, **options):
     return tensors, pattern(**fields)
 
 
-def emulated(monkeypatch, name):
-    """A CUDA kernel on emulated ops, which refuses no call."""
-    replace_ops(monkeypatch, EmulatedOps())
-    kernel = VENDORS[name]
-    return SimpleNamespace(why_not=lambda *call: None, forward=kernel.forward, backward=kernel.backward)
+@pytest.fixture
+def kernels(device, monkeypatch):
+    """The vendors' kernels for CUDA; on the CPU they are emulated."""
+    if device.type == "cpu":
+        emulated_vendors.use_on_the_cpu(monkeypatch)
+    return VENDORS
 
 
-@pytest.mark.parametrize(("name", "fields"), CUDA_CASES)
-def test_cuda_kernels_are_called_right(monkeypatch, name, fields):
-    vendor = emulated(monkeypatch, name)
-    for kv_heads, (length, head_dim) in itertools.product((8, 2, 1), ((37, 16), (50, 13))):
-        tensors, asked = case_of(
-            name, fields, length, "cpu", kv_heads=kv_heads, head_dim=head_dim, dtype=torch.float16
-        )
-        assert_within_budget(vendor, tensors, asked, f"{name} {kv_heads} {length}")
-
-
-@pytest.mark.parametrize(("name", "queries"), [("flash", 20), ("flash", 1), ("efficient", 1)])
-def test_cuda_kernels_are_called_right_with_fewer_queries_than_keys(monkeypatch, name, queries):
-    vendor = emulated(monkeypatch, name)
-    for window in (None, 9) if name == "flash" else (None,):
-        assert_within_budget(vendor, inputs(queries, 37, dtype=torch.float16), pattern(window=window), name)
-
-
-def on_gpu(name, fields, length, **options):
+def able_case(kernel, name, fields, length, device, **options):
     """Inputs and pattern of a case; skips what this GPU or this build cannot run."""
-    tensors, asked = case_of(name, fields, length, "cuda", **options)
-    reason = VENDORS[name].why_not(*tensors[:3], asked)
+    tensors, asked = case_of(name, fields, length, device, **options)
+    reason = kernel.why_not(*tensors[:3], asked)
     if reason is not None:
         pytest.skip(reason)
     return tensors, asked
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("name", "fields"), CUDA_CASES)
+def dtypes_of_kernels():
+    """(kernel, pattern's fields, dtype); only efficient attention takes fp32."""
+    for name, fields in CUDA_CASES:
+        for dtype in (*HALVES, torch.float32) if name == "efficient" else HALVES:
+            yield name, fields, dtype
+
+
+@pytest.mark.parametrize(("name", "fields", "dtype"), list(dtypes_of_kernels()))
 @pytest.mark.usefixtures("free")
-def test_cuda_budget(name, fields, dtype):
-    if dtype == torch.float32 and name != "efficient":
-        pytest.skip(f"{name} takes no float32")
-    for kv_heads, (length, head_dim) in itertools.product((8, 2, 1), ((37, 64), (257, 128), (130, 20))):
-        tensors, asked = on_gpu(name, fields, length, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-        assert_within_budget(VENDORS[name], tensors, asked, f"{name} {kv_heads} {length}")
+def test_budget(name, fields, dtype, kernels, device):
+    shapes = [(37, 16), (50, 13), (41, 20)]
+    shapes += [(37, 64), (257, 128)] if device.type == "cuda" else []  # seconds where it is emulated
+    for kv_heads, (length, head_dim) in itertools.product((8, 2, 1), shapes):
+        tensors, asked = able_case(
+            kernels[name], name, fields, length, device, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
+        )
+        assert_within_budget(kernels[name], tensors, asked, f"{name} {kv_heads} {length}")
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("name", ["flash", "efficient"])
-def test_cuda_budget_of_fewer_queries_than_keys(name):
-    for queries, keys in ((1, 37), (20, 37)):
-        tensors = inputs(queries, keys, head_dim=64, dtype=torch.bfloat16, device="cuda")
-        asked = pattern(causal=name == "flash" or queries == 1)
-        assert_within_budget(VENDORS[name], tensors, asked, f"{name} {queries}")
+def test_budget_of_fewer_queries_than_keys(name, queries, dtype, kernels, device):
+    tensors = inputs(queries, 37, head_dim=64, dtype=dtype, device=device)
+    for window in (None, 9) if name == "flash" else (None,):
+        asked = pattern(causal=name == "flash" or queries == 1, window=window)
+        assert_within_budget(kernels[name], tensors, asked, f"{name} {queries}")
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
 @pytest.mark.usefixtures("free")
-def test_cuda_layouts_are_within_budget(name, layout):
-    tensors, asked = on_gpu(name, {}, 130, head_dim=64, dtype=torch.bfloat16)
+def test_layouts_are_within_budget(name, layout, kernels, device):
+    tensors, asked = able_case(kernels[name], name, {}, 130, device, head_dim=64, dtype=torch.bfloat16)
     lay_out = LAYOUTS[layout]
     for chosen in itertools.product((False, True), repeat=4):
         laid_out = [lay_out(t) if other else t for t, other in zip(tensors, chosen, strict=True)]
-        assert_within_budget(VENDORS[name], laid_out, asked, f"{name} {layout} {chosen}")
+        assert_within_budget(kernels[name], laid_out, asked, f"{name} {layout} {chosen}")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "fields"), [case for case in CUDA_CASES if case[0] != "cudnn"])
 def test_cuda_has_the_same_bits_under_deterministic_algorithms(name, fields):
-    tensors, asked = on_gpu(name, fields, 1300, head_dim=64, dtype=torch.bfloat16)
+    tensors, asked = able_case(VENDORS[name], name, fields, 1300, "cuda", head_dim=64, dtype=torch.bfloat16)
     expected, _ = run(VENDORS[name], *tensors, asked)
     for _ in range(3):
         assert same_bits(run(VENDORS[name], *tensors, asked)[0], expected)
@@ -213,9 +201,8 @@ def test_cuda_forward_has_the_bits_of_scaled_dot_product_attention(name):
         "efficient": SDPBackend.EFFICIENT_ATTENTION,
     }
     for causal in (True, False):
-        (q, k, v, _), asked = on_gpu(
-            name, {"causal": causal}, 257, kv_heads=8, head_dim=64, dtype=torch.bfloat16
-        )
+        options = {"kv_heads": 8, "head_dim": 64, "dtype": torch.bfloat16}
+        (q, k, v, _), asked = able_case(VENDORS[name], name, {"causal": causal}, 257, "cuda", **options)
         o = VENDORS[name].forward(q, k, v, asked)[0]
         with sdpa_kernel(backends[name]):
             expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3)
@@ -226,30 +213,27 @@ def test_cuda_forward_has_the_bits_of_scaled_dot_product_attention(name):
 @pytest.mark.parametrize(("name", "fields"), CUDA_CASES)
 @pytest.mark.usefixtures("free")
 def test_cuda_never_waits_for_the_device(name, fields):
-    tensors, asked = on_gpu(name, fields, 130, head_dim=64, dtype=torch.bfloat16)
+    tensors, asked = able_case(VENDORS[name], name, fields, 130, "cuda", head_dim=64, dtype=torch.bfloat16)
     run(VENDORS[name], *tensors, asked)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         choose(*tensors[:3], asked)
         run(VENDORS[name], *tensors, asked)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "fields"), CUDA_CASES)
 @pytest.mark.usefixtures("free")
-def test_cuda_writes_nothing_that_it_was_given(name, fields):
-    tensors, asked = on_gpu(name, fields, 130, head_dim=64, dtype=torch.bfloat16)
-    saved = VENDORS[name].forward(*tensors[:3], asked)
-    given = [t for t in (*tensors, *saved[:3]) if t.is_cuda]
-    before = [t.clone() for t in given]
-    gradients = VENDORS[name].backward(tensors[3], *tensors[:3], saved, asked)
+def test_nothing_that_a_kernel_was_given_is_written(name, fields, kernels, device):
+    """Neither by its backward nor by whoever writes to the gradients."""
+    tensors, asked = able_case(kernels[name], name, fields, 130, device, head_dim=64, dtype=torch.bfloat16)
+    saved = kernels[name].forward(*tensors[:3], asked)
+    given = [t for t in (*tensors, *saved) if t.device.type == device.type]
+    before = [cases.bytes_of(t).clone() for t in given]
+    gradients = kernels[name].backward(tensors[3], *tensors[:3], saved, asked)
     assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == 3
     for gradient in gradients:
         gradient.fill_(torch.nan)
     for t, copy in zip(given, before, strict=True):
-        assert torch.equal(t.view(torch.uint8) if t.dtype == torch.uint64 else t, copy.view_as(copy))
+        assert torch.equal(cases.bytes_of(t), copy)
 
 
 @pytest.mark.gpu

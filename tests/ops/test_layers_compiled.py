@@ -43,7 +43,13 @@ class Model(nn.Module):
         return self.head(x, routes)
 
 
-def check_compiled(device: str) -> None:
+# Dynamo warns so whenever it traces an autograd.Function.
+DYNAMO = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.mark.slow
+@DYNAMO
+def test_compiled_layers(device: torch.device) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = Model().to(device)
@@ -66,21 +72,9 @@ def check_compiled(device: str) -> None:
     )
 
 
-# Dynamo warns so whenever it traces an autograd.Function.
-DYNAMO = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
-@pytest.mark.slow
-@DYNAMO
-def test_compiled_layers() -> None:
-    check_compiled("cpu")
-
-
-@DYNAMO
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_layers_on_a_gpu() -> None:
-    check_compiled("cuda")
+def test_tables_follow_a_layer_to_the_gpu() -> None:
+    """With the layer, not at its first call, which a CUDA graph may capture; also from a file."""
     layer = RoutedLinear(8, 4, sites=LinearSites(output=confine(4)))
     device = torch.device("cuda", torch.cuda.current_device())
     for moved in (layer.cuda(), pickled(layer)):

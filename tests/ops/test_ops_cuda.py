@@ -4,6 +4,7 @@ import cases
 import pytest
 import torch
 from cases import every_function_backend, every_op_backend
+from device_state import without_waiting
 
 from gradroute import Routes, testing
 from gradroute.testing import assert_same_bits, sample
@@ -54,20 +55,17 @@ def test_cuda_graph(backend):
 @pytest.mark.gpu
 @every_function_backend
 def test_no_synchronisation_once_routes_exist(op, backend):
-    call = cases.make(op, strength="token", device="cuda")
+    call = cases.make(op, on=backend, strength="token", device="cuda")
     expected = call.run(backend)  # copies the tables to the device
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         result = call.run(backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert_same_bits(result, expected, op)
 
 
 @pytest.mark.gpu
 @every_op_backend
 def test_another_stream(op, backend):
-    call = cases.make(op, strength="token", device="cuda")
+    call = cases.make(op, on=backend, strength="token", device="cuda")
     expected = call.run(backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -82,8 +80,8 @@ def test_another_stream(op, backend):
 def test_another_device(op, backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    result = cases.make(op, strength="token", device="cuda:1").run(backend)
-    expected = cases.make(op, strength="token", device="cuda:0").run(backend)
+    result = cases.make(op, on=backend, strength="token", device="cuda:1").run(backend)
+    expected = cases.make(op, on=backend, strength="token", device="cuda:0").run(backend)
     moved = testing.Result(
         result.output.to("cuda:0"), {name: g.to("cuda:0") for name, g in result.gradients.items()}
     )

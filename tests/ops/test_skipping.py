@@ -102,38 +102,25 @@ def _width(call, site, widths):
     return out.shape[0] if site == "output" else out.shape[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("backend", BACKENDS)
+def dtypes_of_backends():
+    """(backend, dtype); Triton's interpreter takes seconds, and fp32 shows what it can."""
+    for backend in ("torch", "cpu", "triton", "cuda"):
+        for dtype in cases.dtypes(backend):
+            yield backend, dtype
+
+
+@pytest.mark.parametrize(("backend", "dtype"), list(dtypes_of_backends()))
 @pytest.mark.parametrize("op", OPS)
-def test_any_rectangles_keep_the_budget(op, backend, dtype, small_parts):
-    @settings(max_examples=25)
-    @given(calls(op, dtype))
-    def check(call):
-        call.assert_within_budget(backend)
+def test_any_rectangles_keep_the_budget(op, backend, dtype, device, small_parts):
+    cases.require(backend, device)
+    examples = {"cpu": 25, "cuda": 10}[device.type]
+    if backend == "triton" and device.type == "cpu":
+        if dtype != torch.float32:
+            pytest.skip("in the interpreter kernels take rows and features of larger matrices in fp32 only")
+        examples = 5
 
-    check()
-
-
-@pytest.mark.skipif("triton" not in backends.available_backends(device="cpu"), reason="not interpreted")
-@pytest.mark.parametrize("op", OPS)
-def test_rectangles_on_triton_keep_the_budget(op, small_parts):
-    """In the interpreter: kernels take rows and features of larger matrices."""
-
-    @settings(max_examples=5)
-    @given(calls(op, torch.float32))
-    def check(call):
-        call.assert_within_budget("triton")
-
-    check()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
-@pytest.mark.parametrize("op", OPS)
-def test_rectangles_on_a_gpu_keep_the_budget(op, backend, dtype, small_parts):
-    @settings(max_examples=10)
-    @given(calls(op, dtype, "cuda"))
+    @settings(max_examples=examples)
+    @given(calls(op, dtype, device))
     def check(call):
         call.assert_within_budget(backend)
 

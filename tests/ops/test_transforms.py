@@ -40,7 +40,7 @@ def test_under_fake_tensors(op, backend, device):
             for variant in testing.variants(op)[: 1 if backend == "triton" else None]
         ),
     ):
-        call = cases.make(op, tables=tables, strength=strength, device=device, **variant)
+        call = cases.make(op, on=backend, tables=tables, strength=strength, device=device, **variant)
         with FakeTensorMode() as mode:
             got = fake_call(call, mode).run(backend)
         expected = call.run(backend)
@@ -69,7 +69,7 @@ def test_layers_and_their_tables_made_under_fake_tensors():
 def test_first_derivatives_of_torch_func(op, backend, device):
     """grad and vjp have the bits of autograd, of parameters that require a gradient as well."""
     cases.require(backend, device)
-    call = cases.make(op, tables="blocks", device=device)
+    call = cases.make(op, on=backend, tables="blocks", device=device)
     expected = call.run(backend)
     names = call.differentiable
 

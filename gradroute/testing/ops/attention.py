@@ -61,7 +61,9 @@ def _formula(
     score_edges = marks.edges("score_edges", q.shape[0], q.dtype)
     if score_edges is not None:
         scores = marks.detached(score_edges, scores)
-    p = torch.softmax(scores.masked_fill(~seen, torch.finfo(q.dtype).min), -1) * seen.any(-1, keepdim=True)
+    p = torch.softmax(scores.masked_fill(~seen, torch.finfo(scores.dtype).min), -1) * seen.any(
+        -1, keepdim=True
+    )
     value_edges = marks.edges("value_edges", q.shape[0], q.dtype)
     if value_edges is None:
         o = p @ v
