@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradroute.backends import vendor
 from gradroute.backends.vendor import machine, refusals
@@ -21,8 +22,8 @@ def use_on_the_cpu(monkeypatch, capability=(9, 0), cudnn=91900):
     """
     monkeypatch.setattr(machine, "capability", lambda index: capability)
     monkeypatch.setattr(machine, "cudnn_version", lambda: cudnn)
-    on_a_gpu = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True)
-    preference = vendor._preference(on_a_gpu)
+    with FakeTensorMode():
+        preference = vendor._preference(torch.empty(1, device="cuda"))
     monkeypatch.setattr(vendor, "_preference", lambda q: preference)
     replace_ops(monkeypatch, EmulatedOps())
     for name in CUDA_KERNELS:
