@@ -147,8 +147,7 @@ def test_kernels_of_attention(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_steps_of_adamw(dtype):
-    test_optim_fused.check_kernel(native.adamw_step, dtype)
+def test_strange_numbers_in_steps_of_adamw(dtype):
     test_optim_fused.check_strange_numbers(native.adamw_step, dtype)
     test_optim_fused.check_nan(native.adamw_step)
 

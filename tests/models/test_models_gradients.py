@@ -12,6 +12,7 @@ from model_zoo import HEADS, HIDDEN, LAYOUTS, NAMES, backward, fresh, plain
 from routed_by_hand import ByHand, by_hand
 from routed_models import (
     OF_TRANSFORMERS,
+    TOLERANCE,
     activation_sites,
     all_sites,
     batch,
@@ -69,29 +70,23 @@ def test_update_sites_mask_parameters_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("strength", [None, "token"])
-def test_all_sites_at_once(name, strength):
+def test_all_sites_at_once(name, strength, device):
+    """On a GPU the numbers of other kernels: fp32 sums in another order, the exponentials of another library."""
     tokens, targets, ids = batch(routes=3)
     strength = None if strength is None else torch.rand(ids.shape)
     sites = all_sites(name, routes=3)
     plan = RoutingPlan(3, **sites)
-    model = routed(name, plan)
-    got = backward(model, tokens, targets, route_ids=ids, route_strength=strength)
-    check(got, by_hand(name, plan, ids, tokens, targets, strength))
+    model, there = routed(name, plan).to(device), (tokens.to(device), targets.to(device))
+    got = on_cpu(backward(model, *there, route_ids=ids, route_strength=strength))  # they follow the tokens
+    expected = by_hand(name, plan, ids, tokens, targets, strength)
+    check(got, expected, 1e-4 if device.type == "cuda" else TOLERANCE)
     check_differ(got, backward(fresh(name), tokens, targets))
-    again = backward(model, tokens, targets, routes=Routes.of(ids, 3, strength))
+    again = on_cpu(backward(model, *there, routes=Routes.of(ids, 3, strength).to(device)))
     assert all(torch.equal(got[key], again[key]) for key in got)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
-def test_all_sites_on_a_gpu(name):
-    """The same numbers from other kernels: fp32 sums in another order, the exponentials of another library."""
-    tokens, targets, ids = batch(routes=3)
-    plan = RoutingPlan(3, **all_sites(name, routes=3))
-    expected = backward(routed(name, plan), tokens, targets, route_ids=ids)
-    model = routed(name, plan).cuda()
-    got = backward(model, tokens.cuda(), targets.cuda(), route_ids=ids)  # ids follow the tokens
-    check({key: gradient.cpu() for key, gradient in got.items()}, expected, 1e-4)
+def on_cpu(gradients):
+    return {key: gradient.cpu() for key, gradient in gradients.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ import sys
 import cases
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradroute
 from gradroute import BackendError, available_backends, backends, reference, unavailable_backends, use_backend
@@ -224,18 +225,26 @@ def test_the_reference_is_chosen_with_a_warning(monkeypatch):
         assert choose("route_grad", None, X) == "reference"
 
 
-@pytest.mark.gpu
+@pytest.fixture
+def x_on_a_gpu(device):
+    """X on the GPU; where there is none, a tensor without data that is on one."""
+    if device.type == "cuda":
+        yield X.to(device)
+    else:
+        with FakeTensorMode():
+            yield torch.empty(X.shape, device="cuda")
+
+
 @pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "triton" in row])
-def test_on_the_gpu_it_is_triton_and_says_nothing(op):
-    assert choose(op, None, X.cuda()) == "triton"
+def test_on_the_gpu_it_is_triton_and_says_nothing(op, x_on_a_gpu):
+    assert choose(op, None, x_on_a_gpu) == "triton"
 
 
-@pytest.mark.gpu
-def test_on_the_gpu_another_choice_gives_its_reasons():
+def test_on_the_gpu_another_choice_gives_its_reasons(x_on_a_gpu):
     with pytest.warns(
         RuntimeWarning, match="on the slower backend 'torch': triton: float64 runs on the backends"
     ):
-        assert choose("routed_linear", None, X.cuda().double()) == "torch"
+        assert choose("routed_linear", None, x_on_a_gpu.double()) == "torch"
 
 
 def test_no_backend_at_all_lists_every_reason(monkeypatch):

@@ -154,10 +154,10 @@ def test_triton(dtype, device):
     check_kernel(backends.primitives("triton").adamw_step, dtype, device, shapes)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda"])
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_cuda(dtype):
-    check_kernel(native.adamw_step, dtype, torch.device("cuda"))
+def test_cuda(dtype, backend, device):
+    check_kernel(backends.primitives(backend).adamw_step, dtype, device)
 
 
 def strange_numbers(dtype):
