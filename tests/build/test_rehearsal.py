@@ -82,3 +82,11 @@ def test_cases_that_need_a_gpu(collected, capsys):
     assert {case["function"] for case in alone} == set(NEED_THE_DEVICE)
     assert len(same) > 10 * len(alone)
     assert not [case for case in on_gpu if case["parameters"].get("backend") == "'cpu'"]
+
+
+def test_the_manual_names_what_needs_the_device():
+    """Each by its name, or with the file whose tests of that kind it names."""
+    text = (ROOT / "docs" / "proof.md").read_text()
+    for test in NEED_THE_DEVICE:
+        path, _, name = test.partition("::")
+        assert name in text or (name.startswith("test_cuda_") and f"`test_cuda_…` of `{path}`" in text), test
