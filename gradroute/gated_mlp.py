@@ -18,6 +18,8 @@ from .checks import (
 )
 from .mlp import ActivationFunction, ActivationSites, MLPFunction, MLPSites
 from .routes import Routes
+from .skipping.mlp import MLPProduct
+from .skipping.plan import Plan, plan, unmasked
 
 
 def routed_gated_mlp(
@@ -64,9 +66,66 @@ def routed_gated_mlp(
     """
     check_activation(activation)
     if unrouted(routes, sites, MLPSites):
+        backends.check_backend(backend)
         h = ACTIVATIONS[activation].value(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
         return F.linear(h, w_down, b_down)
     assert routes is not None and sites is not None
+    _check(x, w_gate, w_up, w_down, routes, sites, b_gate, b_up, b_down)
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down = autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    chosen = backends.choose("routed_gated_mlp", backend, x)
+    if chosen == "reference":
+        return reference.routed_gated_mlp(
+            x, w_gate, w_up, w_down, routes, sites, activation, b_gate, b_up, b_down
+        )
+    primitives = backends.primitives(chosen)
+    y, _, _ = MLPFunction.apply(
+        x, w_down, b_down, routes, sites.effective, activation, primitives, w_gate, w_up, b_gate, b_up
+    )
+    return y
+
+
+def explain(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    routes: Routes | None,
+    sites: MLPSites | None,
+    activation: str = "silu",
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Plan:
+    """Which backend `routed_gated_mlp` runs the same call on, and how its backward makes its products; runs nothing.
+
+    It takes the same arguments and raises the same errors.
+
+    Returns:
+        The call's backend with the reason, and whether all products are made whole or as rectangles, why, how much of
+        their work is done, and whether that was measured here. Under torch.compile products are made whole.
+    """
+    check_activation(activation)
+    if unrouted(routes, sites, MLPSites):
+        return unmasked(("all",), backend)
+    assert routes is not None and sites is not None
+    _check(x, w_gate, w_up, w_down, routes, sites, b_gate, b_up, b_down)
+    (x,) = autocast(x)
+    return plan("gated_mlp", x, routes, {"all": MLPProduct(sites.effective, w_gate.shape[0])}, backend)
+
+
+def _check(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    routes: Routes,
+    sites: MLPSites,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+) -> None:
     check_parameter("w_gate", w_gate, -1, -1)
     d_ff, d_model = w_gate.shape
     check_features("x", x, d_model, "w_gate is [d_ff, d_model]", w_gate)
@@ -82,17 +141,6 @@ def routed_gated_mlp(
         check_parameter("b_down", b_down, w_down.shape[0])
     routes.check(x, "x")
     sites.check(routes, MLPSites.widths(w_down.shape[0], d_ff, b_down))
-    x, w_gate, w_up, w_down, b_gate, b_up, b_down = autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
-    chosen = backends.choose("routed_gated_mlp", backend, x)
-    if chosen == "reference":
-        return reference.routed_gated_mlp(
-            x, w_gate, w_up, w_down, routes, sites, activation, b_gate, b_up, b_down
-        )
-    primitives = backends.primitives(chosen)
-    y, _, _ = MLPFunction.apply(
-        x, w_down, b_down, routes, sites.effective, activation, primitives, w_gate, w_up, b_gate, b_up
-    )
-    return y
 
 
 def routed_glu(

@@ -24,8 +24,9 @@ from .primitives.overwriting import plus, plus_product
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
-from .skipping.linear import linear_input_grad, linear_weight_grad
-from .skipping.parts import Rows
+from .skipping.linear import InputProduct, WeightProduct, linear_input_grad, linear_weight_grad
+from .skipping.parts import Product, Rows
+from .skipping.plan import Plan, plan, unmasked
 from .transforms import first_order
 
 
@@ -97,6 +98,35 @@ def routed_linear(
     if chosen == "reference":
         return reference.routed_linear(x, weight, bias, routes, sites)
     return LinearFunction.apply(x, weight, bias, routes, sites.effective, backends.primitives(chosen))
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    routes: Routes | None,
+    sites: LinearSites | None,
+    *,
+    backend: str | None = None,
+) -> Plan:
+    """Which backend `routed_linear` runs the same call on, and how its backward makes dx and dW; runs nothing.
+
+    It takes the same arguments and raises the same errors.
+
+    Returns:
+        The call's backend with the reason, and of each product whether it is made whole or as rectangles, why, how much
+        of its work is done, and whether that was measured here. Under torch.compile products are made whole.
+    """
+    if unrouted(routes, sites, LinearSites):
+        return unmasked(("dx", "dW"), backend)
+    assert routes is not None and sites is not None
+    _check(x, weight, bias, routes, sites)
+    x, weight = autocast(x, weight)
+    products: dict[str, Product[Any]] = {
+        "dx": InputProduct(sites.effective, *weight.shape),
+        "dW": WeightProduct(sites.effective, *weight.shape),
+    }
+    return plan("linear", x, routes, products, backend)
 
 
 def routed_linears(

@@ -27,7 +27,8 @@ from .primitives.overwriting import times
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
-from .skipping.mlp import Branch, MLPBackward
+from .skipping.mlp import Branch, MLPBackward, MLPProduct
+from .skipping.plan import Plan, plan, unmasked
 from .transforms import first_order
 
 
@@ -145,6 +146,55 @@ def routed_mlp(
         backends.check_backend(backend)
         return F.linear(ACTIVATIONS[activation].value(F.linear(x, w_in, b_in)), w_out, b_out)
     assert routes is not None and sites is not None
+    _check(x, w_in, b_in, w_out, b_out, routes, sites)
+    x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)
+    chosen = backends.choose("routed_mlp", backend, x)
+    if chosen == "reference":
+        return reference.routed_mlp(x, w_in, b_in, w_out, b_out, routes, sites, activation)
+    y, _ = MLPFunction.apply(
+        x, w_out, b_out, routes, sites.effective, activation, backends.primitives(chosen), w_in, b_in
+    )
+    return y
+
+
+def explain(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    routes: Routes | None,
+    sites: MLPSites | None,
+    activation: str = "gelu",
+    *,
+    backend: str | None = None,
+) -> Plan:
+    """Which backend `routed_mlp` runs the same call on, and how its backward makes its products; runs nothing.
+
+    It takes the same arguments and raises the same errors.
+
+    Returns:
+        The call's backend with the reason, and whether all products are made whole or as rectangles, why, how much of
+        their work is done, and whether that was measured here. Under torch.compile products are made whole.
+    """
+    check_activation(activation)
+    if unrouted(routes, sites, MLPSites):
+        return unmasked(("all",), backend)
+    assert routes is not None and sites is not None
+    _check(x, w_in, b_in, w_out, b_out, routes, sites)
+    (x,) = autocast(x)
+    return plan("mlp", x, routes, {"all": MLPProduct(sites.effective, w_in.shape[0])}, backend)
+
+
+def _check(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    routes: Routes,
+    sites: MLPSites,
+) -> None:
     check_parameter("w_in", w_in, -1, -1)
     d_ff, d_model = w_in.shape
     check_features("x", x, d_model, "w_in is [d_ff, d_model]", w_in)
@@ -157,14 +207,6 @@ def routed_mlp(
         check_parameter("b_out", b_out, w_out.shape[0])
     routes.check(x, "x")
     sites.check(routes, MLPSites.widths(w_out.shape[0], d_ff, b_out))
-    x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)
-    chosen = backends.choose("routed_mlp", backend, x)
-    if chosen == "reference":
-        return reference.routed_mlp(x, w_in, b_in, w_out, b_out, routes, sites, activation)
-    y, _ = MLPFunction.apply(
-        x, w_out, b_out, routes, sites.effective, activation, backends.primitives(chosen), w_in, b_in
-    )
-    return y
 
 
 class MLPContext(RoutedContext[MLPSites], Protocol):

@@ -18,6 +18,9 @@ from .configs import ARCHITECTURES, CONFIGS
 # CUDA's limit on a grid's y and z; the interpreter has none.
 MAX_GRID_YZ = 65535
 
+# What a configuration asks of Triton's compiler; all else in it is the kernel's own.
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -67,12 +70,7 @@ def config_of(
     measured = None if _recorder is not None else answers.launch(entry, device)
     if measured is not None:
         return measured
-    shipped = CONFIGS[entry]
-    architecture = _architecture(device)
-    for known in reversed(ARCHITECTURES):
-        if known <= architecture and known in shipped:
-            return shipped[known]
-    return shipped[ARCHITECTURES[0]]
+    return shipped_config(entry, device)
 
 
 def launch(
@@ -110,7 +108,33 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _architecture(device: torch.device) -> int:
+def architecture_of(device: torch.device) -> int:
+    """The compute capability times ten: that which launches are recorded for, else the device's."""
     if _recorder is not None:
         return _recorder.architecture
     return _capability(device) if device.type == "cuda" else ARCHITECTURES[0]
+
+
+def shipped_config(entry: str, device: torch.device) -> dict[str, int]:
+    """The configuration of an entry that is shipped for the device's architecture, or for the nearest older one."""
+    shipped = CONFIGS[entry]
+    architecture = architecture_of(device)
+    for known in reversed(ARCHITECTURES):
+        if known <= architecture and known in shipped:
+            return shipped[known]
+    return shipped[ARCHITECTURES[0]]
+
+
+def _read_config(what: answers.What, value: Any) -> dict[str, int]:
+    """A configuration with what the kernel of the entry asks for, and any of the compiler's options."""
+    answers.check_what(what, CONFIGS)
+    found = {str(name): answers.count(number) for name, number in value.items()}
+    asked = CONFIGS[str(what[0])][ARCHITECTURES[0]].keys() - set(OPTIONS)
+    if found.keys() - set(OPTIONS) != asked:
+        raise ValueError(
+            f"got {', '.join(found)}, expected {', '.join(sorted(asked))} and any of {', '.join(OPTIONS)}"
+        )
+    return found
+
+
+answers.read_by("launch", _read_config)

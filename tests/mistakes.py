@@ -99,20 +99,16 @@ def ops():
             {"x": NONE + TENSOR, "routes": ROUTES, "table": (*TABLE, torch.ones(3, 4)), "backend": NAME},
         ),
     )
-    yield (
-        "routed_linear",
-        Call(
-            gradroute.routed_linear,
-            {"x": X, "weight": W, "bias": B, "routes": BATCH, "sites": OF_LINEAR},
-            {
-                "x": (None, *TENSOR, torch.ones(4, 3), torch.ones(3, 4), bf16),
-                "weight": (None, *TENSOR, torch.ones(4, 3), bf16),
-                "bias": (*TENSOR, torch.ones(3)),
-                **OF_OP,
-                "sites": (*SITES, OF_MLP),
-            },
-        ),
-    )
+    of_linear = {
+        "x": (None, *TENSOR, torch.ones(4, 3), torch.ones(3, 4), bf16),
+        "weight": (None, *TENSOR, torch.ones(4, 3), bf16),
+        "bias": (*TENSOR, torch.ones(3)),
+        **OF_OP,
+        "sites": (*SITES, OF_MLP),
+    }
+    right = {"x": X, "weight": W, "bias": B, "routes": BATCH, "sites": OF_LINEAR}
+    yield "routed_linear", Call(gradroute.routed_linear, right, of_linear)
+    yield "linear.explain", Call(linear.explain, right, of_linear)
     yield (
         "linear.routed_linears",
         Call(
@@ -126,23 +122,15 @@ def ops():
             },
         ),
     )
-    yield (
-        "routed_mlp",
-        Call(
-            gradroute.routed_mlp,
-            {"x": X, "w_in": W, "b_in": B, "w_out": W, "b_out": B, "routes": BATCH, "sites": OF_MLP},
-            tensors("x", "w_in", "w_out", b_in=1, b_out=1) | {"activation": NONE + NAME, **OF_OP},
-        ),
-    )
-    yield (
-        "routed_gated_mlp",
-        Call(
-            gradroute.routed_gated_mlp,
-            {"x": X, "w_gate": W, "w_up": W, "w_down": W, "routes": BATCH, "sites": OF_MLP},
-            tensors("x", "w_gate", "w_up", "w_down", b_gate=1, b_up=1, b_down=1)
-            | {"activation": NONE + NAME, **OF_OP},
-        ),
-    )
+    others = {"activation": NONE + NAME, **OF_OP}
+    right = {"x": X, "w_in": W, "b_in": B, "w_out": W, "b_out": B, "routes": BATCH, "sites": OF_MLP}
+    wrong = tensors("x", "w_in", "w_out", b_in=1, b_out=1) | others
+    yield "routed_mlp", Call(gradroute.routed_mlp, right, wrong)
+    yield "mlp.explain", Call(gradroute.mlp.explain, right, wrong)
+    right = {"x": X, "w_gate": W, "w_up": W, "w_down": W, "routes": BATCH, "sites": OF_MLP}
+    wrong = tensors("x", "w_gate", "w_up", "w_down", b_gate=1, b_up=1, b_down=1) | others
+    yield "routed_gated_mlp", Call(gradroute.routed_gated_mlp, right, wrong)
+    yield "gated_mlp.explain", Call(gradroute.gated_mlp.explain, right, wrong)
     middle = gradroute.ActivationSites(hidden=MASK)
     yield (
         "routed_activation",

@@ -238,6 +238,12 @@ def explain(op: str, x: Tensor, backend: str | None = None) -> Choice:
     return Choice(chosen, f"{why}; {_listed(rejected)}" if rejected else why, evidence)
 
 
+def candidates(op: str, x: Tensor) -> tuple[str, ...]:
+    """The op's backends between which the automatic choice has a choice for the activation `x`, as shipped in order."""
+    names = (name for name in OPS[op] if name != "reference")
+    return tuple(name for name in names if _why_not_automatic(op, name, x, None) is None)
+
+
 def evidence_of(op: str, x: Tensor) -> str:
     """What the order of an op's backends rests on: MEASURED or SHIPPED."""
     return SHIPPED if answers.backends(op, x.device, x.dtype) is None else MEASURED
@@ -401,4 +407,17 @@ def _listed(rejected: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
 
 
+def _read_orders(what: answers.What, value: Any) -> answers.Orders:
+    """Orders of an op's backends by size, the smallest sizes first; the last one has no limit."""
+    answers.check_what(what, OPS, DTYPES)
+    found = tuple((limit, answers.order(names, OPS[str(what[0])])) for limit, names in value)
+    limits = [limit for limit, _ in found]
+    if not limits or limits[-1] is not None or any(type(limit) is not int for limit in limits[:-1]):
+        raise ValueError(f"got the limits {limits}, expected whole numbers, and null for the last one")
+    if limits[:-1] != sorted(set(limits[:-1])):
+        raise ValueError(f"got the limits {limits}, expected growing ones")
+    return found
+
+
 _process_wide = _from_environment()
+answers.read_by("backends", _read_orders)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -64,11 +64,12 @@ def plan(call: AttentionCall, requested: str | None) -> Plan:
     vendor, vendor_reason = vendors.choose(call.q, call.k, call.v, call.pattern)
     has_edges = call.sites.score_edges is not None or call.sites.value_edges is not None
     work = remaining_work(call.routes, call.sites)
-    skip_below, evidence = _skip_below(call.q)
+    skip_below = _skip_below(call.q)
     own_first = has_edges or vendor is None or work < skip_below
     order = _in_order(backends.order_of("routed_attention", call.q), own_first)
     reasons = refused(call.q, vendor, vendor_reason, has_edges, call.pattern)
     backend = backends.choose("routed_attention", requested, call.q, reasons, order)
+    evidence = _evidence(call.q, in_tiles=backend in TILED and (has_edges or vendor is None))
     if backend in OWN:
         why = "it was asked for"
         if has_edges:
@@ -90,13 +91,21 @@ def _in_order(names: tuple[str, ...], own_first: bool) -> tuple[str, ...]:
     return tuple(sorted(names, key=OWN.__contains__))
 
 
-def _skip_below(q: Tensor) -> tuple[float, str]:
-    """Below which share of the work own kernels are faster, and what any of the call's choices rests on."""
+def _skip_below(q: Tensor) -> float:
+    """Below which share of the work own kernels are faster."""
     measured = answers.share_for_own(q.device, q.dtype)
-    is_measured = backends.evidence_of("routed_attention", q) != answers.SHIPPED or measured is not None
-    is_measured = is_measured or answers.vendors(q.device, q.dtype) is not None
-    evidence = answers.MEASURED if is_measured else answers.SHIPPED
-    return SKIP_BELOW if measured is None else measured, evidence
+    return SKIP_BELOW if measured is None else measured
+
+
+def _evidence(q: Tensor, in_tiles: bool) -> str:
+    """What any of a call's choices rests on."""
+    is_measured = (
+        backends.evidence_of("routed_attention", q) == answers.MEASURED
+        or answers.share_for_own(q.device, q.dtype) is not None
+        or answers.vendors(q.device, q.dtype) is not None
+        or (in_tiles and answers.tiles(q.device, q.dtype) is not None)
+    )
+    return answers.MEASURED if is_measured else answers.SHIPPED
 
 
 def refused(
@@ -133,3 +142,11 @@ def remaining_work(routes: Routes | None, sites: AttentionTables) -> float:
 
 def _density(table: Table | None) -> float:
     return 1.0 if table is None else float(table.density)
+
+
+def _read_share(what: answers.What, value: Any) -> float:
+    answers.check_what(what, answers.DTYPES)
+    return answers.number(value)
+
+
+answers.read_by("skip_below", _read_share)

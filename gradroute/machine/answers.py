@@ -9,9 +9,12 @@ A question has a name, `KIND/WHAT`, such as `backends/routed_linear/bfloat16`; i
 | `run` | product, dtype | how many tokens a product takes at once on the CPU |
 | `vendors` | dtype | vendors' kernels of attention, fastest first |
 | `skip_below` | dtype | the share of attention's work below which own kernels beat vendors' |
+| `tiles` | dtype | how attention is cut into tiles on the CPU: `Tiles` |
 | `launch` | entry of kernels/configs.py | a launch configuration |
 
-Each device's file is read at the first question about it, and checked whole. GRADROUTE_TUNING=0 ignores the files.
+Whoever follows answers of a kind says by `read_by` how they are read, because it knows what can be one: nothing here
+imports them. Each device's file is read at the first question about it, and checked whole. GRADROUTE_TUNING=0 ignores
+the files.
 """
 
 from __future__ import annotations
@@ -31,6 +34,14 @@ from .records import TUNING, Record, warn_ignored
 MEASURED: str = "measured here"
 SHIPPED: str = "shipped estimate"
 
+#: The kinds of questions, in the order in which they are worth asking.
+KINDS: tuple[str, ...] = ("backends", "vendors", "skip_below", "rectangles", "run", "tiles", "launch")
+
+#: The dtypes that questions may be about.
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+What = tuple["str | torch.dtype", ...]
+Read = Callable[[What, Any], Any]
 Orders = tuple[tuple["int | None", tuple[str, ...]], ...]
 
 
@@ -46,62 +57,57 @@ class Rectangles(NamedTuple):
     min_tokens: int
 
 
-def _order(value: Any, known: Collection[str]) -> tuple[str, ...]:
-    """Some of the known names, each once."""
+class Tiles(NamedTuple):
+    """How attention is cut into tiles on the CPU.
+
+    Attributes:
+        rows: the most rows of a tile, which are queries of the heads that share keys.
+        keys: the most keys of a tile.
+    """
+
+    rows: int
+    keys: int
+
+
+def order(value: Any, known: Collection[str]) -> tuple[str, ...]:
+    """Some of the known names, each once; raises ValueError where the value is none."""
     names = tuple(value)
     if not names or len(set(names)) != len(names) or not all(name in known for name in names):
         raise ValueError(f"got {value!r}, expected some of {', '.join(known)}, each once")
     return names
 
 
-def _orders(value: Any) -> Orders:
-    """Orders of backends by size, the smallest sizes first; the last one has no limit."""
-    from ..backends import BACKENDS
-
-    found = tuple((limit, _order(names, BACKENDS)) for limit, names in value)
-    limits = [limit for limit, _ in found]
-    if not limits or limits[-1] is not None or any(type(limit) is not int for limit in limits[:-1]):
-        raise ValueError(f"got the limits {limits}, expected whole numbers, and null for the last one")
-    if limits[:-1] != sorted(set(limits[:-1])):
-        raise ValueError(f"got the limits {limits}, expected growing ones")
-    return found
-
-
-def _vendors(value: Any) -> tuple[str, ...]:
-    from ..backends.vendor import VENDORS
-
-    return _order(value, VENDORS)
-
-
-def _rectangles(value: Any) -> Rectangles:
-    return Rectangles(_number(value["min_saving"]), _count(value["min_tokens"]))
-
-
-def _count(value: Any) -> int:
+def count(value: Any) -> int:
+    """A whole number of at least 1; raises ValueError where the value is none."""
     if type(value) is not int or value < 1:
         raise ValueError(f"got {value!r}, expected a whole number of at least 1")
     return value
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """A number of at least 0; raises ValueError where the value is none."""
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
         raise ValueError(f"got {value!r}, expected a number of at least 0")
     return float(value)
 
 
-def _launch(value: Any) -> dict[str, int]:
-    return {str(name): _count(number) for name, number in value.items()}
+def check_what(what: What, *expected: Collection[str | torch.dtype]) -> None:
+    """Raises ValueError unless a question is about one of each of these."""
+    if len(what) != len(expected):
+        raise ValueError(f"got {len(what)} words after the kind, expected {len(expected)}")
+    for word, known in zip(what, expected, strict=True):
+        if word not in known:
+            raise ValueError(f"got {_text(word)!r}, expected one of {', '.join(map(_text, known))}")
 
 
-#: By kind of question: what makes an answer of what a file says, and raises where it says something else.
-KINDS: Mapping[str, Callable[[Any], Any]] = {
-    "backends": _orders,
-    "rectangles": _rectangles,
-    "run": _count,
-    "vendors": _vendors,
-    "skip_below": _number,
-    "launch": _launch,
-}
+def read_by(kind: str, read: Read) -> None:
+    """Says how answers of a kind are read: `read(what, value)` makes one of what a file says.
+
+    It raises ValueError, KeyError, TypeError or AttributeError where the file says something else.
+    """
+    assert kind in KINDS
+    _readers[kind] = read
+    forget()
 
 
 def answer(device: torch.device, kind: str, *what: str | torch.dtype) -> Any:
@@ -109,9 +115,7 @@ def answer(device: torch.device, kind: str, *what: str | torch.dtype) -> Any:
     found = _found.get(device)
     if found is None:
         found = _found[device] = _read(device)
-    if not found:
-        return None
-    return found.get("/".join((kind, *map(_word, what))))
+    return found.get((kind, *what))
 
 
 @constant_when_traced
@@ -132,6 +136,12 @@ def share_for_own(device: torch.device, dtype: torch.dtype) -> float | None:
     return answer(device, "skip_below", dtype)
 
 
+@constant_when_traced
+def tiles(device: torch.device, dtype: torch.dtype) -> Tiles | None:
+    """How attention is cut into tiles."""
+    return answer(device, "tiles", dtype)
+
+
 def rectangles(product: str, device: torch.device, dtype: torch.dtype) -> Rectangles | None:
     """When a product ("linear", "mlp" or "gated_mlp") is made as rectangles."""
     return answer(device, "rectangles", product, dtype)
@@ -147,25 +157,60 @@ def launch(entry: str, device: torch.device) -> dict[str, int] | None:
     return answer(device, "launch", entry)
 
 
+class _Asked(dict[tuple[Any, ...], Any]):
+    """Answers by question, and the questions that were asked."""
+
+    def __init__(self, answers: Mapping[tuple[Any, ...], Any]) -> None:
+        super().__init__(answers)
+        self.questions: list[str] = []
+
+    def get(self, key: tuple[Any, ...], default: Any = None) -> Any:
+        question = name_of(*key)
+        if question not in self.questions:
+            self.questions.append(question)
+        return super().get(key, default)
+
+
 @contextmanager
-def trying(device: torch.device, answers: Mapping[str, Any]) -> Iterator[None]:
-    """Within it these are a device's only answers, as values of files by question; for measuring them."""
+def trying(device: torch.device, answers: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Within it these are a device's only answers, as values of files by question; for measuring them.
+
+    Yields:
+        The questions that are asked within it, as they come.
+    """
     before = _found.get(device)
-    _found[device] = {question: parsed(question, value) for question, value in answers.items()}
+    tried = _Asked({_key(question): parsed(question, value) for question, value in answers.items()})
+    _found[device] = tried
     try:
-        yield
+        yield tried.questions
     finally:
-        del _found[device]
+        _found.pop(device, None)
         if before is not None:
             _found[device] = before
 
 
+def name_of(kind: str, *what: str | torch.dtype) -> str:
+    """The name of a question."""
+    return "/".join((kind, *map(_text, what)))
+
+
 def parsed(question: str, value: Any) -> Any:
-    """An answer made of what a file says; raises ValueError, KeyError or TypeError where it says something else."""
-    kind = question.partition("/")[0]
+    """An answer made of what a file says.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it says something else.
+    """
+    kind, *what = _key(question)
     if kind not in KINDS:
         raise ValueError(f"got the question {question!r}, expected one of {', '.join(KINDS)}")
-    return KINDS[kind](value)
+    if kind not in _readers:
+        raise ValueError(f"nothing that follows answers of the kind {kind!r} is loaded")
+    return _readers[kind](tuple(what), value)
+
+
+def reads_files() -> bool:
+    """Whether files are followed; GRADROUTE_TUNING=0 has them ignored."""
+    return _reads_files
 
 
 def forget() -> None:
@@ -173,7 +218,9 @@ def forget() -> None:
     _found.clear()
 
 
-_found: dict[torch.device, dict[str, Any]] = {}
+_readers: dict[str, Read] = {}
+_found: dict[torch.device, dict[tuple[Any, ...], Any]] = {}
+_NAMED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def _from_environment() -> bool:
@@ -187,18 +234,26 @@ def _from_environment() -> bool:
 _reads_files = _from_environment()
 
 
-def _word(what: str | torch.dtype) -> str:
+def _text(what: str | torch.dtype) -> str:
     return what if isinstance(what, str) else str(what).removeprefix("torch.")
 
 
-def _read(device: torch.device) -> dict[str, Any]:
+def _key(question: str) -> tuple[Any, ...]:
+    """A question's words, dtypes as such: an answer is looked up without making a name."""
+    return tuple(_NAMED_DTYPES.get(word, word) for word in question.split("/"))
+
+
+def _read(device: torch.device) -> dict[tuple[Any, ...], Any]:
     if not _reads_files or not identity.keeps_findings(device):
         return {}
     record = Record(TUNING, device)
     found = {}
     for question, written in record.read().items():
+        key = _key(question)
+        if key[0] in KINDS and key[0] not in _readers:
+            continue  # who follows it is not loaded; when it is, files are read again
         try:
-            found[question] = parsed(question, written["answer"])
+            found[key] = parsed(question, written["answer"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             warn_ignored(record.file, f"{question}: {type(error).__name__}: {error}")
     return found

@@ -8,5 +8,6 @@ for 33 MB, where the GEMM that fills it takes 36).
 How many tokens a route has must be known on the host, or the device would be waited for: routes whose ids came from
 there know it, others have their products made whole.
 
-`parts` splits a batch, `totals` puts gradients together, `linear` and `mlp` make the products of the ops.
+`rule` decides whether a product is made whole or as rectangles, and `plan` says so to users; `parts` splits a batch,
+`totals` puts gradients together, `linear` and `mlp` make the products of the ops.
 """

@@ -10,7 +10,8 @@ from ..primitives.overwriting import plus_product
 from ..primitives.protocol import Primitives
 from ..routes import Routes
 from ..tables import Table
-from .parts import Group, Part, Product, Rows, Spans, live, part_of, rectangles, run_of, splits, width_of
+from .parts import Group, Part, Product, Rows, Spans, live, part_of, rectangles, width_of
+from .rule import decide
 from .totals import Total
 
 if TYPE_CHECKING:
@@ -95,13 +96,9 @@ def _group(product: Product[Spans], first: int, last: int, span: Spans, area: in
 # 1024 × 128 in fp32, 42 % of the tokens without updates, 2 cores).
 
 
-def _may_split(g: Tensor, routes: Routes) -> bool:
-    return splits(g.device) and len(routes) > 0
-
-
 def _parts(product: Product[Spans], g: Tensor, routes: Routes) -> list[Part[Spans]]:
-    """The parts of one of a linear layer's products, none where they do not pay."""
-    return rectangles(product, routes, run_of(g.dtype, routes))
+    """The parts of one of a linear layer's products; none where it is made whole."""
+    return rectangles(product, routes, decide("linear", product, routes, g.dtype))
 
 
 def linear_input_grad(
@@ -119,7 +116,7 @@ def linear_input_grad(
     Returns:
         `[T, I]`; None where parts do not pay.
     """
-    parts = _parts(InputProduct(sites, *weight.shape), g, routes) if _may_split(g, routes) else []
+    parts = _parts(InputProduct(sites, *weight.shape), g, routes)
     if not parts:
         return None
     dx = g.new_zeros(g.shape[0], weight.shape[1])
@@ -152,7 +149,7 @@ def linear_weight_grad(
         `[O, I]`; None where parts do not pay.
     """
     shape = (g.shape[1], x.matrix.shape[1])
-    parts = _parts(WeightProduct(sites, *shape), g, routes) if _may_split(g, routes) else []
+    parts = _parts(WeightProduct(sites, *shape), g, routes)
     if not parts:
         return None
     spans = [span for part in parts for span in part.spans]

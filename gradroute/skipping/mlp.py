@@ -12,7 +12,8 @@ from ..primitives.overwriting import ALL, plus_product
 from ..primitives.protocol import Primitives
 from ..routes import Routes
 from ..tables import Table
-from .parts import Group, Part, Product, live, part_of, rectangles, run_of, runs, splits, width_of
+from .parts import Group, Part, Product, live, part_of, rectangles, runs, width_of
+from .rule import decide
 from .totals import Area, Total
 
 if TYPE_CHECKING:
@@ -96,23 +97,29 @@ def _inside(features: slice, runs: tuple[slice, ...]) -> tuple[tuple[slice, slic
     return tuple(found)
 
 
-def split(routes: Routes, sites: MLPSites, d_ff: int, dtype: torch.dtype) -> list[Part[Span]]:
+def name_of(branches: int) -> str:
+    """What the rule for the products of an MLP of one branch, or of two, is called."""
+    return "mlp" if branches == 1 else "gated_mlp"
+
+
+def split(name: str, routes: Routes, sites: MLPSites, d_ff: int, dtype: torch.dtype) -> list[Part[Span]]:
     """The parts of a batch; where they do not pay, all features of the tokens as they come, in runs.
 
     Args:
+        name: what the rule for the products is called.
         routes: the batch's routes.
         sites: effective sites.
         d_ff: the hidden width.
         dtype: that of the products.
     """
     whole = (Span(ALL, sites.masks, True, ((ALL, ALL),), ((ALL, ALL, sites.masks.update),)),)
-    if not splits(routes.device) or routes.host_counts is None or len(routes) == 0:
-        return [Part(None, routes, whole)]
-    run = run_of(dtype, routes)
-    parts = rectangles(MLPProduct(sites, d_ff), routes, run)
+    product = MLPProduct(sites, d_ff)
+    decision = decide(name, product, routes, dtype)
+    parts = rectangles(product, routes, decision)
     if parts:
         return parts
-    if run >= len(routes):
+    run = decision.run
+    if run is None or run >= len(routes):
         return [Part(None, routes, whole)]
     return [Part(tokens, routes._at(tokens), whole) for tokens in runs(0, len(routes), run)]
 
@@ -220,7 +227,7 @@ class MLPBackward:
             dx `[T, d_model]`; dW_out `[d_out, d_ff]`.
         """
         g, (tokens, d_ff) = self.g, self.branches[0].a.shape
-        parts = split(self.routes, self.sites, d_ff, g.dtype)
+        parts = split(name_of(len(self.branches)), self.routes, self.sites, d_ff, g.dtype)
         areas: list[Area] = [(cols,) for part in parts for span in part.spans for _, cols in span.outputs]
         dw_out = Total(g, (g.shape[1], d_ff), areas) if need_w_out else None
         for branch in self.branches:

@@ -13,24 +13,12 @@ from ..primitives.overwriting import ALL, may_overwrite, with_part
 from ..routes import Routes
 from ..sites import Sites
 from ..tables import Table
+from .rule import RECTANGLES, Decision
 
 Spans = TypeVar("Spans")
 
-# How many tokens a run has in fp32 and fp64. In half precision the product of a run would be rounded, and could
-# overflow, before it is summed. With runs of 320 tokens, whose matrices stay in the second-level cache, a gated MLP of
-# 128 × 512 took 1.18 times as long in backward, with 128 tokens 1.45 times.
-RUN = 1024
-
-# Sorting pays from this share of skipped work on: rows must be gathered and put back. On CUDA an estimate from bytes,
-# not yet measured: with 16384 tokens of 4096 × 14336 gathering and putting back move 0.4 ms' worth of a backward of
-# 14 ms.
-MIN_SAVING = {"cpu": 0.05, "cuda": 0.1}
-
-# More runs of features than this are taken as one; more routes than this, or fewer tokens a rectangle, as they come. On
-# CUDA an estimate too: 2048 × 3584 elements are 224 tiles of 128 × 256, for 132 multiprocessors.
+# More runs of features than this are taken as one.
 MAX_SPANS = 4
-MAX_ROUTES = 64
-MIN_TOKENS = {"cpu": 64, "cuda": 2048}
 
 
 class Group(Generic[Spans]):
@@ -56,6 +44,12 @@ class Groups(Generic[Spans]):
     def __init__(self, groups: list[Group[Spans]]) -> None:
         self.groups = groups
         self.least_cost = min(group.cost for group in groups)
+
+    def counts(self, routes: Routes) -> list[int]:
+        """How many tokens of a batch, which are counted on the host, each group has."""
+        counts = routes.host_counts
+        assert counts is not None
+        return [sum(counts[group.first : group.last + 1]) for group in self.groups]
 
 
 class Part(Generic[Spans]):
@@ -145,38 +139,18 @@ class Product(ABC, Generic[Spans]):
                 first = route
 
 
-def splits(device: torch.device) -> bool:
-    """Whether products are made in parts: not in traced code, which must not depend on how many tokens a route has."""
-    return device.type in MIN_TOKENS and not torch.compiler.is_compiling()
-
-
-def run_of(dtype: torch.dtype, routes: Routes) -> int:
-    """How many tokens a product takes at once."""
-    in_runs = routes.device.type == "cpu" and dtype in (torch.float32, torch.float64)
-    return RUN if in_runs else len(routes)
-
-
-def rectangles(product: Product[Spans], routes: Routes, run: int) -> list[Part[Spans]]:
-    """The parts, sorted by route; none where they save too little, or a strength blends the tables' rows."""
-    if routes.strength is not None or routes.num_routes > MAX_ROUTES or routes.host_counts is None:
+def rectangles(product: Product[Spans], routes: Routes, decision: Decision) -> list[Part[Spans]]:
+    """The parts of a product that is made as rectangles, sorted by route; none of another."""
+    if decision.form != RECTANGLES:
         return []
-    groups = product.groups_of(routes.num_routes)
-    if groups.least_cost > 1 - MIN_SAVING[routes.device.type]:
-        return []
-    return routes.derived((groups, run), lambda: _parts(routes, groups.groups, run))
+    groups, run = product.groups_of(routes.num_routes), decision.run or len(routes)
+    return routes.derived((groups, run), lambda: _parts(routes, groups, run))
 
 
-def _parts(routes: Routes, groups: list[Group[Spans]], run: int) -> list[Part[Spans]]:
-    """The parts of a batch whose tokens are counted on the host; none where they save too little."""
-    assert routes.host_counts is not None
-    counts = [sum(routes.host_counts[group.first : group.last + 1]) for group in groups]
-    cost = sum(count * group.cost for count, group in zip(counts, groups, strict=True))
-    number = sum(len(group.spans) for count, group in zip(counts, groups, strict=True) if count)
-    device = routes.device.type
-    if cost > (1 - MIN_SAVING[device]) * len(routes) or number * MIN_TOKENS[device] > len(routes):
-        return []
+def _parts(routes: Routes, groups: Groups[Spans], run: int) -> list[Part[Spans]]:
+    """The parts of a batch whose tokens are counted on the host."""
     parts, first = [], 0
-    for count, group in zip(counts, groups, strict=True):
+    for count, group in zip(groups.counts(routes), groups.groups, strict=True):
         for tokens in runs(first, first + count, run):
             parts.append(Part(*_sorted_tokens(routes, tokens), group.spans))
         first += count

@@ -173,3 +173,30 @@ def test_an_answer_about_launches_replaces_the_shipped_configuration(gpu, monkey
         with launch.record(90):
             assert launch.config_of(adamw_step_kernel, gpu) == shipped
     assert launch.config_of(adamw_step_kernel, gpu) == shipped
+
+
+@pytest.mark.parametrize(
+    ("entry", "config"),
+    [
+        ("nobody_kernel", {"ELEMENTS": 512}),
+        ("adamw_step_kernel", {"ELEMENTS": "many"}),
+        ("adamw_step_kernel", {"num_warps": 4}),
+        ("adamw_step_kernel", {"ELEMENTS": 512, "BLOCK_T": 4}),
+        ("adamw_step_kernel", {"ELEMENTS": 0}),
+        ("adamw_step_kernel", None),
+    ],
+)
+def test_a_launch_that_the_kernel_does_not_know_is_reported_and_ignored(entry, config):
+    pytest.importorskip("gradroute.kernels.launch")
+    measured(f"launch/{entry}", config)
+    with pytest.warns(RuntimeWarning, match=f"is ignored: launch/{entry}: .*gradroute tune` writes it anew"):
+        assert answers.launch(entry, CPU) is None
+
+
+def test_answers_of_what_is_not_loaded_wait_until_it_is(monkeypatch):
+    """As launches do where Triton is loaded only when somebody asks for it."""
+    monkeypatch.delitem(answers._readers, "skip_below")
+    measured("skip_below/float32", 0.5)
+    assert answers.share_for_own(CPU, torch.float32) is None
+    answers.read_by("skip_below", lambda what, value: (what, value))
+    assert answers.share_for_own(CPU, torch.float32) == ((torch.float32,), 0.5)

@@ -137,9 +137,15 @@ def test_answers_are_read_once():
         ("run/mlp/float32", True),
         ("vendors/float32", ["nobody"]),
         ("skip_below/float32", float("nan")),
-        ("launch/adamw_step_kernel", {"ELEMENTS": "many"}),
-        ("launch/adamw_step_kernel", None),
+        ("tiles/float32", {"rows": 384}),
         ("weather/float32", 1),
+        ("backends/nobody/float32", [[None, ["torch"]]]),
+        ("backends/route_grad", [[None, ["torch"]]]),
+        ("rectangles/attention/float32", {"min_saving": 0.5, "min_tokens": 4}),
+        ("run/mlp/bfloat16", 512),  # runs of half precision would be rounded before they are summed
+        ("vendors/int8", ["flash"]),
+        ("skip_below/float32/more", 0.5),
+        ("tiles/complex64", {"rows": 384, "keys": 512}),
     ],
 )
 def test_an_answer_of_another_form_is_reported_and_ignored(question, answer):

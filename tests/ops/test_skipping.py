@@ -23,7 +23,7 @@ from gradroute import (
 from gradroute.linear import routed_linears
 from gradroute.primitives.arguments import ActivationMasks
 from gradroute.skipping import mlp as skipping
-from gradroute.skipping import parts, totals
+from gradroute.skipping import rule, totals
 from gradroute.tables import localize
 
 OPS = ("routed_linear", "routed_mlp", "routed_gated_mlp")
@@ -40,9 +40,9 @@ SITES = {
 @pytest.fixture
 def small_parts(monkeypatch):
     """Runs of a few tokens, and rectangles wherever they save anything."""
-    monkeypatch.setattr(parts, "RUN", 5)
-    monkeypatch.setattr(parts, "MIN_TOKENS", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr(parts, "MIN_SAVING", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr(rule, "RUN", 5)
+    monkeypatch.setattr(rule, "MIN_TOKENS", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(rule, "MIN_SAVING", {"cpu": 0.0, "cuda": 0.0})
 
 
 @pytest.fixture
@@ -385,7 +385,7 @@ def test_tables_that_are_ones_for_a_rectangle_are_dropped():
 
 
 def _split_arguments(call):
-    return call.routes, call.sites.effective, 16, torch.float32
+    return "gated_mlp", call.routes, call.sites.effective, 16, torch.float32
 
 
 def test_many_ragged_runs_of_features_are_taken_as_one():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...machine import answers
 from ...primitives.arguments import product_dtype
 from ...primitives.attention_pattern import Pattern
 
@@ -32,6 +33,13 @@ LOG2_E = math.log2(math.e)
 def looks_at_data(device: torch.device) -> bool:
     """Whether the host may branch on values: elsewhere it would wait for the device."""
     return device.type == "cpu"
+
+
+def largest_tile(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """The most rows and keys of a tile for q of this dtype: on the CPU as measured here, else as shipped."""
+    if not looks_at_data(device):
+        return DEVICE_ROWS, DEVICE_KEYS
+    return answers.tiles(device, dtype) or (ROWS, KEYS)
 
 
 def operand_dtype(q: Tensor) -> torch.dtype:
@@ -129,13 +137,13 @@ class Tiling(NamedTuple):
         """For q `[B, H, S_q, D]` and k `[B, G, S_k, D]`, and a computation that uses so many `tiles` together."""
         heads, group = k.shape[1], q.shape[1] // k.shape[1]
         on_host = looks_at_data(q.device)
-        limits = (ROWS, KEYS) if on_host else (DEVICE_ROWS, DEVICE_KEYS)
+        limits = largest_tile(q.device, q.dtype)
         rows, keys = min(limits[0], q.shape[2] * group), min(limits[1], k.shape[2])
         wide = product_dtype(q.dtype)
         memory: tuple[Tensor, ...] = ()
         if on_host and q.shape[2] * group * k.shape[2] >= FEW_SCORES:
             memory = tuple(q.new_empty(rows * keys, dtype=wide) for _ in range(tiles))
-        scores = ROWS * KEYS if on_host else DEVICE_SCORES
+        scores = limits[0] * limits[1] if on_host else DEVICE_SCORES
         elements = 1 if memory else max(1, scores // (heads * rows * keys))
         return Tiling(heads, group, pattern.scale, *limits, elements, operand_dtype(q), memory)
 
@@ -197,3 +205,11 @@ class Tiling(NamedTuple):
             total.addmm_(a, b)
         else:
             total.baddbmm_(a, b)
+
+
+def _read_tiles(what: answers.What, value: Any) -> answers.Tiles:
+    answers.check_what(what, answers.DTYPES)
+    return answers.Tiles(answers.count(value["rows"]), answers.count(value["keys"]))
+
+
+answers.read_by("tiles", _read_tiles)

@@ -12,6 +12,8 @@ under torch.compile when a function is traced.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ...machine import answers
@@ -33,7 +35,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[str | Non
 
     The reason says why the device's kernels are tried in their order, and why each that was tried before was rejected.
     """
-    names, why = _preference(q)
+    names, why = preference(q)
     reasons = [why]
     for name in names:
         reason = VENDORS[name].why_not(q, k, v, pattern)
@@ -43,7 +45,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[str | Non
     return None, "; ".join(reasons[1:])
 
 
-def _preference(q: Tensor) -> tuple[tuple[str, ...], str]:
+def preference(q: Tensor) -> tuple[tuple[str, ...], str]:
     """The kernels of q's device, fastest first, and why in this order: measured here, else by others' measurements."""
     if q.device.type in ("cpu", "meta"):
         return ("cpu_flash",), "cpu_flash is the CPU's only vendor kernel"
@@ -56,11 +58,17 @@ def _preference(q: Tensor) -> tuple[tuple[str, ...], str]:
     measured = answers.vendors(q.device, q.dtype)
     if measured is not None:
         others = tuple(name for name in VENDORS if name not in measured and name != "cpu_flash")
-        return (
-            *measured,
-            *others,
-        ), "the vendors' kernels are tried in the order of their speed measured here"
+        why = "the vendors' kernels are tried in the order of their speed measured here"
+        return (*measured, *others), why
     if capability is not None and capability[0] in (9, 10):  # where PyTorch, too, prefers it
         why = f"on compute capability {capability[0]}.{capability[1]} cuDNN's backward is 1.7 to 2.3 times as fast as "
         return ("cudnn", "flash", "efficient"), why + "FlashAttention 2's"
     return flash_first, "off Hopper and Blackwell FlashAttention 2 is preferred, as PyTorch prefers it"
+
+
+def _read_vendors(what: answers.What, value: Any) -> tuple[str, ...]:
+    answers.check_what(what, answers.DTYPES)
+    return answers.order(value, VENDORS)
+
+
+answers.read_by("vendors", _read_vendors)

@@ -1,0 +1,197 @@
+"""Linear layers and MLPs say how their backward makes its products, by the very rule that makes them."""
+
+import inspect
+
+import pytest
+import torch
+
+from gradroute import LinearSites, MLPSites, Routes, gated_mlp, linear, mlp, testing, use_backend
+from gradroute.machine import answers
+from gradroute.machine.answers import MEASURED, SHIPPED
+from gradroute.skipping import mlp as skipping
+from gradroute.skipping import rule
+from gradroute.tables import localize
+
+CPU = torch.device("cpu")
+D_MODEL, D_FF = 4, 16
+MODULES = {"routed_linear": linear, "routed_mlp": mlp, "routed_gated_mlp": gated_mlp}
+PRODUCTS = {module: name for name, module in rule.PRODUCTS.items()}
+every_op = pytest.mark.parametrize("op", MODULES)
+
+
+def call_of(op, tokens=512, *, sites=None, **options):
+    """A call of two routes, the second of which has a quarter of the features."""
+    call = testing.sample(op, tokens=tokens, sizes=testing.Sizes(d_model=D_MODEL, d_ff=D_FF), sites=())
+    table = localize(2, D_FF, {1: slice(0, 4)})
+    made = LinearSites(output=table) if op == "routed_linear" else MLPSites(hidden=table, update=table)
+    return call.with_routes(routes_of(tokens, **options)).with_sites(sites or made)
+
+
+def routes_of(tokens, num_routes=2, strength=None):
+    return Routes.of(torch.arange(tokens) % 2, num_routes, strength=strength)
+
+
+def explained(call, **options):
+    return MODULES[call.op].explain(
+        **call.tensors, routes=call.routes, sites=call.sites, **call.keywords, **options
+    )
+
+
+def forms(call, **options):
+    return {product.form for product in explained(call, **options).products.values()}
+
+
+@every_op
+def test_it_takes_the_arguments_of_the_call(op):
+    own = inspect.signature(MODULES[op].explain).parameters
+    assert list(own.values()) == list(inspect.signature(getattr(MODULES[op], op)).parameters.values())
+
+
+@every_op
+def test_rectangles_are_explained_with_what_is_left(op):
+    for product in explained(call_of(op)).products.values():
+        assert (product.form, product.evidence) == ("rectangles", SHIPPED)
+        assert product.work == pytest.approx(5 / 8)
+        assert product.run == rule.RUN
+        assert product.reason == "masks leave 62.5% of the work, with 256 tokens a rectangle on average"
+
+
+@pytest.mark.parametrize("op", ["routed_mlp", "routed_gated_mlp"])
+@pytest.mark.parametrize("tokens", [512, 64, 0])
+def test_what_is_explained_is_what_the_backward_does(op, tokens, monkeypatch):
+    taken, original = [], skipping.rectangles
+
+    def recorded(*args):
+        taken.append(original(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(skipping, "rectangles", recorded)
+    call = call_of(op, tokens)
+    call.run("torch")
+    (parts,) = taken
+    assert bool(parts) == (forms(call) == {"rectangles"}) == (tokens == 512)
+
+
+REASONS = {
+    "too few tokens": (
+        {"tokens": 100},
+        "rectangles would have 50 tokens on average, and they pay from 64 on",
+    ),
+    "no tokens": ({"tokens": 0}, "there are no tokens"),
+    "a strength": ({"strength": 0.5}, "a strength blends the rows of the tables"),
+    "many routes": ({"num_routes": 65}, "there are more than 64 routes"),
+}
+
+
+@every_op
+@pytest.mark.parametrize("case", REASONS)
+def test_products_that_are_made_whole_say_why(op, case):
+    options, reason = REASONS[case]
+    call = call_of(op, **options)
+    if case == "many routes":
+        table = localize(65, D_FF, {1: slice(0, 4)})
+        call = call.with_sites(
+            LinearSites(output=table) if op == "routed_linear" else MLPSites(hidden=table, update=table)
+        )
+    for product in explained(call).products.values():
+        assert (product.form, product.work) == ("whole", 1.0)
+        assert reason in product.reason
+
+
+@every_op
+def test_little_to_save_is_said_in_figures(op):
+    whole = [[0.5], [1.0]]
+    sites = LinearSites(output=whole) if op == "routed_linear" else MLPSites(hidden=whole)
+    for product in explained(call_of(op, sites=sites)).products.values():
+        assert product.reason == "masks leave 100.0% of the work, and rectangles pay from 95.0% down"
+
+
+@every_op
+def test_counts_that_the_host_does_not_know_are_said(op, monkeypatch):
+    call = call_of(op)
+    monkeypatch.setattr(call.routes, "host_counts", None)
+    for product in explained(call).products.values():
+        assert product.form == "whole"
+        assert product.run is None
+        assert "the host does not know how many tokens each route has" in product.reason
+
+
+@every_op
+def test_compiled_code_makes_products_whole_and_says_so(op, monkeypatch):
+    call = call_of(op)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for product in explained(call, backend="torch").products.values():
+        assert (product.form, product.reason) == ("whole", rule.TRACED)
+
+
+@every_op
+def test_without_routes_or_on_the_reference_nothing_is_left_out(op):
+    plan = explained(call_of(op).with_routes(None))
+    assert (plan.backend, plan.reason) == ("torch", "nothing is masked, so that it is PyTorch's own op")
+    assert {product.form for product in plan.products.values()} == {"whole"}
+    with use_backend("reference"):
+        plan = explained(call_of(op))
+    assert (plan.backend, plan.reason) == ("reference", "it was asked for")
+    assert {product.form for product in plan.products.values()} == {"whole"}
+
+
+def test_a_linear_layer_explains_each_of_its_products():
+    sites = LinearSites(update_rows=localize(2, D_FF, {1: slice(0)}))
+    products = explained(call_of("routed_linear", sites=sites)).products
+    assert (products["dx"].form, products["dW"].form) == ("whole", "rectangles")
+    assert products["dW"].work == 0.5
+
+
+@every_op
+def test_a_measured_rule_changes_the_form_and_is_said_to_be(op):
+    call, product = call_of(op), PRODUCTS[op]
+    rectangles = f"rectangles/{product}/float32"
+    assert forms(call) == {"rectangles"}
+    for changed in ({"min_saving": 0.5, "min_tokens": 1}, {"min_saving": 0.0, "min_tokens": 257}):
+        with answers.trying(CPU, {rectangles: changed}):
+            assert forms(call) == {"whole"}
+            assert {each.evidence for each in explained(call).products.values()} == {MEASURED}
+    with answers.trying(CPU, {rectangles: {"min_saving": 0.0, "min_tokens": 25}}):
+        assert forms(call_of(op, tokens=50)) == {"rectangles"}
+
+
+@every_op
+def test_a_measured_run_changes_how_many_tokens_are_taken_at_once(op, monkeypatch):
+    call, lengths = call_of(op), []
+    original = Routes._at
+
+    def recorded(routes, tokens):
+        found = original(routes, tokens)
+        lengths.append(len(found))
+        return found
+
+    monkeypatch.setattr(Routes, "_at", recorded)
+    with answers.trying(CPU, {f"run/{PRODUCTS[op]}/float32": 100}):
+        for product in explained(call).products.values():
+            assert (product.run, product.evidence) == (100, MEASURED)
+        call.assert_within_budget("torch")
+    assert lengths == [100, 100, 56, 100, 100, 56]
+
+
+@every_op
+def test_an_answer_for_another_product_or_dtype_changes_nothing(op):
+    others = {f"rectangles/{name}/float32": {"min_saving": 2.0, "min_tokens": 1} for name in rule.PRODUCTS}
+    del others[f"rectangles/{PRODUCTS[op]}/float32"]
+    others[f"rectangles/{PRODUCTS[op]}/bfloat16"] = {"min_saving": 2.0, "min_tokens": 1}
+    with answers.trying(CPU, others):
+        assert forms(call_of(op)) == {"rectangles"}
+        assert {each.evidence for each in explained(call_of(op)).products.values()} == {SHIPPED}
+
+
+def test_rules_of_cuda_devices_are_for_them():
+    cuda = torch.device("cuda", 0)
+    with answers.trying(cuda, {}):
+        assert rule.rule_of("mlp", cuda, torch.bfloat16) == (0.1, 2048, None, SHIPPED)
+    with answers.trying(cuda, {"rectangles/mlp/bfloat16": {"min_saving": 0.2, "min_tokens": 512}}):
+        assert rule.rule_of("mlp", cuda, torch.bfloat16) == (0.2, 512, None, MEASURED)
+
+
+def test_devices_without_rules_make_products_whole():
+    routes = Routes.of(torch.arange(4, device="meta") % 2, 2, validate=False)
+    decision = rule.decide("mlp", None, routes, torch.float32)
+    assert (decision.form, decision.reason) == ("whole", rule.ELSEWHERE)
