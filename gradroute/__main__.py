@@ -9,7 +9,9 @@ import sys
 from .machine import report
 
 # Command → what it does; its module is `gradroute.machine.COMMAND.command`, whose `main(arguments)` runs it.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "tune": "`tune` measures what is fastest on this machine, for the automatic choice to follow.",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
