@@ -10,6 +10,7 @@ from .machine import report
 
 # Command → what it does; its module is `gradroute.machine.COMMAND.command`, whose `main(arguments)` runs it.
 COMMANDS: dict[str, str] = {
+    "check": "`check` proves every backend on this machine, and has the automatic choice leave out what is wrong.",
     "tune": "`tune` measures what is fastest on this machine, for the automatic choice to follow.",
 }
 

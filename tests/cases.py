@@ -1,13 +1,12 @@
 """The cases of the tests that iterate the table of ops: every op × backend, and covering samples of the other axes."""
 
-import itertools
-import random
-
 import pytest
 import torch
 
 from gradroute import BackendError, attention, backends, testing
 from gradroute.backends import native
+
+covering = testing.covering
 
 #: Every op on every backend that implements it.
 OP_BACKENDS = [(op, backend) for op, row in backends.OPS.items() for backend in row]
@@ -160,37 +159,3 @@ def assert_gradients_nearly_agree(actual, expected, name):
             continue
         limit = CONTRACTED * torch.finfo(other.dtype).eps * other.abs().max() if other.numel() else 0
         assert torch.all((gradient - other).abs() <= limit), f"{name}: d{argument}"
-
-
-def covering(axes, strength=2, seed=0):
-    """Few cases, dicts of one value per axis, in which every `strength` values of different axes meet."""
-    names, generator = list(axes), random.Random(seed)
-    missing = {
-        pair
-        for chosen in itertools.combinations(names, strength)
-        for pair in itertools.product(
-            *([(name, index) for index in range(len(axes[name]))] for name in chosen)
-        )
-    }
-    while missing:
-        yield {name: axes[name][index] for name, index in _row(axes, names, strength, missing, generator)}
-
-
-def _row(axes, names, strength, missing, generator):
-    """The next case: it starts from a missing combination and grows by the value that completes most others."""
-    row = list(min(missing))
-    for name in generator.sample(names, len(names)):
-        if any(name == taken for taken, _ in row):
-            continue
-        options = [(name, index) for index in range(len(axes[name]))]
-        generator.shuffle(options)
-        row.append(
-            max(options, key=lambda option: len(_combinations([*row, option], names, strength) & missing))
-        )
-    missing -= _combinations(row, names, strength)
-    return row
-
-
-def _combinations(row, names, strength):
-    ordered = sorted(row, key=lambda value: names.index(value[0]))
-    return set(itertools.combinations(ordered, strength))

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,19 @@ class Record:
         Raises:
             OSError: the cache folder cannot be written.
         """
+        self.change(lambda earlier: earlier | dict(findings))
+
+    def change(self, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Replaces the findings by what `changed` makes of them, while no other process can write.
+
+        Raises:
+            OSError: the cache folder cannot be written.
+        """
         from filelock import FileLock  # torch needs it, so it is there
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.file.with_suffix(".lock")):
-            merged = self.read() | dict(findings)
-            text = json.dumps({"machine": self.machine, "findings": merged}, indent=1)
+            text = json.dumps({"machine": self.machine, "findings": changed(self.read())}, indent=1)
             fresh = self.file.with_suffix(f".{os.getpid()}.new")
             fresh.write_text(text + "\n", encoding="utf-8")
             fresh.replace(self.file)

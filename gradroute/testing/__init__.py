@@ -16,6 +16,7 @@ from .budget import (
     assert_same_bits,
     excess,
 )
+from .covering import covering
 from .draw import LAYOUTS, Draw, Sizes
 from .marks import Marks
 from .memory import SavedBytes, saved_bytes
@@ -42,6 +43,7 @@ __all__ = [
     "Table",
     "assert_result_within_budget",
     "assert_same_bits",
+    "covering",
     "excess",
     "make_table",
     "sample",

@@ -1,0 +1,143 @@
+"""What is wrong with one case, if anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...testing import Result, assert_same_bits
+from . import on_cuda
+from .buffers import FINITE, NAN, Guards
+from .cases import Case
+from .far_rows import NotChecked, far_apart
+from .trials import Refused, Trial, made
+
+#: What can come of a case: it is right; it is wrong; it could not be checked; the backend refuses the call, as it may.
+RIGHT, WRONG, UNCHECKED, REFUSED = "right", "wrong", "unchecked", "refused"
+
+# Graphs of how many calls replay one capture.
+REPLAYED = 3
+
+
+class Outcome(NamedTuple):
+    """What came of a case.
+
+    Attributes:
+        state: RIGHT, WRONG, UNCHECKED or REFUSED.
+        text: what is wrong and by how much, or why it was not checked or is refused.
+    """
+
+    state: str
+    text: str = ""
+
+
+def judged(case: Case, backend: str, device: torch.device, seed: int) -> Outcome:
+    """Runs a case on a backend, in this process; a kernel may fail in any way, and the outcome says so."""
+    try:
+        CHECKS[case.kind](case, backend, device, seed)
+        synchronize(device)
+    except Refused as refusal:
+        return Outcome(REFUSED, str(refusal))
+    except NotChecked as reason:
+        return Outcome(UNCHECKED, str(reason))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return Outcome(UNCHECKED, f"out of memory: {_first_line(error)}")
+    except AssertionError as error:
+        return Outcome(WRONG, str(error))
+    except Exception as error:
+        return Outcome(WRONG, f"{type(error).__name__}: {_first_line(error)}")
+    return Outcome(RIGHT)
+
+
+def survives(device: torch.device) -> bool:
+    """Whether this process can go on with a device: after some errors of CUDA it cannot."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device, so that its errors are those of this case."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _numbers(case: Case, backend: str, device: torch.device, seed: int) -> None:
+    trial = made(case, backend, device, seed)
+    trial.expected().check(_run(trial), case.op)
+
+
+def _run(trial: Trial) -> Result:
+    return trial.prepared(lambda _, tensor: tensor)()
+
+
+def _determinism(case: Case, backend: str, device: torch.device, seed: int) -> None:
+    trial = made(case, backend, device, seed)
+    # Own kernels are deterministic always; torch's and vendors' only where that is demanded.
+    with _deterministic():
+        first = _run(trial)
+        for attempt in ("second run", "third run"):
+            assert_same_bits(_run(trial), first, attempt)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    was, warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+
+
+def _bounds(case: Case, backend: str, device: torch.device, seed: int) -> None:
+    trial = made(case, backend, device, seed)
+    expected = trial.expected()
+    for bits, shift, said in ((NAN, 0, "guards of NaN"), (FINITE, 1, "guards of numbers")):
+        guards = Guards(bits, shift, trial.changing)
+        run = trial.prepared(guards.hold)
+        with guards.allocating():
+            result = run()
+        synchronize(device)
+        guards.check()
+        expected.check(result, f"{case.op} between {said}")
+
+
+def _strides(case: Case, backend: str, device: torch.device, seed: int) -> None:
+    trial, moved = made(case, backend, device, seed), case.options["far"]
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        return far_apart(tensor) if name == moved else tensor
+
+    trial.expected().check(trial.prepared(place)(), f"{case.op} with rows of {moved} far apart")
+
+
+def _graphs(case: Case, backend: str, device: torch.device, seed: int) -> None:
+    on_cuda.check_graph([made(case, backend, device, seed + i) for i in range(REPLAYED)], device)
+
+
+def _streams(case: Case, backend: str, device: torch.device, seed: int) -> None:
+    on_cuda.check_stream(made(case, backend, device, seed), device)
+
+
+CHECKS = {
+    "numbers": _numbers,
+    "determinism": _determinism,
+    "bounds": _bounds,
+    "strides": _strides,
+    "graphs": _graphs,
+    "streams": _streams,
+}
