@@ -1,6 +1,13 @@
-"""An installed gradroute, used once: a masked backward on every backend, compared with the detach idiom in fp64."""
+"""An installed gradroute, used once: a masked backward on every backend, compared with the detach idiom in fp64.
 
+And `python -m gradroute check` once, in processes of its own, of one op on the CPU.
+"""
+
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +28,7 @@ def main():
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         check_backends(device)
     check_openmp()
+    check_command()
 
 
 def check_backends(device):
@@ -58,6 +66,14 @@ def check_openmp():
         runtimes = set(re.findall(r"/\S*lib(?:gomp|omp|iomp5)[-.\w]*", maps.read_text()))
         assert len(runtimes) <= 1, f"several OpenMP runtimes are loaded: {runtimes}"
         print(f"ok: no second OpenMP runtime: {', '.join(runtimes) or 'none'}")
+
+
+def check_command():
+    """Runs `python -m gradroute check`, narrowed to one op, with a cache folder that is thrown away."""
+    command = [sys.executable, "-m", "gradroute", "check", "--device", "cpu", "--op", "route_grad", "--quick"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(command, check=True, env={**os.environ, "GRADROUTE_CACHE": folder})
+    print("ok: python -m gradroute check")
 
 
 if __name__ == "__main__":

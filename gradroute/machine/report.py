@@ -16,7 +16,9 @@ import torch
 
 from .. import backends, testing
 from ..backends import native
+from . import verdicts
 from .identity import TOOLS, cpu, cuda, versions
+from .records import TUNING, Record
 
 AGREES = "ok"
 # tools/setups.py writes it from the markers of the tests.
@@ -45,6 +47,7 @@ def report() -> dict[str, Any]:
         if native.loading.module is None
         else json.loads(native.loading.module.BUILD),
         "setups": setups(),
+        "findings": findings(),
         "ops": ops,
         "agrees": all(outcome == AGREES for outcome in outcomes),
     }
@@ -54,6 +57,20 @@ def setups() -> list[dict[str, str]]:
     """The table of set-ups: `tool`, `setup`, why it is `refused` ("": it works), and its `test`."""
     rows: list[dict[str, str]] = json.loads(SETUPS.read_text(encoding="utf-8"))
     return rows
+
+
+def findings() -> dict[str, dict[str, Any]]:
+    """By device what was found here: `checks`, the last verdict on every backend, or None, and what was `tuned`."""
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = {}
+    for device in [torch.device("cpu"), *(torch.device("cuda", index) for index in range(number))]:
+        checks = verdicts.of(device)
+        able = [name for name in backends.BACKENDS if name not in backends.unavailable_backends(None, device)]
+        found[str(device)] = {
+            "checks": {name: checks[name]._asdict() if name in checks else None for name in able},
+            "tuned": sorted(Record(TUNING, device).read()),
+        }
+    return found
 
 
 def check(op: str, backend: str) -> dict[str, Any]:
@@ -89,6 +106,8 @@ def as_text(found: dict[str, Any]) -> str:
         ("cuda", cuda_text(found["cuda"])),
         ("native", native_text(found["native"])),
         ("set-ups", setups_text(found["setups"])),
+        ("checked", checks_text(found["findings"])),
+        ("tuned", tuned_text(found["findings"])),
     ]
     head = "\n".join(f"{name:<9} {text}" for name, text in lines)
     return f"{head}\n\n{table_text(found['ops'])}"
@@ -122,6 +141,34 @@ def setups_text(found: list[dict[str, str]]) -> str:
     """One line."""
     refused = sum(bool(row["refused"]) for row in found)
     return f"{len(found) - refused} work, {refused} are refused, each for a reason: --json lists them"
+
+
+def checks_text(found: dict[str, dict[str, Any]]) -> str:
+    """A line a device: the date of the last verdict on every backend, and which were wrong or never checked."""
+
+    def said(name: str, verdict: dict[str, Any] | None) -> str:
+        if verdict is None:
+            return f"{name} never"
+        return f"{name} {verdict['date'][:10]}" + (
+            "" if verdict["passed"] else f" WRONG ({verdict['failures'][0]})"
+        )
+
+    lines = [
+        f"{device}: " + ", ".join(said(name, verdict) for name, verdict in of_device["checks"].items())
+        for device, of_device in found.items()
+    ]
+    if any(None in of_device["checks"].values() for of_device in found.values()):
+        lines.append("`python -m gradroute check` checks them")
+    return f"\n{'':<9} ".join(lines)
+
+
+def tuned_text(found: dict[str, dict[str, Any]]) -> str:
+    """A line a device: how many questions were answered by measuring here."""
+    lines = [
+        f"{device}: {len(of_device['tuned'])} answers" if of_device["tuned"] else f"{device}: nothing"
+        for device, of_device in found.items()
+    ]
+    return f"\n{'':<9} ".join(lines)
 
 
 def table_text(ops: dict[str, dict[str, Any]]) -> str:

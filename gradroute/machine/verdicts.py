@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import warnings
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ class Verdict(NamedTuple):
     def of(cls, found: Any) -> Verdict:
         """Reads a verdict from a file of findings; raises ValueError where it is none."""
         verdict = cls(found["passed"], found["date"], tuple(found["failures"]))
+        if not all(isinstance(text, str) for text in verdict[1:2] + verdict.failures):
+            raise TypeError("date, failures: expected texts")
         if type(verdict.passed) is not bool or verdict.passed != (not verdict.failures):
             raise ValueError(f"passed: got {verdict.passed!r} with {len(verdict.failures)} failures")
         return verdict
@@ -55,7 +58,8 @@ def why_not(backend: str, device: torch.device) -> str | None:
         return None
     return (
         f"`python -m gradroute check` found it wrong on this machine on {verdict.date[:10]} "
-        f"({verdict.failures[0]}), and it stays out of the automatic choice until a check passes"
+        f"({verdict.failures[0]}), and it stays out of the automatic choice until a check passes: "
+        f"`python -m gradroute check --device {device} --backend {backend}`"
     )
 
 
@@ -66,6 +70,9 @@ def forget() -> None:
 
 _found: dict[torch.device, dict[str, Verdict]] = {}
 _is_told = False
+
+# What launchers (torchrun, Slurm, Open MPI) call a process's number on its machine.
+_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
 def _read(device: torch.device) -> dict[str, Verdict]:
@@ -93,10 +100,11 @@ def _tell(device: torch.device, found: dict[str, Verdict]) -> None:
 
 
 def _tell_unchecked(device: torch.device) -> None:
-    """One line a process, of the first rank of a node alone, and of no worker of a data loader."""
+    """One line a program: of its main process, and where there are ranks of the first one on a machine alone."""
     global _is_told
-    in_loader = torch.utils.data.get_worker_info() is not None
-    if _is_told or in_loader or os.environ.get("LOCAL_RANK", "0") != "0":
+    rank = _rank_here()
+    is_first = rank == 0 if rank is not None else multiprocessing.parent_process() is None
+    if _is_told or not is_first or torch.utils.data.get_worker_info() is not None:
         return
     _is_told = True
     LOG.warning(
@@ -104,3 +112,12 @@ def _tell_unchecked(device: torch.device) -> None:
         "gradroute tune` measures what is fastest here",
         identity.name_of(device),
     )
+
+
+def _rank_here() -> int | None:
+    """This process's number on its machine; without a launcher that in its process group; None: it has none."""
+    for name in _LOCAL_RANKS:
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else None

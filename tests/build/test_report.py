@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from gradroute import backends
 from gradroute.__main__ import main
 from gradroute.backends import composed, native
-from gradroute.machine import identity, report
+from gradroute.machine import identity, records, report
 
 EVERY_PAIR = {(op, backend) for op in backends.OPS for backend in backends.BACKENDS}
 
@@ -93,6 +94,30 @@ def test_without_the_native_module_it_says_why(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "native    the native module was not built\n" in said
     assert said.count("the native module was not built") > 1  # in the row of backend cpu too
+
+
+def test_it_says_what_was_checked_and_tuned(one_op, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("GRADROUTE_CACHE", str(tmp_path))
+    backends.choose_anew()
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "checked   cpu: reference never, torch never" in said
+    assert "`python -m gradroute check` checks them" in said
+    assert "tuned     cpu: nothing\n" in said
+    cpu = torch.device("cpu")
+    wrong = {"passed": False, "date": "2026-01-02T03:04:05", "failures": ["bounds of route_grad", "more"]}
+    right = {"passed": True, "date": "2026-01-03T03:04:05", "failures": []}
+    records.Record(records.CHECK, cpu).update(dict.fromkeys(backends.BACKENDS, right) | {"reference": wrong})
+    records.Record(records.TUNING, cpu).update({"run/mlp/float32": {"answer": 5}})
+    backends.choose_anew()
+    with pytest.warns(RuntimeWarning, match="backend 'reference' on cpu"):
+        found = report.report()
+    said = report.as_text(found)
+    assert "checked   cpu: reference 2026-01-02 WRONG (bounds of route_grad), torch 2026-01-03" in said
+    assert "check` checks them" not in said
+    assert "tuned     cpu: 1 answers\n" in said
+    assert found["findings"]["cpu"]["checks"]["torch"] == right | {"failures": ()}
+    assert found["findings"]["cpu"]["tuned"] == ["run/mlp/float32"]
 
 
 def test_devices_are_listed():

@@ -187,10 +187,10 @@ def test_only_far_rows_may_stay_unchecked(kind, passes, monkeypatch, capsys):
     [
         (["--backend", "nobody"], "invalid choice: 'nobody'"),
         (["--op", "routed_weather"], "invalid choice: 'routed_weather'"),
-        (["--device", "cuda:77"], "--device: got 'cuda:77', expected one that is there: cpu"),
-        (["--limit", "0"], "--limit: got 0.0, expected a number of seconds above 0"),
-        (["--seed", "-1"], "--seed: got -1, expected 0 or more"),
-        (["--processes", "0"], "--processes: got 0, expected 1 or more"),
+        (["--device", "cuda:77"], "device: got 'cuda:77', expected one that is there: cpu"),
+        (["--limit", "0"], "limit: got 0.0, expected a number of seconds above 0"),
+        (["--seed", "-1"], "seed: got -1, expected 0 or more"),
+        (["--processes", "0"], "processes: got 0, expected 1 or more"),
         (["--device", "cpu", "--backend", "cuda"], "there is nothing to check: cuda on cpu: "),
         (
             ["--backend", "reference", "--op", "adamw_step"],

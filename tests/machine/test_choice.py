@@ -1,6 +1,8 @@
 """The automatic choice follows what was checked and measured on this machine, and says so."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -149,10 +151,27 @@ def test_an_unchecked_gpu_is_told_once(gpu, caplog, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("where", ["another rank", "a worker", "a checked GPU"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "another rank",
+        "another rank of Slurm",
+        "another rank without a launcher",
+        "a worker",
+        "a child",
+        "a checked GPU",
+    ],
+)
 def test_it_is_told_by_the_first_rank_alone_and_where_there_was_no_check(gpu, caplog, monkeypatch, where):
     if where == "another rank":
         monkeypatch.setenv("LOCAL_RANK", "3")
+    elif where == "another rank of Slurm":
+        monkeypatch.setenv("SLURM_LOCALID", "1")
+    elif where == "another rank without a launcher":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    elif where == "a child":
+        monkeypatch.setattr(verdicts.multiprocessing, "parent_process", lambda: "something")
     elif where == "a worker":
         monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "something")
     else:
@@ -160,6 +179,32 @@ def test_it_is_told_by_the_first_rank_alone_and_where_there_was_no_check(gpu, ca
     with caplog.at_level(logging.WARNING, "gradroute"):
         assert verdicts.why_not("triton", gpu) is None
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_first_of_ranks_that_are_children_tells(gpu, caplog, monkeypatch, launched):
+    """torch.multiprocessing.spawn makes every rank a child, and there is no other process that would tell."""
+    monkeypatch.setattr(verdicts.multiprocessing, "parent_process", lambda: "something")
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    else:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with caplog.at_level(logging.WARNING, "gradroute"):
+        verdicts.why_not("triton", gpu)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.slow
+def test_nothing_is_read_or_said_at_import(tmp_path, monkeypatch):
+    """A file that would be warned of stays unread until a backend is chosen."""
+    record = Record(CHECK, CPU)
+    record.update({"torch": WRONG})
+    code = (
+        "import gradroute; from gradroute.machine import verdicts; print(verdicts._found, verdicts._is_told)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("{} False\n", 0), done.stderr
 
 
 def test_an_answer_about_launches_replaces_the_shipped_configuration(gpu, monkeypatch):

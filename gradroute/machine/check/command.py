@@ -105,11 +105,11 @@ def _jobs(options: argparse.Namespace, selection: Selection) -> list[Job]:
         ValueError: nothing is, or an option is out of its range.
     """
     if not options.limit > 0:
-        raise ValueError(f"--limit: got {options.limit}, expected a number of seconds above 0")
+        raise ValueError(f"limit: got {options.limit}, expected a number of seconds above 0")
     if selection.seed < 0:
-        raise ValueError(f"--seed: got {selection.seed}, expected 0 or more")
+        raise ValueError(f"seed: got {selection.seed}, expected 0 or more")
     if options.processes is not None and options.processes < 1:
-        raise ValueError(f"--processes: got {options.processes}, expected 1 or more")
+        raise ValueError(f"processes: got {options.processes}, expected 1 or more")
     jobs, reasons = [], []
     for device in _devices(options.device):
         for backend in options.backend or backends.BACKENDS:
@@ -140,7 +140,7 @@ def _devices(named: Sequence[str] | None) -> list[torch.device]:
     for name in named or ("cpu", "cuda"):
         if name not in known or (named and not known[name]):
             there = ", ".join(name for name, devices in known.items() if devices)
-            raise ValueError(f"--device: got {name!r}, expected one that is there: {there}")
+            raise ValueError(f"device: got {name!r}, expected one that is there: {there}")
         found |= dict.fromkeys(known[name])
     return list(found)
 
