@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -41,6 +41,7 @@ KINDS: tuple[str, ...] = ("backends", "vendors", "skip_below", "rectangles", "ru
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 What = tuple["str | torch.dtype", ...]
+Derived = TypeVar("Derived")
 Read = Callable[[What, Any], Any]
 Orders = tuple[tuple["int | None", tuple[str, ...]], ...]
 
@@ -157,6 +158,13 @@ def launch(entry: str, device: torch.device) -> dict[str, int] | None:
     return answer(device, "launch", entry)
 
 
+def derived(key: Any, derive: Callable[[], Derived]) -> Derived:
+    """What `derive` makes of answers, kept under `key` until they change."""
+    if key not in _derived:
+        _derived[key] = derive()
+    return _derived[key]
+
+
 class _Asked(dict[tuple[Any, ...], Any]):
     """Answers by question, and the questions that were asked."""
 
@@ -181,10 +189,12 @@ def trying(device: torch.device, answers: Mapping[str, Any]) -> Iterator[list[st
     before = _found.get(device)
     tried = _Asked({_key(question): parsed(question, value) for question, value in answers.items()})
     _found[device] = tried
+    _derived.clear()
     try:
         yield tried.questions
     finally:
         _found.pop(device, None)
+        _derived.clear()
         if before is not None:
             _found[device] = before
 
@@ -216,10 +226,12 @@ def reads_files() -> bool:
 def forget() -> None:
     """Has the files read again at the next call."""
     _found.clear()
+    _derived.clear()
 
 
 _readers: dict[str, Read] = {}
 _found: dict[torch.device, dict[tuple[Any, ...], Any]] = {}
+_derived: dict[Any, Any] = {}
 _NAMED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 

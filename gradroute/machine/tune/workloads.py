@@ -40,7 +40,7 @@ SIZES: dict[str, tuple[Size, ...]] = {
     "cpu": (
         Size("small", 16, (1, 16), _LAUNCHES, is_launch_bound=True),
         Size("cached", 512, (1, 256), Sizes(256, 1024, 1024, heads=4, kv_heads=2, head_dim=64)),
-        Size("large", 4096, (1, 1024), Sizes(512, 2048, 8192, heads=4, kv_heads=2, head_dim=64)),
+        Size("large", 2048, (1, 1024), Sizes(512, 2048, 8192, heads=4, kv_heads=2, head_dim=64)),
     ),
     "cuda": (
         Size("small", 128, (1, 128), _LAUNCHES, is_launch_bound=True),
