@@ -91,6 +91,15 @@ def test_the_measured_share_for_own_kernels_is_followed(gpu):
         assert (plan.backend, plan.evidence) == (backend, MEASURED)
 
 
+def test_files_are_read_once(cache, monkeypatch):
+    read, reads = Record.read, []
+    monkeypatch.setattr(Record, "read", lambda record: reads.append(record.file.parent.name) or read(record))
+    call = testing.sample("routed_mlp", tokens=8)
+    for _ in range(3):
+        call.run()
+    assert reads == ["tuning", "check"]
+
+
 RUNS_EVERY_OP = """
 import hashlib, torch
 torch.set_num_threads(1)
@@ -146,6 +155,7 @@ print(counts)
 """
 
 
+@pytest.mark.slow
 def test_files_are_read_at_the_first_call_once_and_never_at_import(monkeypatch, tmp_path):
     monkeypatch.setenv("GRADROUTE_CACHE", str(tmp_path / "GR-CACHE"))
     Record(TUNING, CPU).update({question: {"answer": answer} for question, answer in FOUND.items()})
@@ -154,6 +164,7 @@ def test_files_are_read_at_the_first_call_once_and_never_at_import(monkeypatch, 
     assert json.loads(run(COUNTS_READS, GRADROUTE_TUNING="0")) == [0, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_importing_loads_neither_commands_nor_their_tools():
     code = "import sys, gradroute; print([name for name in sys.modules if name.startswith('gradroute.machine.')])"
     loaded = run(code)

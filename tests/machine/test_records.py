@@ -156,6 +156,16 @@ def test_an_answer_of_another_form_is_reported_and_ignored(question, answer):
     assert answers.answer(CPU, *question.split("/")) is None
 
 
+def test_the_environment_says_whether_files_are_followed(monkeypatch):
+    for said, follows in {"0": False, "1": True, "": True}.items():
+        monkeypatch.setenv("GRADROUTE_TUNING", said)
+        assert answers._from_environment() is follows
+    monkeypatch.setenv("GRADROUTE_TUNING", "off")
+    with pytest.raises(ValueError, match="got 'off', expected 0 "):
+        answers._from_environment()
+
+
+@pytest.mark.slow
 def test_the_environment_has_files_ignored(monkeypatch):
     measured(QUESTION, ORDERS)
     code = (

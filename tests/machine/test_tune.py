@@ -299,6 +299,23 @@ def test_it_says_that_answers_are_ignored(monkeypatch, capsys):
     assert "GRADROUTE_TUNING=0 is set: answers are written, and ignored" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(small, monkeypatch, capsys):
+    (small / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("GRADROUTE_CACHE", str(small / "file"))
+    clock(monkeypatch, lambda trial: pytest.fail("nothing is measured"))
+    assert tune("--only", ROUTE_GRAD) == 1
+    assert "Answers cannot be kept: " in capsys.readouterr().out
+
+
+def test_products_are_timed_on_the_backend_that_is_chosen_by_itself(monkeypatch):
+    """Whatever the process asks for everywhere, as GRADROUTE_BACKEND does."""
+    used = set()
+    clock(monkeypatch, lambda trial: used.add(trial.step.backend) or 1.0)
+    with backends.use_backend("reference"):
+        assert tune("--only", "run/mlp") == 0
+    assert used == {"cpu"}
+
+
 def test_it_is_a_command_of_the_package(monkeypatch, capsys):
     assert __main__.main(["tune", "--list", "--quick", "--device", "cpu", "--only", "run"]) == 0
     assert capsys.readouterr().out.count("run/") == 3

@@ -210,6 +210,7 @@ def test_questions_of_a_gpu_are_about_what_it_can_run(monkeypatch):
     assert sorted(vendors.shipped) == ["cudnn", "efficient", "flash"]
 
 
+@pytest.mark.slow
 def test_the_fastest_launch_that_is_right_is_taken(with_triton, monkeypatch):
     launch = pytest.importorskip("gradroute.kernels.launch")
     shipped = launch.shipped_config("masked_product_kernel", CPU)

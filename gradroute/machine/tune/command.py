@@ -23,7 +23,7 @@ from .question import Question
 from .questions import is_named, questions
 from .session import Session
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +45,11 @@ def main(arguments: list[str]) -> int:
     if not answers.reads_files() and not options.list:
         lines.write("GRADROUTE_TUNING=0 is set: answers are written, and ignored until it is unset")
     try:
-        return _run(list(zip(sessions, asked, strict=True)), options, lines)
+        with backends.use_backend(None):
+            return _run(list(zip(sessions, asked, strict=True)), options, lines)
+    except OSError as error:
+        lines.write(f"Answers cannot be kept: {error}. GRADROUTE_CACHE names another folder")
+        return FAILED
     except KeyboardInterrupt:
         lines.write("Interrupted. The answers before this are kept, and the same command goes on from here")
         return INTERRUPTED
@@ -117,6 +121,7 @@ def _run(sessions: list[tuple[Session, list[Question]]], options: argparse.Names
         lines.write(
             f"{identity.name_of(session.device)} ({session.device}): {len(open_ones)} of {len(asked)} questions to ask"
         )
+        session.record.update({})  # before minutes of measuring: raises where answers cannot be kept
         for question in lines.one_by_one(open_ones):
             session.ask(question)
         lines.write(f"Answers are in {session.record.file}")
@@ -126,7 +131,7 @@ def _run(sessions: list[tuple[Session, list[Question]]], options: argparse.Names
     elif options.list:
         for device, rows in found.items():
             print("\n".join([f"On {device}:", *(_row(row) for row in rows)]))
-    return int(any(session.failed for session, _ in sessions))
+    return FAILED if any(session.failed for session, _ in sessions) else 0
 
 
 def listed(session: Session, asked: Sequence[Question]) -> list[dict[str, Any]]:
