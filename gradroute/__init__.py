@@ -12,8 +12,6 @@ what a step does not train, `era` expands, ablates and contracts, `telemetry` sa
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"  # pyproject.toml reads it here; what is imported below does too
-
 from . import reference, tables
 from .attention import AttentionSites, routed_attention
 from .backends import BackendError, available_backends, unavailable_backends, use_backend
@@ -34,6 +32,7 @@ from .norm import NormSites, routed_layer_norm, routed_rms_norm
 from .route_grad import route_grad
 from .routes import Routes
 from .tables import Table
+from .version import __version__ as __version__
 
 __all__ = [
     "ActivationSites",

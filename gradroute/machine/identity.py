@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from ..version import __version__
 
 # Other tools, whose versions matter where they are installed.
 TOOLS = (
     *("transformers", "peft", "accelerate", "trl", "lightning", "liger-kernel", "torchao", "bitsandbytes"),
     "transformer-lens",
 )
+#: The instruction set of the CPU's kernels: the native module says it when it is loaded; None: there are no kernels.
+instruction_set: str | None = None
 DRIVER_VERSION = r"\s(\d+\.\d+(?:\.\d+)?)\s"
 
 
@@ -44,12 +46,10 @@ def version(package: str) -> str | None:
 
 def cpu() -> dict[str, Any]:
     """The processor, torch's threads on it, and the instruction set that backend cpu uses."""
-    from ..backends.native import loading
-
     return {
         "model": _cpu_model(),
         "threads": torch.get_num_threads(),
-        "instruction_set": loading.instruction_set,
+        "instruction_set": instruction_set,
     }
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ...machine import identity
 from .operands import STRUCTS
 
 _PACKAGE = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def _instruction_set() -> str | None:
 
 
 #: The instruction set of the CPU's kernels: "avx512", "avx2" or "baseline".
-instruction_set = _instruction_set()
+instruction_set = identity.instruction_set = _instruction_set()
 
 
 def why_not(name: str) -> str | None:
