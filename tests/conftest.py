@@ -4,7 +4,9 @@ import fcntl
 import gc
 import importlib.util
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of pytest-xdist already fill the cores
 # What was checked and measured on this machine concerns no test; those that keep findings do it in folders of theirs.
@@ -64,21 +66,29 @@ def _gpu_as_it_was(request):
 @pytest.fixture
 def whole_gpu():
     """The GPU's memory less what this process still uses: what earlier tests have left in torch's cache is free."""
-    for _ in range(2):  # before the test, and after it
-        gc.collect()
-        torch.cuda.empty_cache()
-        yield
+    _empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    _empty_cache()
+
+
+def _empty_cache():
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")
-def emulated_cuda_folder(tmp_path_factory):
-    """The folder of the emulated module, which the first worker that comes here builds, while others wait."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated_cuda"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+def emulated_cuda_folder(request, tmp_path_factory):
+    """The folder of the emulated module; the first process that comes here builds it where a source has changed."""
+    cache = getattr(request.config, "cache", None)  # -p no:cacheprovider
+    cached = tmp_path_factory.mktemp("emulated_cuda") if cache is None else cache.mkdir("emulated_cuda")
+    folder = cached / emulated_cuda.identity()
+    with (cached / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not emulated_cuda.module_in(folder).exists():
+            for old in filter(Path.is_dir, cached.iterdir()):
+                shutil.rmtree(old)
+            folder.mkdir()
             emulated_cuda.build(folder)
     return folder
 

@@ -4,6 +4,7 @@ The module is that of csrc/bindings.cpp, but its CUDA kernels stand where backen
 tensors of the CPU. tests/emulation/cuda_runtime.h says what is emulated, and what cannot be.
 """
 
+import hashlib
 import importlib.util
 import re
 import shutil
@@ -44,6 +45,18 @@ def missing_tools():
 
 def module_in(folder):
     return folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def identity():
+    """A name for what a module is made of: the sources, the flags, and the Python and pybind11 that it is for."""
+    import pybind11
+
+    made_of = hashlib.sha256(
+        repr((pybind11.__version__, sys.version, FLAGS, KERNEL_FLAGS, BINDINGS_FLAGS)).encode()
+    )
+    for source in filter(Path.is_file, sorted([*CSRC.iterdir(), *EMULATION.iterdir(), Path(__file__)])):
+        made_of.update(source.name.encode() + source.read_bytes())
+    return made_of.hexdigest()[:16]
 
 
 def build(folder):

@@ -82,6 +82,8 @@ def test_cases_that_need_a_gpu(collected, capsys):
     assert {case["function"] for case in alone} == set(NEED_THE_DEVICE)
     assert len(same) > 10 * len(alone)
     assert not [case for case in on_gpu if case["parameters"].get("backend") == "'cpu'"]
+    # All others of backend cuda are emulated: what the plan refuses there would be refused here.
+    assert not [case for case in others if case["parameters"].get("backend") == "'cuda'"]
 
 
 def test_the_manual_names_what_needs_the_device():

@@ -264,6 +264,10 @@ class Recorder(TorchDispatchMode):
 
 
 KERNEL_BACKENDS = ("triton", "cpu", "cuda")
+WITH_OPS = (
+    *KERNEL_BACKENDS,
+    "torch",
+)  # torch has those of attention in tiles, which backend cuda has no need of
 REGISTERED = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gradroute::"))
 
 
@@ -277,10 +281,11 @@ def recorded_calls(device):
             kinds = (("sparse", None), ("dense", "token"), ("blocks", "scalar"))
             # A window is what no vendor's attention on the CPU has.
             variant = {"window": 5} if op == "routed_attention" else {}
-            for backend, (tables, strength) in itertools.product(KERNEL_BACKENDS, kinds):
+            for backend, (tables, strength) in itertools.product(WITH_OPS, kinds):
                 if backend not in row or backend not in able:
                     continue
-                call = cases.make(op, tokens=17, tables=tables, strength=strength, device=device, **variant)
+                options = {"tokens": 17, "tables": tables, "strength": strength, "device": device}
+                call = cases.make(op, on=backend, **options, **variant)
                 call.run(backend)
                 call.run(backend, frozen=call.differentiable[:1])
         for backend in KERNEL_BACKENDS:
@@ -320,6 +325,15 @@ def test_registered_ops_pass_opcheck(name, device):
     for args, kwargs in calls[:3]:
         outcome = torch.library.opcheck(func, args, kwargs)
         assert set(outcome.values()) == {"SUCCESS"}, outcome
+
+
+@pytest.mark.slow
+def test_samples_on_a_gpu_call_every_op(emulated_backend_cuda, monkeypatch):
+    """The backends of a GPU, emulated; `run_in_parts` is the CPU's there too."""
+    cases.require("triton", torch.device("cpu"))
+    monkeypatch.setattr(f"{__name__}.WITH_OPS", ("triton", "cuda", "torch"))
+    recorded = recorded_calls.__wrapped__(torch.device("cpu"))
+    assert set(REGISTERED) <= set(recorded)
 
 
 def test_meta_tensors_need_no_kernel():

@@ -540,11 +540,12 @@ def test_tokens_without_gradient_change_nothing(op, backend, device):
 def test_more_elements_than_int32_counts(op, backend):
     """The last tokens of tensors of more than 2³¹ elements.
 
-    What that needs is measured by a call of a 64th of the tokens: the tensors of both grow with the tokens alone.
+    What that needs is measured by a call of a 64th of the tokens, with which tensors grow. A tenth more is for lists of
+    tiles in attention, which grow with their square, and for memory that is free but in pieces.
     """
     call = wide_call(op, backend)
     assert_preceded(call, backend, TOKENS_BEFORE // 64)
-    needed, free = 64 * torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
+    needed, free = 1.1 * 64 * torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
     if needed > free:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory; there are {free / 2**30:.0f}")
     assert_preceded(call, backend, TOKENS_BEFORE)
