@@ -23,8 +23,8 @@ def use_on_the_cpu(monkeypatch, capability=(9, 0), cudnn=91900):
     monkeypatch.setattr(machine, "capability", lambda index: capability)
     monkeypatch.setattr(machine, "cudnn_version", lambda: cudnn)
     with FakeTensorMode():
-        preference = vendor._preference(torch.empty(1, device="cuda"))
-    monkeypatch.setattr(vendor, "_preference", lambda q: preference)
+        preference = vendor.preference(torch.empty(1, device="cuda"))
+    monkeypatch.setattr(vendor, "preference", lambda q: preference)
     replace_ops(monkeypatch, EmulatedOps())
     for name in CUDA_KERNELS:
         monkeypatch.setattr(vendor.VENDORS[name], "why_not_inputs", _why_not_inputs)
