@@ -71,7 +71,7 @@ def norm_bwd_kernel(
     weight_total = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
     bias_total = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
     for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
-        rows = start + tl.arange(0, BLOCK_T)
+        rows = start + tl.arange(0, BLOCK_T).to(tl.int64)
         present = rows < num_tokens
         valid = present[:, None] & inside[None, :]
         tokens = load_tokens(routing, rows, present)
@@ -124,7 +124,7 @@ def norm_bwd_chunked_kernel(
     """norm_bwd_kernel for rows of any length: it reads chunks twice (CENTERED: thrice) and keeps its sums in memory."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
-        rows = start + tl.arange(0, BLOCK_T)
+        rows = start + tl.arange(0, BLOCK_T).to(tl.int64)
         present = rows < num_tokens
         tokens = load_tokens(routing, rows, present)
         mean = tl.zeros([BLOCK_T, 1], dtype=tl.float32)

@@ -149,9 +149,10 @@ def checks_text(found: dict[str, dict[str, Any]]) -> str:
     def said(name: str, verdict: dict[str, Any] | None) -> str:
         if verdict is None:
             return f"{name} never"
-        return f"{name} {verdict['date'][:10]}" + (
-            "" if verdict["passed"] else f" WRONG ({verdict['failures'][0]})"
-        )
+        date, unchecked = verdict["date"][:10], len(verdict["unchecked"])
+        if not verdict["passed"]:
+            return f"{name} {date} WRONG ({verdict['failures'][0]})"
+        return f"{name} {date}" + (f" ({unchecked} not checked)" if unchecked else "")
 
     lines = [
         f"{device}: " + ", ".join(said(name, verdict) for name, verdict in of_device["checks"].items())

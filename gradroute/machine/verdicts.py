@@ -24,18 +24,21 @@ class Verdict(NamedTuple):
         passed: whether it was right.
         date: when, in ISO 8601.
         failures: what was wrong, a line each; none where it passed.
+        unchecked: what could not be checked here, a line each.
     """
 
     passed: bool
     date: str
     failures: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, found: Any) -> Verdict:
         """Reads a verdict from a file of findings; raises ValueError where it is none."""
-        verdict = cls(found["passed"], found["date"], tuple(found["failures"]))
-        if not all(isinstance(text, str) for text in verdict[1:2] + verdict.failures):
-            raise TypeError("date, failures: expected texts")
+        lines = tuple(found["failures"]), tuple(found.get("unchecked", ()))
+        verdict = cls(found["passed"], found["date"], *lines)
+        if not all(isinstance(text, str) for text in (verdict.date, *lines[0], *lines[1])):
+            raise TypeError("date, failures, unchecked: expected texts")
         if type(verdict.passed) is not bool or verdict.passed != (not verdict.failures):
             raise ValueError(f"passed: got {verdict.passed!r} with {len(verdict.failures)} failures")
         return verdict

@@ -107,16 +107,20 @@ def test_it_says_what_was_checked_and_tuned(one_op, monkeypatch, tmp_path, capsy
     cpu = torch.device("cpu")
     wrong = {"passed": False, "date": "2026-01-02T03:04:05", "failures": ["bounds of route_grad", "more"]}
     right = {"passed": True, "date": "2026-01-03T03:04:05", "failures": []}
-    records.Record(records.CHECK, cpu).update(dict.fromkeys(backends.BACKENDS, right) | {"reference": wrong})
+    verdicts = dict.fromkeys(backends.BACKENDS, right | {"unchecked": ["strides"]}) | {"reference": wrong}
+    records.Record(records.CHECK, cpu).update(verdicts)
     records.Record(records.TUNING, cpu).update({"run/mlp/float32": {"answer": 5}})
     backends.choose_anew()
     with pytest.warns(RuntimeWarning, match="backend 'reference' on cpu"):
         found = report.report()
     said = report.as_text(found)
-    assert "checked   cpu: reference 2026-01-02 WRONG (bounds of route_grad), torch 2026-01-03" in said
+    assert (
+        "checked   cpu: reference 2026-01-02 WRONG (bounds of route_grad), torch 2026-01-03 (1 not checked)"
+        in said
+    )
     assert "check` checks them" not in said
     assert "tuned     cpu: 1 answers\n" in said
-    assert found["findings"]["cpu"]["checks"]["torch"] == right | {"failures": ()}
+    assert found["findings"]["cpu"]["checks"]["torch"] == right | {"failures": (), "unchecked": ("strides",)}
     assert found["findings"]["cpu"]["tuned"] == ["run/mlp/float32"]
 
 

@@ -251,6 +251,17 @@ def test_graphs_are_compared_with_ordinary_runs(op, backend):
         on_cuda.check_graph(calls, CPU, replaying_once)
 
 
+@pytest.mark.parametrize(("backend", "state"), [("torch", UNCHECKED), ("triton", WRONG)])
+def test_own_kernels_alone_must_be_captured(backend, state, monkeypatch):
+    def refuses(step, device):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(on_cuda, "captured", refuses)
+    found = judged(Case("graphs", "route_grad", "float32", {"tokens": 5}), backend, CPU, 0)
+    assert found.state == state
+    assert "operation not permitted when stream is capturing" in found.text
+
+
 def test_another_stream_is_compared_with_an_ordinary_run(broken):
     """A kernel on the busy stream has not run yet when the other stream reads its result."""
     is_beside = False

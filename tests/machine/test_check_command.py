@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -378,6 +379,27 @@ def test_the_command_as_a_user_runs_it(breaking, cache):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     assert kept()["passed"] is False
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(breaking):
+    """The signal goes to the command and to its processes: the command ends them, and nothing is kept as wrong."""
+    breaking("right")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "gradroute", "check", "--device", "cpu", "--backend", "torch"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert running.stderr.readline().startswith("torch on cpu: ")  # a tenth of it has ended
+    os.killpg(running.pid, signal.SIGINT)
+    said, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "interrupted" in said
+    assert "Traceback" not in errors
+    assert kept() is None
 
 
 @pytest.mark.slow

@@ -176,6 +176,8 @@ def _serve(connection: Connection, plan: Plan, threads: int) -> None:
     """The process: says that it has begun, then checks what it is given."""
     warnings.simplefilter("ignore")  # results say what calls warn of
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms of CUDA need it
+    if plan.device.type == "cuda":
+        torch.cuda.set_device(plan.device)  # graphs are captured on the current device
     connection.send(_Said(Outcome(""), True))
     while True:
         try:
