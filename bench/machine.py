@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import subprocess
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
 from gradroute.machine import identity
 
-from . import progress
+from . import progress, sources
 from .cases import Step
 from .timing import clock_of
 
@@ -29,10 +27,6 @@ ROUNDS = 7
 PROBE = (256, 256, 256)  # a product that tells whether larger ones would take too long
 MOST_SECONDS = 0.5  # a CPU without instructions for fp16 would take minutes for the products below
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # read and written
-SOURCES = (
-    *(f":/{name}" for name in ("gradroute", "kernels", "csrc", "bench", "examples")),
-    ":!/bench/results",
-)
 GEMM_SHAPES = {  # (m, n, k): products run at other rates in other shapes, and the ceiling is the highest
     "cpu": ((2048, 2048, 2048), (8192, 1024, 1024)),
     "cuda": ((8192, 8192, 8192), (16384, 14336, 4096)),
@@ -40,23 +34,13 @@ GEMM_SHAPES = {  # (m, n, k): products run at other rates in other shapes, and t
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processors, and the commit: a run that goes on must find all of it unchanged."""
+    """Versions, processors, the commit and the sources: a run that goes on must find all of it unchanged."""
     found = identity.versions() | identity.cpu()
     found |= {name: identity.version(name) for name in ("transformers", "liger_kernel")}
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
         found |= {name: identity.cuda()[name] for name in ("runtime", "driver")}
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *SOURCES)
-    return found | {"commit": commit, "clean": None if changes is None else changes == ""}
-
-
-def _git(*arguments: str) -> str | None:
-    """The output of a git command on this checkout; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return found | sources.commit()
 
 
 def ceilings(device: torch.device, dtypes: Iterable[str]) -> Ceilings:
