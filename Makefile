@@ -7,9 +7,12 @@ PYTEST_ARGS ?=
 OTHER_TORCHES ?= 2.10.0 2.11.0
 TORCH_TESTS := $(addprefix tests/ops/test_,compile.py layers_compiled.py overwriting.py transforms.py) \
 	tests/toolkit/test_optim.py
-GPU_WORKERS ?= 8
-BENCH_ARGS ?=
-OUT ?= bench/results/local
+GPU_PYTHON ?= python3.12
+GPU_ARCHITECTURES ?= $(or $(CMAKE_CUDA_ARCHITECTURES),90)
+GPU_WORKERS ?= 14
+GPU_ARGS ?=
+EARLIER ?=
+OUT ?= bench/results/local/$@
 
 VENV := .venv
 BUILD_TOOLS := $(VENV)/.build-tools
@@ -17,7 +20,8 @@ NATIVE := $(VENV)/.native-$(GRADROUTE_NATIVE)-$(GRADROUTE_CUDA)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help installed venv demo experiments test test-all test-torch lint sanitize docs gpu wheel check-wheel clean
+.PHONY: help installed venv demo experiments test test-all test-torch lint sanitize docs gpu gpu-1 gpu-2 gpu-3 \
+	gpu-prepare wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
@@ -31,7 +35,9 @@ help:
 	@echo "make docs   the manual in build/site, with every link and reference checked"
 	@echo "make experiments  the experiments of examples/, and the paragraphs about them (half an hour)"
 	@echo "make gpu    tests that need CUDA, the benchmarks on it, the demo; offline, with the packages of PYTHON (OUT,"
-	@echo "            BENCH_ARGS=--resume goes on with benchmarks that were cut short, --overwrite begins again)"
+	@echo "            GPU_WORKERS; EARLIER=OUT of a run before goes on with it)"
+	@echo "make gpu-1 gpu-2 gpu-3  the same in three calls of 8.5 minutes: correctness, numbers, what is left"
+	@echo "make gpu-prepare  without a GPU, build what is carried to one in build/gpu (GPU_PYTHON, GPU_ARCHITECTURES)"
 	@echo "make wheel  one wheel in dist/, for PYTHON, with CUDA kernels where there is nvcc; no torch is needed"
 	@echo "make check-wheel  install that wheel into an empty environment, test it there, and see what it links"
 	@echo "make clean  remove what building and testing leave behind; .venv stays"
@@ -128,17 +134,16 @@ sanitize: installed
 docs: $(VENV)/.with-docs
 	$(VENV)/bin/mkdocs build --strict
 
-# A failing test does not cost the demo's numbers; the target fails in the end all the same. Most of a test's time is
-# the compilation of its kernels, which goes side by side; tests that need all of the GPU's memory go one by one.
-gpu:
-	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: no CUDA device')"
-	$(PYTHON) -m pip install -v --no-build-isolation --no-deps -e .
-	mkdir -p "$(OUT)"
-	status=0; \
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu -q -n $(GPU_WORKERS) --dist loadgroup --junitxml="$(OUT)/gpu-tests.xml" || status=$$?; \
-	$(PYTHON) -m bench run h200 --out "$(OUT)" $(BENCH_ARGS) || status=$$?; \
-	$(PYTHON) examples/demo.py --out "$(OUT)" || status=$$?; \
-	exit $$status
+# tools/gpu.py has the stages: three calls of at most 8.5 minutes, the most valuable first, or all without limits. A stage
+# that fails costs no other one; the target fails in the end all the same. Most of a test's time is the compilation of its
+# kernels, which goes side by side.
+gpu gpu-1 gpu-2 gpu-3:
+	$(PYTHON) tools/gpu.py $(patsubst gpu,all,$(@:gpu-%=%)) --out "$(OUT)" --workers $(GPU_WORKERS) \
+		$(if $(EARLIER),--earlier "$(EARLIER)") $(GPU_ARGS)
+
+# Needs nvcc and a compiler, no GPU; the tools that compile come by pip.
+gpu-prepare:
+	$(PYTHON) tools/gpu_carried.py prepare --python "$(GPU_PYTHON)" --architectures "$(GPU_ARCHITECTURES)"
 
 # build/lib may hold modules that are gone from the sources, and setuptools would pack them.
 wheel: $(BUILD_TOOLS)
