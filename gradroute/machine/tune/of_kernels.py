@@ -57,7 +57,8 @@ def _text(config: dict[str, int]) -> str:
 
 def short_list(entry: str, device: torch.device) -> list[dict[str, int]]:
     """The configurations of an entry that are worth a try on a device, the shipped one first."""
-    launch = importlib.import_module("gradroute.kernels.launch")
+    from ...kernels import launch  # imports Triton, which is there where its kernels are asked about
+
     if importlib.util.find_spec("gradroute.kernels.candidates") is None:
         return [launch.shipped_config(entry, device)]
     found = importlib.import_module("gradroute.kernels.candidates")

@@ -19,7 +19,7 @@ from .workloads import activation_of, largest, routed_product
 ROUTES = 4
 
 # Shares of the work that masks leave out, and tokens of a rectangle, at which both forms are timed.
-SAVINGS = (0.02, 0.05, 0.1, 0.2, 0.4)
+SAVINGS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 TOKENS = {"cpu": (8, 16, 32, 64, 128, 256), "cuda": (128, 512, 1024, 2048, 4096)}
 RUNS = (256, 512, 1024, 2048, 4096)
 
@@ -89,7 +89,7 @@ class Rectangles(_Product):
 
     def _savings(self, measuring: Measuring) -> dict[float, Contest]:
         size = largest(measuring.device, measuring.effort)
-        savings = SAVINGS[::2] if measuring.effort.is_quick else SAVINGS
+        savings = SAVINGS[1::2] if measuring.effort.is_quick else SAVINGS
         return {
             saving: self._contest(
                 measuring, size.tokens, without_part(self.features(measuring), saving), saving >= self.saving
