@@ -8,7 +8,7 @@ from tune_cases import CPU, EFFORT, SMALL, clock, small
 from gradroute import backends, gated_mlp, linear, mlp, testing
 from gradroute.backends import attention_plan, native
 from gradroute.machine import answers
-from gradroute.machine.tune import measuring, of_attention, of_kernels, of_products
+from gradroute.machine.tune import measuring, of_attention, of_kernels, of_products, workloads
 from gradroute.machine.tune.measuring import Measuring
 from gradroute.machine.tune.questions import questions
 from gradroute.machine.tune.workloads import call_of
@@ -234,8 +234,26 @@ def test_the_fastest_launch_that_is_right_is_taken(with_triton, monkeypatch):
 
 
 def test_the_launches_of_every_op_are_found_by_running_it(with_triton):
-    assert of_kernels.asked_by("route_grad", SMALL[0], torch.float32, CPU) == ["masked_product_kernel"]
-    assert of_kernels.asked_by("routed_glu", SMALL[0], torch.float32, CPU) == ["glu_bwd_kernel"]
+    for op, entries in {
+        "route_grad": ["masked_product_kernel"],
+        "routed_linear": ["masked_product_kernel"],
+        "routed_glu": ["glu_bwd_kernel"],
+    }.items():
+        call = call_of(op, SMALL[0], torch.float32, CPU, 0)
+        assert of_kernels.asked_by(call, CPU) == entries
+
+
+@pytest.mark.slow
+def test_calls_of_several_kinds_ask_for_more_kernels(with_triton):
+    """What an op masks decides which of its kernels are launched."""
+    found = {}
+    for op in ("routed_linear", "routed_attention"):
+        found[op] = [
+            set(of_kernels.asked_by(call_of(op, SMALL[0], torch.float32, CPU, 0, **options), CPU))
+            for options in workloads.kinds_of_calls(op)
+        ]
+    assert found["routed_linear"][1] > found["routed_linear"][0]
+    assert set.union(*found["routed_attention"]) > found["routed_attention"][0]
 
 
 def test_a_kernel_without_a_short_list_is_not_asked_about(with_triton, monkeypatch):

@@ -7,14 +7,16 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 
 from ... import backends
+from ...testing import Sample
 from .. import answers
 from .measuring import Effort, Judged, Measuring, Trial, ranking
 from .question import Outcome, Question
-from .workloads import Size, call_of, largest
+from .workloads import call_of, kinds_of_calls, largest
 
 BACKEND = "triton"
 
@@ -24,9 +26,17 @@ class Launch(Question):
 
     decides = "the sizes of blocks, warps and stages by which a Triton kernel is launched"
 
-    def __init__(self, entry: str, op: str, dtype: torch.dtype, configs: list[dict[str, int]]) -> None:
+    def __init__(
+        self,
+        entry: str,
+        op: str,
+        options: dict[str, Any],
+        dtype: torch.dtype,
+        configs: list[dict[str, int]],
+    ) -> None:
         super().__init__("launch", entry, shipped=configs[0])
         self.op = op
+        self.options = options
         self.dtype = dtype
         self.configs = configs
 
@@ -36,7 +46,8 @@ class Launch(Question):
         by_name = {_text(config): config for config in self.configs}
         candidates: dict[str, list[Trial]] = {name: [] for name in by_name}
         for seed in range(measuring.effort.sets):
-            judged = Judged(call_of(self.op, size, self.dtype, measuring.device, seed))
+            call = call_of(self.op, size, self.dtype, measuring.device, seed, **self.options)
+            judged = Judged(call)
             for name, config in by_name.items():
                 candidates[name].append(
                     Trial(
@@ -65,25 +76,26 @@ def short_list(entry: str, device: torch.device) -> list[dict[str, int]]:
     return list(found.candidates(entry, launch.architecture_of(device)))
 
 
-def asked_by(op: str, size: Size, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The entries of kernels/configs.py that a forward and a backward of an op look up.
+def asked_by(call: Sample, device: torch.device) -> list[str]:
+    """The entries of kernels/configs.py that a forward and a backward of a call look up.
 
     Where one of its kernels fails, that is said when its question is asked, and those behind it are not found.
     """
-    call = call_of(op, size, dtype, device, seed=0)
     with answers.trying(device, {}) as questions, suppress(Exception):
         call.run(BACKEND)
     return [question.removeprefix("launch/") for question in questions if question.startswith("launch/")]
 
 
 def questions(device: torch.device, dtype: torch.dtype, effort: Effort) -> Iterator[Question]:
-    """Those about the kernels that ops launch with tensors of a dtype, each asked of the first op that does."""
+    """Those about the kernels that ops launch with tensors of a dtype, each asked of the first call that does."""
     seen: set[str] = set()
     for op in backends.OPS:
         if BACKEND not in backends.candidates(op, torch.empty(0, dtype=dtype, device=device)):
             continue
-        for entry in asked_by(op, largest(device, effort), dtype, device):
-            configs = short_list(entry, device)
-            if entry not in seen and len(configs) > 1:
-                yield Launch(entry, op, dtype, configs)
-            seen.add(entry)
+        for options in kinds_of_calls(op):
+            call = call_of(op, largest(device, effort), dtype, device, 0, **options)
+            for entry in asked_by(call, device):
+                configs = short_list(entry, device)
+                if entry not in seen and len(configs) > 1:
+                    yield Launch(entry, op, options, dtype, configs)
+                seen.add(entry)

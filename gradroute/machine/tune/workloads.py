@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,17 +71,35 @@ def largest(device: torch.device, effort: Effort) -> Size:
     return sizes_of(device, effort)[-1]
 
 
-def call_of(op: str, size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> Sample:
-    """A call of an op with blocks of zeros at its first site."""
+def call_of(
+    op: str, size: Size, dtype: torch.dtype, device: torch.device, seed: int, **options: Any
+) -> Sample:
+    """A call of an op with blocks of zeros at its first site, or with other options of `sample`."""
     return sample(
         op,
         dtype=dtype,
         tokens=size.sequence if op == "routed_attention" else size.tokens,
-        tables="blocks",
-        sites=site_names(op)[0],
         sizes=size.widths,
         seed=seed,
         device=device,
+        **{"tables": "blocks", "sites": site_names(op)[0]} | options,
+    )
+
+
+def kinds_of_calls(op: str) -> tuple[dict[str, Any], ...]:
+    """Options of calls that together launch the kernels of an op: what they mask decides which are launched.
+
+    Edges of values are left out: plain PyTorch, with which results are compared, needs a copy of all values a query.
+    """
+    if op != "routed_attention":
+        return {}, {"sites": "all"}
+    operands = ("query", "key", "value", "heads")
+    return (
+        {},
+        {"sites": operands},
+        {"padding": 1},
+        {"sites": "score_edges"},
+        {"sites": (*operands, "score_edges")},
     )
 
 
