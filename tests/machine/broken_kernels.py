@@ -116,6 +116,12 @@ def crashes_in_float16(g, routes, table, *, overwrite=False):
     return product(g, routes, table)
 
 
+def is_killed_in_float16(g, routes, table, *, overwrite=False):
+    if g.dtype == torch.float16:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return product(g, routes, table)
+
+
 def hangs_in_float16(g, routes, table, *, overwrite=False):
     if g.dtype == torch.float16:
         time.sleep(10**6)

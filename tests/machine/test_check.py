@@ -11,7 +11,7 @@ import torch
 from gradroute import BackendError, attention, backends, testing
 from gradroute.backends import composed, native
 from gradroute.backends.native import operands
-from gradroute.machine.check import buffers, far_rows, on_cuda, trials
+from gradroute.machine.check import buffers, far_rows, judging, on_cuda, trials
 from gradroute.machine.check.cases import KINDS, STEP, Case, Selection, cases, dtypes_of, ops_of
 from gradroute.machine.check.judging import REFUSED, RIGHT, UNCHECKED, WRONG, judged
 
@@ -97,21 +97,13 @@ def test_what_is_read_between_rows_is_found(broken):
 
 
 @pytest.mark.skipif(native.module is None, reason="the native module was not built")
-@pytest.mark.parametrize(
-    "op",
-    [
-        *("route_grad", "routed_activation", "routed_glu", "routed_rms_norm", "routed_layer_norm"),
-        *("routed_embedding", STEP),
-    ],
-)
+@pytest.mark.parametrize("op", ["route_grad", "routed_rms_norm", "routed_layer_norm", STEP])
 def test_a_native_kernel_that_is_told_of_a_row_too_many_is_found(op, monkeypatch):
     """The C++ kernels themselves then read and write the row behind their matrices.
 
-    Those of the other ops would do so behind what torch allocated, which has no guards.
+    These write to nothing that has no guards; the others would write behind what torch allocated.
     """
     options = {"shape": (9, 7), "blocks": "rows"} if op == STEP else {"tokens": 37}
-    if op in ("routed_activation", "routed_glu"):
-        options["sites"] = ("pre", "hidden")  # torch makes what is masked in forward
     case = Case("bounds", op, "float32", options)
     assert judged(case, "cpu", CPU, 0).state == RIGHT
     view = operands._view
@@ -249,6 +241,33 @@ def test_graphs_are_compared_with_ordinary_runs(op, backend):
         on_cuda.check_graph(calls, CPU, replaying_the_first)
     with pytest.raises(AssertionError, match="replay with inputs"):
         on_cuda.check_graph(calls, CPU, replaying_once)
+
+
+@pytest.mark.parametrize(
+    ("backend", "op", "is_demanded"),
+    [
+        ("torch", "route_grad", True),
+        ("cpu", "route_grad", False),
+        ("cpu", "routed_attention", True),
+        ("triton", "route_grad", False),
+    ],
+)
+def test_determinism_is_demanded_of_torch_alone(backend, op, is_demanded, monkeypatch):
+    demanded = []
+
+    class Call:
+        def prepared(self, place):
+            demanded.append(torch.are_deterministic_algorithms_enabled())
+            return lambda: testing.Result(torch.zeros(1), {})
+
+    monkeypatch.setattr(judging, "made", lambda *_: Call())
+    torch.use_deterministic_algorithms(False)
+    try:
+        assert judged(Case("determinism", op, "float32", {}), backend, CPU, 0).state == RIGHT
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(True)
+    assert demanded == [is_demanded] * 3
 
 
 @pytest.mark.parametrize(("backend", "state"), [("torch", UNCHECKED), ("triton", WRONG)])

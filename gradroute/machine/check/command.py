@@ -45,10 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     try:
         jobs = _jobs(options, selection)
+        # A folder that cannot be written is known now, and not after minutes.
         for device in {job.plan.device: None for job in jobs}:
-            Record(CHECK, device).update(
-                {}
-            )  # so that a folder that cannot be written is known before, not after
+            Record(CHECK, device).update({})
     except (ValueError, OSError) as error:
         parser.error(str(error))
     found = []
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(_as_json(found), indent=2))
     if found[-1][0].trouble == "interrupted":
         return INTERRUPTED
-    return int(any(findings.failures or findings.trouble for findings, _ in found))
+    return int(not all(findings.is_right for findings, _ in found))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,6 +206,8 @@ def _conclusion(findings: Findings, holds: dict[str, Any]) -> str:
     said += f", {len(findings.failures)} WRONG" if findings.failures else ", none wrong"
     if findings.trouble:
         said += f"; {findings.trouble}"
+    elif not findings.is_finished:
+        said += "; some could not be checked"
     if findings.is_whole and holds.get("passed"):
         return f"passed ({said})"
     if holds.get("passed") is False:
@@ -239,5 +240,5 @@ def _as_json(found: Sequence[tuple[Findings, dict[str, Any]]]) -> dict[str, Any]
             }
             for findings, holds in found
         ],
-        "right": not any(findings.failures or findings.trouble for findings, _ in found),
+        "right": all(findings.is_right for findings, _ in found),
     }

@@ -67,12 +67,22 @@ class Findings:
         return sum(sum(states.values()) for states in self.counts.values())
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all that a complete run checks was checked, but for what MAY_STAY_UNCHECKED."""
+    def is_finished(self) -> bool:
+        """Whether all that was asked for was checked, but for what MAY_STAY_UNCHECKED."""
         missing = any(
             states[UNCHECKED] for (_, kind), states in self.counts.items() if kind not in MAY_STAY_UNCHECKED
         )
-        return self.selection.is_complete and self.trouble is None and self.done == self.total and not missing
+        return self.trouble is None and self.done == self.total and not missing
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that there is was checked: only then may a backend pass."""
+        return self.selection.is_complete and self.is_finished
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it was checked, and nothing was wrong."""
+        return self.is_finished and not self.failures
 
     def command(self, case: Case | None = None) -> str:
         """The command that repeats the run, or what one of its cases is of."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .cases import Case
-from .judging import WRONG, Outcome, judged, survives
+from .judging import RIGHT, UNCHECKED, WRONG, Outcome, judged, survives
 
 # A process imports torch and starts CUDA before its first case.
 START_SECONDS = 300.0
@@ -63,7 +63,7 @@ def outcomes(cases: Sequence[Case], plan: Plan) -> Generator[tuple[Case, Outcome
             for worker in _heard(workers):
                 case, said = worker.case, worker.hear()
                 if case is not None:
-                    yield case, Outcome(WRONG, worker.ending) if said is None else said.outcome
+                    yield case, worker.ending if said is None else said.outcome
                 if said is not None and said.goes_on and waiting:
                     worker.give(waiting.popleft())
                     continue
@@ -82,7 +82,7 @@ def outcomes(cases: Sequence[Case], plan: Plan) -> Generator[tuple[Case, Outcome
 def _check_lost(worker: _Worker, case: Case | None, lost: int, waiting: Sequence[Case]) -> None:
     """Raises LostProcesses where another process would be lost too."""
     if case is None:
-        raise LostProcesses(f"a process did not begin: {worker.ending}")
+        raise LostProcesses(f"a process did not begin: {worker.ending.text}")
     if lost == MOST_LOST and waiting:
         raise LostProcesses(f"{lost} processes were lost")
 
@@ -113,7 +113,7 @@ class _Worker:
     Attributes:
         case: the one that it is at; None: it has not begun.
         deadline: when it counts as hanging, by time.monotonic().
-        ending: how it ended, in words.
+        ending: what its end says about its case.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -121,7 +121,7 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.limit = plan.limit
         self.case: Case | None = None
-        self.ending = ""
+        self.ending = Outcome(RIGHT)
         threads = max(1, torch.get_num_threads() // plan.processes)
         self.process = context.Process(target=_serve, args=(theirs, plan, threads), daemon=True)
         # The process inherits what is blocked: Ctrl-C is for the command, which ends its processes.
@@ -148,7 +148,7 @@ class _Worker:
         """What it says; None where it has ended, or is ended now because it is over its time."""
         if not self.connection.poll():
             self.end()
-            self.ending = f"the process did not come back within {self._seconds:g} seconds"
+            self.ending = Outcome(WRONG, f"the process did not come back within {self._seconds:g} seconds")
             return None
         try:
             return self.connection.recv()
@@ -164,12 +164,13 @@ class _Worker:
         self.connection.close()
 
 
-def _ending(code: int | None) -> str:
-    """How a process ended, in words."""
+def _ending(code: int | None) -> Outcome:
+    """What a process's exit code says about its case: nothing where another one killed it, as for want of memory."""
     if code is None or code >= 0:
-        return f"the process ended with exit code {code}"
+        return Outcome(WRONG, f"the process ended with exit code {code}")
     known = {one.value: one.name for one in signal.Signals}
-    return f"the process died with signal {-code} ({known.get(-code, 'unknown')})"
+    text = f"the process died with signal {-code} ({known.get(-code, 'unknown')})"
+    return Outcome(UNCHECKED if -code == signal.SIGKILL else WRONG, text)
 
 
 def _serve(connection: Connection, plan: Plan, threads: int) -> None:
