@@ -7,6 +7,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import tiny_models as tiny
 import torch
 import torch.distributed as dist
 import transformers
@@ -197,7 +198,7 @@ def parallelize(model, parallel, policy=None):
 
 def set_checkpoint(model, checkpoint):
     if checkpoint != "off":
-        model.activation_checkpointing_enable({"use_reentrant": checkpoint == "reentrant"})
+        tiny.checkpoint_layers(model, checkpoint == "reentrant")
     if checkpoint == "reentrant":  # it drops the gradients of what has no input that requires one
         model.enable_input_require_grads()
 

@@ -7,6 +7,19 @@ VOCABULARY, D_MODEL, D_FF, HEADS, KV_HEADS, LAYERS = 32, 16, 24, 4, 2, 2
 HEAD_DIM = D_MODEL // HEADS
 
 
+#: How transformers calls recomputation: activation checkpointing, and gradient checkpointing in 5.17 and before.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+
+
+def checkpoint_layers(model, use_reentrant=False):
+    """Has the model recompute its layers in backward."""
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+
+
 def llama(**options):
     defaults = {
         "vocab_size": VOCABULARY,

@@ -1,5 +1,6 @@
 """`python -m bench`: what it refuses, keeps and explains."""
 
+import importlib.util
 import io
 import os
 import subprocess
@@ -28,6 +29,10 @@ pytestmark = [
     pytest.mark.skipif(native.module is None, reason=str(native.load_error)),
     pytest.mark.usefixtures("quick_bench"),
 ]
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
 
 
 @pytest.mark.slow
@@ -97,7 +102,11 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch, capsys):
         (["run", "linear", "--device", "cuda:1"], "device: got 'cuda:1', expected cpu or cuda"),
         (["run", "linear", "--device", "gpu"], "device: got 'gpu', expected cpu or cuda"),
         (["list", "nothing"], "suite: got 'nothing'"),
-        (["plot", "nowhere"], "nowhere: got no runs, expected NAME.csv with NAME.json"),
+        pytest.param(
+            ["plot", "nowhere"],
+            "nowhere: got no runs, expected NAME.csv with NAME.json",
+            marks=needs_matplotlib,
+        ),
     ],
 )
 def test_what_the_command_refuses(arguments, message, tmp_path, capsys):
@@ -210,6 +219,7 @@ def test_help_explains_every_value_once(capsys):
     assert all(dtype in said for dtype in DTYPES)
 
 
+@needs_matplotlib
 def test_a_run_without_a_sweep_has_no_plots(tmp_path, capsys):
     assert command.main([*TINY, "--out", str(tmp_path)]) == 0
     assert command.main(["plot", str(tmp_path)]) == 1

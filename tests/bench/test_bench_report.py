@@ -185,6 +185,7 @@ class TestReport:
         ]
 
     def test_the_page_has_all_cases_the_environment_and_the_plots(self, root, cpu_run):
+        pytest.importorskip("matplotlib")
         results = root / "bench" / "results"
         plots.main([results / "two-cores"], None)
         page = report.page(results)

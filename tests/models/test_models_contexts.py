@@ -5,6 +5,7 @@ import threading
 import warnings
 
 import pytest
+import tiny_models as tiny
 import torch
 from model_zoo import backward, gradients, logits_of, loss_of
 from routed_models import all_sites, batch, check, check_differ, expect, routed
@@ -69,7 +70,7 @@ def test_the_innermost_block_and_a_models_own_arguments_win(case):
 def test_checkpoints_of_layers(case, reentrant):
     """The layers run again in backward, after the block."""
     model, words, targets, ids, expected = case
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    tiny.checkpoint_layers(model, reentrant)
     model.enable_input_require_grads()
     with routing(model, ids):
         loss = loss_of(model(input_ids=words, use_cache=False).logits, targets)

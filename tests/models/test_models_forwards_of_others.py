@@ -5,6 +5,7 @@ import functools
 import gc
 
 import pytest
+import tiny_models as tiny
 import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
@@ -211,7 +212,7 @@ def test_unroute_between_a_checkpointed_forward_and_its_backward(name, reentrant
     """That backward is refused; the steps after it are ordinary, and nothing is left on the modules."""
     words, targets, ids = batch()
     model = routed(name, RoutingPlan(2, **all_sites(name)))
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    tiny.checkpoint_layers(model, reentrant)
     model.enable_input_require_grads()
     loss = loss_of(logits_of(model, words, route_ids=ids), targets)
     models.unroute(model)

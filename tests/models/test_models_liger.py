@@ -277,7 +277,7 @@ def test_checkpointing(order, use_reentrant, calls):
     ids = mixed_ids(x)
     expected = backward(route(made(), MASKS), x, route_ids=ids)
     model = patched_and_routed(order, MASKS)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    tiny.checkpoint_layers(model, use_reentrant)
     assert_gradients_close(backward(model, x, route_ids=ids), expected, 1e-5)
 
 

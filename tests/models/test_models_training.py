@@ -115,7 +115,7 @@ def plainly_trained(model, batches):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_trains_as_a_plain_loop(tmp_path, checkpointing):
     model, data = routed(), examples(16)
-    got = trained(model, tmp_path, data, max_steps=2, activation_checkpointing=checkpointing)
+    got = trained(model, tmp_path, data, max_steps=2, **{tiny.CHECKPOINTING: checkpointing})
     assert_gradients_close(got, plainly_trained(model, [data[:8], data[8:]]))
     unmasked = plainly_trained(model, [[example | {"route_ids": 0} for example in data[:8]]])
     assert any((got[name] - unmasked[name]).abs().max() > 1e-3 for name in got)
@@ -216,7 +216,7 @@ def test_forwards_between_forward_and_backward():
     want = [backward(model, tokens, route_ids=routes) for tokens, routes in zip(x, ids, strict=True)]
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            tiny.checkpoint_layers(model)
         model.zero_grad()
         losses = [model(t, labels=t, route_ids=r).loss for t, r in zip(x, ids, strict=True)]
         model.eval()
@@ -248,8 +248,8 @@ def test_checkpointing(make, use_reentrant):
     x = tokens()
     batches = [mixed_ids(x, seed=seed) for seed in range(2)]
     wants = [backward(model, x, route_ids=ids) for ids in batches]
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert model.is_activation_checkpointing
+    tiny.checkpoint_layers(model, use_reentrant)
+    assert getattr(model, f"is_{tiny.CHECKPOINTING}")
     for ids, want in zip(batches, wants, strict=True):
         assert_gradients_equal(backward(model, x, route_ids=ids), want)
 

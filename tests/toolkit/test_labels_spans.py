@@ -180,7 +180,7 @@ def test_windows_of_long_texts(wrapped):
         return_tensors="pt",
     )
     offsets, mapping = encoded["offset_mapping"], encoded["overflow_to_sample_mapping"]
-    assert len(offsets) > 6
+    assert min(mapping.bincount()) > 1  # how many windows depends on the version of tokenizers
     got = match_spans(CORPUS[:3], offsets, ["tree", "mill"], sample_mapping=mapping)
     for row, sample in enumerate(mapping.tolist()):
         spans = [match.span() for match in re.finditer(r"\b(tree|mill)\b", CORPUS[sample])]

@@ -92,7 +92,7 @@ def test_a_checkpoint_is_not_counted_twice(use_reentrant):
     names = ["model.layers.0.self_attn", "model.layers.1.mlp", "model.layers.1"]
     squares, want = llama_squares(model, batch_of(), modules=names), losses_by_hand(model, batch_of())
     telemetry = Telemetry(model, ROUTES, {"forget": block}, modules=names)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    tiny.checkpoint_layers(model, use_reentrant)
     calls = []
     handle = model.get_submodule(names[0]).register_forward_hook(lambda *_: calls.append(1))
     record = step_of(telemetry, model.train(), batch_of())
