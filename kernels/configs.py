@@ -4,26 +4,48 @@ A kernel that needs another one for a dtype has an entry `kernel.dtype` too.
 
 An architecture without an entry uses that of the nearest older one, so an entry under 80 serves every chip. There is
 no autotuning at run time: first calls are as fast as later ones, and results do not depend on a race.
-All of them compile for sm_80, sm_90 and sm_100 without spills (tests/build/test_offline.py; in a sample for two).
+All of them compile for sm_80, sm_90 and sm_100 without spills, with Triton 3.6 and 3.7 (tests/build/test_offline.py; in
+a sample for two). A kernel may spill a few bytes with one of them and none with the other: shipped is a configuration
+that is free of spills with both, with `maxnreg` where the assembler takes too few registers by itself.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+Chosen = TypeVar("Chosen")
 
 ARCHITECTURES = (80, 90, 100)
 
 
-def _tiles(block_q: int, block_k: int, num_warps: int, num_stages: int, **options: int) -> dict[str, int]:
+def nearest(by_architecture: Mapping[int, Chosen], architecture: int) -> Chosen | None:
+    """What stands under an architecture, or under the nearest older one; None where nothing does."""
+    older = [known for known in by_architecture if known <= architecture]
+    return by_architecture[max(older)] if older else None
+
+
+def tiles(block_q: int, block_k: int, num_warps: int, num_stages: int, **options: int) -> dict[str, int]:
     """A configuration of attention, by the queries and the keys of a tile."""
-    tiles = {"BLOCK_Q": block_q, "BLOCK_K": block_k}
-    return tiles | {"num_warps": num_warps, "num_stages": num_stages} | options
+    sides = {"BLOCK_Q": block_q, "BLOCK_K": block_k}
+    return sides | {"num_warps": num_warps, "num_stages": num_stages} | options
 
 
 CONFIGS: dict[str, dict[int, dict[str, int]]] = {
-    "masked_product_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
+    "masked_product_kernel": {
+        80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
+        90: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4},
+    },
     "bias_grad_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 128, "num_warps": 4}},
     "activation_bwd_kernel": {
         80: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8},
         100: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8, "maxnreg": 128},
     },
-    "glu_bwd_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8}},
+    "glu_bwd_kernel": {
+        80: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8, "maxnreg": 128},
+        90: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8},
+        100: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8, "maxnreg": 128},
+    },
     # Tiles are whole rows: BLOCK_F is D rounded up, the rest follows from these (kernels/norm.py). Where maxnreg does
     # not say how many registers there are, the assembler spills 8 to 16 bytes here and there to fit another program.
     "norm_bwd_kernel": {80: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 256}},
@@ -37,12 +59,19 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3},
         100: {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
     },
+    "weight_grad_kernel.narrow": {
+        80: {"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
+        90: {"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3},
+    },
     "weight_grad_kernel.float32": {
         80: {"BLOCK_O": 64, "BLOCK_I": 32, "BLOCK_T": 16, "num_warps": 4, "num_stages": 2},
     },
     "input_grad_kernel": {
         80: {"BLOCK_T": 64, "BLOCK_I": 128, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3},
         90: {"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 3},
+    },
+    "input_grad_kernel.narrow": {
+        80: {"BLOCK_T": 64, "BLOCK_I": 64, "BLOCK_O": 32, "num_warps": 8, "num_stages": 3},
     },
     "input_grad_kernel.float32": {
         80: {"BLOCK_T": 64, "BLOCK_I": 32, "BLOCK_O": 16, "num_warps": 4, "num_stages": 2},
@@ -53,81 +82,79 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_delta_kernel": {80: {"num_warps": 4}},
     "attention_tiles_kernel": {80: {"CHUNK": 256, "num_warps": 4, "maxnreg": 255}},
     "attention_fwd_kernel.64": {
-        80: _tiles(128, 64, 8, 3),
-        90: _tiles(128, 128, 8, 3),
-        100: _tiles(128, 64, 8, 3),
+        80: tiles(128, 64, 8, 3),
+        90: tiles(128, 128, 8, 3),
+        100: tiles(128, 64, 8, 3),
     },
-    "attention_fwd_kernel.64.float32": {80: _tiles(32, 32, 4, 2, maxnreg=255)},
-    "attention_fwd_kernel.128": {80: _tiles(128, 32, 8, 3), 90: _tiles(128, 64, 8, 3)},
-    "attention_fwd_kernel.128.float32": {80: _tiles(16, 32, 4, 2, maxnreg=255)},
-    "attention_fwd_kernel.256": {80: _tiles(64, 64, 8, 2)},
-    "attention_fwd_kernel.256.float32": {80: _tiles(16, 16, 4, 2, maxnreg=255)},
-    "attention_dkdv_kernel.64": {80: _tiles(64, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
-    "attention_dkdv_kernel.64.masked": {80: _tiles(32, 64, 8, 2), 90: _tiles(64, 128, 8, 3)},
-    "attention_dkdv_kernel.64.edges": {80: _tiles(64, 128, 8, 3)},
+    "attention_fwd_kernel.64.float32": {80: tiles(32, 32, 8, 2, maxnreg=255)},
+    "attention_fwd_kernel.128": {80: tiles(128, 32, 8, 3), 90: tiles(128, 64, 8, 3)},
+    "attention_fwd_kernel.128.float32": {80: tiles(32, 16, 8, 2, maxnreg=255)},
+    "attention_fwd_kernel.256": {80: tiles(64, 64, 8, 2)},
+    "attention_fwd_kernel.256.float32": {80: tiles(16, 16, 8, 2, maxnreg=255)},
+    "attention_dkdv_kernel.64": {80: tiles(64, 64, 8, 2), 90: tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.masked": {80: tiles(32, 64, 8, 2), 90: tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.edges": {80: tiles(64, 128, 8, 3), 100: tiles(32, 128, 8, 2)},
     "attention_dkdv_kernel.64.edges.masked": {
-        80: _tiles(32, 64, 8, 2),
-        90: _tiles(64, 128, 8, 2),
-        100: _tiles(32, 128, 8, 2),
+        80: tiles(32, 64, 8, 2),
+        90: tiles(64, 128, 8, 2),
+        100: tiles(32, 128, 8, 2),
     },
-    "attention_dkdv_kernel.64.gather": {80: _tiles(32, 32, 4, 2), 90: _tiles(64, 128, 8, 3)},
-    "attention_dkdv_kernel.64.float32": {
-        80: _tiles(32, 32, 8, 2, maxnreg=255),
-        90: _tiles(16, 32, 4, 2, maxnreg=255),
-    },
+    "attention_dkdv_kernel.64.gather": {80: tiles(32, 32, 4, 2), 90: tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.float32": {80: tiles(32, 16, 8, 2, maxnreg=255)},
     "attention_dkdv_kernel.128": {
-        80: _tiles(32, 128, 8, 2),
-        90: _tiles(64, 128, 8, 2),
-        100: _tiles(64, 128, 8, 3),
+        80: tiles(32, 128, 8, 2),
+        90: tiles(64, 128, 8, 2),
+        100: tiles(64, 128, 8, 3),
     },
     "attention_dkdv_kernel.128.masked": {
-        80: _tiles(32, 64, 8, 2),
-        90: _tiles(32, 128, 8, 2),
-        100: _tiles(64, 128, 8, 3),
+        80: tiles(32, 64, 8, 2),
+        90: tiles(32, 128, 8, 2),
+        100: tiles(64, 128, 8, 3),
     },
     "attention_dkdv_kernel.128.edges": {
-        80: _tiles(64, 64, 8, 2),
-        90: _tiles(64, 128, 8, 2),
-        100: _tiles(64, 128, 8, 3),
+        80: tiles(64, 64, 8, 2),
+        90: tiles(64, 128, 8, 2),
+        100: tiles(64, 128, 8, 3),
     },
-    "attention_dkdv_kernel.128.edges.masked": {80: _tiles(32, 64, 8, 2), 100: _tiles(32, 128, 8, 2)},
-    "attention_dkdv_kernel.128.gather": {80: _tiles(32, 64, 8, 2), 90: _tiles(32, 128, 8, 2)},
-    "attention_dkdv_kernel.128.float32": {
-        80: _tiles(16, 32, 4, 2, maxnreg=255),
-        90: _tiles(16, 16, 8, 2, maxnreg=255),
+    "attention_dkdv_kernel.128.edges.masked": {80: tiles(32, 64, 8, 2), 100: tiles(32, 128, 8, 2)},
+    "attention_dkdv_kernel.128.gather": {80: tiles(32, 64, 8, 2), 90: tiles(32, 128, 8, 2)},
+    "attention_dkdv_kernel.128.float32": {80: tiles(16, 16, 8, 2, maxnreg=168)},
+    "attention_dkdv_kernel.256": {80: tiles(32, 32, 8, 2), 100: tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.masked": {80: tiles(32, 32, 8, 2)},
+    "attention_dkdv_kernel.256.edges": {80: tiles(32, 32, 8, 2), 100: tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.edges.masked": {80: tiles(32, 32, 8, 2), 100: tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.gather": {80: tiles(32, 32, 8, 2), 100: tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.float32": {
+        80: tiles(16, 16, 8, 2, maxnreg=168),
+        90: tiles(16, 16, 8, 2),
+        100: tiles(16, 16, 8, 2, maxnreg=192),
     },
-    "attention_dkdv_kernel.256": {80: _tiles(32, 32, 8, 2), 100: _tiles(32, 64, 8, 2)},
-    "attention_dkdv_kernel.256.masked": {80: _tiles(32, 32, 8, 2)},
-    "attention_dkdv_kernel.256.edges": {80: _tiles(32, 32, 8, 2), 100: _tiles(32, 64, 8, 2)},
-    "attention_dkdv_kernel.256.edges.masked": {80: _tiles(32, 32, 8, 2), 100: _tiles(32, 64, 8, 2)},
-    "attention_dkdv_kernel.256.gather": {80: _tiles(32, 32, 8, 2), 100: _tiles(32, 64, 8, 2)},
-    "attention_dkdv_kernel.256.float32": {80: _tiles(16, 16, 8, 2, maxnreg=255)},
-    "attention_dq_kernel.64": {80: _tiles(128, 64, 8, 3)},
-    "attention_dq_kernel.64.edges": {80: _tiles(128, 64, 8, 3)},
-    "attention_dq_kernel.64.gather": {80: _tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.64": {80: tiles(128, 64, 8, 3, maxnreg=255), 90: tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.64.edges": {80: tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.64.gather": {80: tiles(128, 64, 8, 3)},
     "attention_dq_kernel.64.float32": {
-        80: _tiles(32, 16, 4, 2, maxnreg=255),
-        90: _tiles(32, 32, 4, 2, maxnreg=255),
-        100: _tiles(16, 16, 4, 2, maxnreg=255),
+        80: tiles(32, 16, 4, 2, maxnreg=255),
+        90: tiles(32, 32, 4, 2, maxnreg=255),
+        100: tiles(16, 16, 4, 2, maxnreg=255),
     },
     "attention_dq_kernel.128": {
-        80: _tiles(128, 32, 8, 3),
-        90: _tiles(128, 64, 8, 2),
-        100: _tiles(128, 32, 8, 3),
+        80: tiles(128, 32, 8, 3),
+        90: tiles(128, 64, 8, 2),
+        100: tiles(128, 32, 8, 3),
     },
-    "attention_dq_kernel.128.edges": {80: _tiles(128, 32, 8, 3), 90: _tiles(128, 64, 8, 3)},
+    "attention_dq_kernel.128.edges": {80: tiles(128, 32, 8, 3), 90: tiles(128, 64, 8, 3)},
     "attention_dq_kernel.128.gather": {
-        80: _tiles(128, 32, 8, 3),
-        90: _tiles(128, 64, 8, 2),
-        100: _tiles(128, 64, 8, 3),
+        80: tiles(128, 32, 8, 3),
+        90: tiles(128, 64, 8, 2),
+        100: tiles(128, 64, 8, 3),
     },
-    "attention_dq_kernel.128.float32": {80: _tiles(32, 16, 8, 2, maxnreg=255)},
-    "attention_dq_kernel.256": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
-    "attention_dq_kernel.256.edges": {80: _tiles(64, 32, 8, 2), 100: _tiles(64, 64, 8, 2)},
+    "attention_dq_kernel.128.float32": {80: tiles(32, 16, 8, 2, maxnreg=255)},
+    "attention_dq_kernel.256": {80: tiles(64, 32, 8, 2), 100: tiles(64, 64, 8, 2)},
+    "attention_dq_kernel.256.edges": {80: tiles(64, 32, 8, 2), 100: tiles(64, 64, 8, 2)},
     "attention_dq_kernel.256.gather": {
-        80: _tiles(64, 32, 8, 2),
-        90: _tiles(64, 64, 8, 2),
-        100: _tiles(32, 32, 8, 2),
+        80: tiles(64, 32, 8, 2),
+        90: tiles(64, 64, 8, 2),
+        100: tiles(32, 32, 8, 2),
     },
-    "attention_dq_kernel.256.float32": {80: _tiles(16, 16, 8, 2, maxnreg=255)},
+    "attention_dq_kernel.256.float32": {80: tiles(16, 16, 8, 2, maxnreg=255)},
 }

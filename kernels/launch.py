@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..fake_tensors import has_data
 from ..machine import answers
-from .configs import ARCHITECTURES, CONFIGS
+from .configs import ARCHITECTURES, CONFIGS, nearest
 
 # CUDA's limit on a grid's y and z; the interpreter has none.
 MAX_GRID_YZ = 65535
@@ -118,11 +118,7 @@ def architecture_of(device: torch.device) -> int:
 def shipped_config(entry: str, device: torch.device) -> dict[str, int]:
     """The configuration of an entry that is shipped for the device's architecture, or for the nearest older one."""
     shipped = CONFIGS[entry]
-    architecture = architecture_of(device)
-    for known in reversed(ARCHITECTURES):
-        if known <= architecture and known in shipped:
-            return shipped[known]
-    return shipped[ARCHITECTURES[0]]
+    return nearest(shipped, architecture_of(device)) or shipped[ARCHITECTURES[0]]
 
 
 def _read_config(what: answers.What, value: Any) -> dict[str, int]:

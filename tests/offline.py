@@ -1,9 +1,11 @@
 """Compiles, without a GPU, every Triton launch that the ops' samples make, as the runtime would compile it.
 
-`python tests/offline.py ARCHITECTURE [--sampled]` prints one JSON line a kernel: its name, dtype and configuration,
-registers, spills (bytes), shared memory (bytes), and whether Triton's runtime would have specialised it the same way.
-Sampled: of every kernel, dtype and configuration the first specialisation, and a third of the others. It must run
-without TRITON_INTERPRET, whose functions cannot be compiled.
+`python tests/offline.py ARCHITECTURE [--sampled | --candidates]` prints one JSON line a kernel: its name, dtype and
+configuration, registers, spills (bytes), shared memory (bytes), and whether Triton's runtime would have specialised it
+the same way.
+Sampled: of every kernel, dtype and configuration the first specialisation, and a third of the others. Candidates: those
+of kernels/candidates.py in the place of what is shipped, and the first specialisation alone. It must run without
+TRITON_INTERPRET, whose functions cannot be compiled.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import itertools
 import json
 import re
 import sys
+from unittest import mock
 
 import cases
 import torch
@@ -24,10 +27,14 @@ from triton.runtime.jit import create_function_from_signature
 
 from gradroute import AttentionSites, backends, testing
 from gradroute.backends import triton as kernels
+from gradroute.kernels.candidates import ALTERNATIVES, candidates
+from gradroute.kernels.configs import CONFIGS
 
 # Widths at which pointers and strides are divisible by 16, as in real models, and odd ones: two kernels come out.
 SIZES = (testing.Sizes(d_model=256, d_ff=512, vocabulary=64), testing.Sizes(d_model=131, d_ff=261))
-TOKENS = 64
+TOKENS = (64, 37)  # so are numbers of tokens
+LAYOUTS = ("contiguous", "sliced", "transposed")
+DTYPES = (torch.bfloat16, torch.float32)
 
 # Rows that a norm keeps in registers at several numbers of warps, and longer ones.
 NORM_WIDTHS = (1024, 4096, 8192, 16384)
@@ -45,25 +52,31 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def samples(op):
-    """Calls of `op` in which every two values of the axes that change its kernels meet."""
+    """Calls of `op` in which every two values of the axes that change its kernels meet.
+
+    Products of routed_linear need most registers where several come together, so every three meet there.
+    """
     if op == "routed_attention":
         yield from attention_samples()
         return
     axes = {
-        "dtype": (torch.bfloat16, torch.float32),
+        "dtype": (*DTYPES, torch.float16) if op == "routed_linear" else DTYPES,
         "strength": testing.STRENGTHS,
         "tables": ("dense", "sparse", "broadcast"),
         "sizes": SIZES,
+        "tokens": TOKENS,
         "bias": (True, False),
         "variant": testing.variants(op),
+        "gradient": LAYOUTS,
+        "inputs": LAYOUTS,
     }
-    for case in cases.covering(axes):
+    for case in cases.covering(axes, strength=3 if op == "routed_linear" else 2):
         variant = case.pop("variant")
-        yield testing.sample(op, tokens=TOKENS, **case, **variant)
+        yield testing.sample(op, **case, **variant)
     if op.endswith("_norm"):
-        for width, dtype in itertools.product(NORM_WIDTHS, (torch.bfloat16, torch.float32)):
+        for width, dtype in itertools.product(NORM_WIDTHS, DTYPES):
             sizes = testing.Sizes(d_model=width)
-            yield testing.sample(op, dtype=dtype, tokens=TOKENS, sizes=sizes, strength="token")
+            yield testing.sample(op, dtype=dtype, tokens=TOKENS[0], sizes=sizes, strength="token")
 
 
 # For every configuration of attention's kernels (kernels/configs.py) the calls that need most registers.
@@ -73,21 +86,20 @@ BINARY = {"sites": ("score_edges", "value_edges"), "tables": "blocks"}
 EVERYTHING = {"strength": "token", "padding": 7}
 MANY_ROUTES = {"tables": "blocks", "num_routes": 40, "documents": 3, "causal": False, "window": 50}
 GATHERED = EVERYTHING | {"gathered": True}
-ATTENTION = {
-    torch.bfloat16: (PLAIN, MASKED, BINARY, EVERYTHING, MANY_ROUTES, GATHERED),
-    torch.float32: (EVERYTHING, GATHERED),
-}
+CALLS = (PLAIN, MASKED, BINARY, EVERYTHING, MANY_ROUTES, GATHERED)
 PADDED = (MASKED, EVERYTHING)
-HEAD_DIMS = {64: 48, 128: 112, 256: 240}  # and one that is padded to it
+HEAD_DIMS = {64: (16, 24, 48), 128: (80, 112), 256: ()}  # and smaller ones that its configurations serve
 
 
 def attention_samples():
-    """Those calls in every head dimension that has a configuration; of halves also in one that is padded to it."""
-    for (head_dim, smaller), (dtype, calls) in itertools.product(HEAD_DIMS.items(), ATTENTION.items()):
-        for call in calls:
+    """Those calls in every head dimension that has a configuration; a part of them in those that it serves."""
+    for (head_dim, smaller), dtype in itertools.product(HEAD_DIMS.items(), DTYPES):
+        for call in CALLS:
             yield attention_sample(head_dim, dtype, **call)
-        for call in PADDED if dtype == torch.bfloat16 else ():
-            yield attention_sample(smaller, dtype, **call)
+        for served, call in itertools.product(smaller, PADDED):
+            yield attention_sample(served, dtype, **call)
+    for call in PADDED:
+        yield attention_sample(240, torch.bfloat16, **call)
 
 
 def attention_sample(head_dim, dtype, gathered=False, **options):
@@ -105,7 +117,7 @@ def take_steps():
     """Steps of RoutedAdamW in which every two of a shape, a dtype, a kind of blocks and amsgrad or not meet."""
     axes = {
         "shape": [*((size.d_model, size.d_ff) for size in SIZES), (1, 256), (256, 1)],
-        "dtype": (torch.bfloat16, torch.float32),
+        "dtype": DTYPES,
         "blocks": test_optim_fused.BLOCKS,
         "amsgrad": (False, True),
     }
@@ -121,6 +133,17 @@ def recorded(architecture):
                 call.run("triton")
         take_steps()
     return launches
+
+
+def recorded_candidates(architecture):
+    """The launches with configurations of kernels/candidates.py: those of every entry that stand first, then second."""
+    lists = {entry: candidates(entry, architecture)[1:] for entry in ALTERNATIVES[architecture]}
+    for chosen in itertools.zip_longest(*lists.values()):
+        tried = {entry: {architecture: config} for entry, config in zip(lists, chosen, strict=True) if config}
+        with mock.patch.dict(CONFIGS, tried):
+            launches = recorded(architecture)
+        given = [config for entry in tried.values() for config in entry.values()]
+        yield from (launch for launch in launches if any(launch.config is config for config in given))
 
 
 def compile_arguments(launch):
@@ -192,10 +215,10 @@ def compile_and_read(source, architecture, options):
     return binary, int(re.search(r"Used (\d+) registers", said)[1]), stores + loads
 
 
-def compiled(architecture, sampled):
-    """One report per distinct kernel, or for a sample of them."""
+def compiled(architecture, how):
+    """One report per distinct kernel, or for a sample of them: how is "", "--sampled" or "--candidates"."""
     done, kinds = set(), set()
-    for launch in recorded(architecture):
+    for launch in recorded_candidates(architecture) if how == "--candidates" else recorded(architecture):
         signature, constants, attributes = compile_arguments(launch)
         options = {name: launch.config[name] for name in OPTIONS if name in launch.config}
         key = repr((launch.kernel.__name__, signature, constants, attributes, options))
@@ -204,7 +227,7 @@ def compiled(architecture, sampled):
         done.add(key)
         dtype = next(kind for kind in flat(signature.values()) if kind.startswith("*"))
         kind = (launch.kernel.__name__, dtype, repr(launch.config))
-        if sampled and kind in kinds and len(done) % 3:
+        if kind in kinds and (how == "--candidates" or (how == "--sampled" and len(done) % 3)):
             continue
         kinds.add(kind)
         source = ASTSource(launch.kernel, signature, constants, attributes)
@@ -230,5 +253,5 @@ def compiled(architecture, sampled):
 if __name__ == "__main__":
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # nothing is said of what comes from the cache
-    for report in compiled(int(sys.argv[1]), "--sampled" in sys.argv[2:]):
+    for report in compiled(int(sys.argv[1]), "".join(sys.argv[2:])):
         print(json.dumps(report), flush=True)

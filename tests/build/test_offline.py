@@ -1,5 +1,6 @@
 """Every Triton kernel compiles, as shipped, for every architecture without spills and within its shared memory."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from gradroute.kernels.candidates import ALTERNATIVES, candidates
 from gradroute.kernels.configs import ARCHITECTURES, CONFIGS
+from gradroute.kernels.launch import record, shipped_config
 
 TESTS = Path(__file__).parents[1]
+OPTIONS = {"num_warps", "num_stages", "maxnreg"}
 WHOLE = 90  # the architecture that every specialisation is compiled for; for the others a sample is
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use
 
@@ -36,17 +41,42 @@ def reports(request, tmp_path_factory):
     return request.param, printed("offline.py", str(request.param), *sampled, cache=cache)
 
 
-@pytest.mark.slow
-def test_no_kernel_spills_or_exceeds_shared_memory(reports):
-    architecture, compiled = reports
+def assert_fit(compiled, architecture):
+    """Nothing spills, or takes more shared memory than a block may use."""
     wrong = [
         report
         for report in compiled
         if report["spilled"] > 0 or report["shared"] > SHARED_MEMORY[architecture] or report["registers"] < 1
     ]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_exceeds_shared_memory(reports):
+    architecture, compiled = reports
+    assert_fit(compiled, architecture)
     assert all(report["as_the_runtime"] for report in compiled)
     assert {report["kernel"] for report in compiled} == {name.partition(".")[0] for name in CONFIGS}
+
+
+@pytest.mark.slow
+def test_candidates_compile_like_what_is_shipped(tmp_path):
+    compiled = printed("offline.py", str(WHOLE), "--candidates", cache=tmp_path)
+    assert_fit(compiled, WHOLE)
+    assert {report["kernel"] for report in compiled} == {
+        name.partition(".")[0] for name in ALTERNATIVES[WHOLE]
+    }
+
+
+def test_the_shipped_configuration_is_the_first_candidate():
+    for entry, architecture in itertools.product(CONFIGS, ARCHITECTURES):
+        shipped, *others = candidates(entry, architecture)
+        with record(architecture):
+            assert shipped is shipped_config(entry, torch.device("cpu"))
+        assert shipped not in others
+        assert all({*other} - OPTIONS == {*shipped} - OPTIONS for other in others)
+    assert len(candidates("attention_fwd_kernel.128", 90)) == 3
+    assert ALTERNATIVES[WHOLE].keys() <= CONFIGS.keys()
 
 
 @pytest.mark.slow

@@ -1,0 +1,58 @@
+"""Configurations beside the shipped ones that are worth measuring on a GPU, for `python -m gradroute tune`.
+
+Nothing here was measured: they are neighbours of what is shipped, in the size of tiles, in warps and in stages. Like
+the shipped ones they compile without spills and fit the shared memory (tests/build/test_offline.py). All of them
+compute the same sums; tiles of another size may add the terms in another order, and so change a result's last bits.
+"""
+
+from __future__ import annotations
+
+from .configs import ARCHITECTURES, CONFIGS, nearest, tiles
+
+_OF_ELEMENTS = (
+    {"BLOCK_T": 2, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
+    {"BLOCK_T": 4, "BLOCK_F": 512, "num_warps": 16, "maxnreg": 128},
+)
+
+# Architecture → entry of CONFIGS → what to measure beside it. Architectures that are not here have none yet.
+ALTERNATIVES: dict[int, dict[str, tuple[dict[str, int], ...]]] = {
+    90: {
+        "masked_product_kernel": (
+            {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
+            {"BLOCK_T": 8, "BLOCK_F": 512, "num_warps": 8, "maxnreg": 128},
+        ),
+        "glu_bwd_kernel": _OF_ELEMENTS,
+        "activation_bwd_kernel": _OF_ELEMENTS,
+        "weight_grad_kernel": (
+            {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 4},
+            {"BLOCK_O": 64, "BLOCK_I": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 4},
+        ),
+        "input_grad_kernel": (
+            {"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4},
+            {"BLOCK_T": 64, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4},
+        ),
+        "attention_fwd_kernel.64": (tiles(128, 64, 8, 3), tiles(64, 64, 4, 3)),
+        "attention_fwd_kernel.128": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
+        "attention_dkdv_kernel.64": (tiles(64, 128, 8, 2), tiles(32, 128, 8, 2)),
+        "attention_dkdv_kernel.128": (tiles(64, 128, 8, 3), tiles(32, 128, 8, 2)),
+        "attention_dq_kernel.64": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
+        "attention_dq_kernel.128": (tiles(128, 32, 8, 3), tiles(64, 64, 8, 2)),
+    }
+}
+
+
+def candidates(entry: str, architecture: int) -> tuple[dict[str, int], ...]:
+    """The configurations of an entry that are worth measuring on an architecture, the shipped one first.
+
+    They may change the last bits of results, and nothing else.
+
+    Args:
+        entry: a key of `gradroute.kernels.configs.CONFIGS`.
+        architecture: a compute capability times ten.
+
+    Raises:
+        KeyError: no such entry.
+    """
+    shipped = nearest(CONFIGS[entry], architecture) or CONFIGS[entry][ARCHITECTURES[0]]
+    known = max((each for each in ARCHITECTURES if each <= architecture), default=ARCHITECTURES[0])
+    return (shipped, *ALTERNATIVES.get(known, {}).get(entry, ()))
