@@ -20,8 +20,8 @@ NATIVE := $(VENV)/.native-$(GRADROUTE_NATIVE)-$(GRADROUTE_CUDA)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help installed venv demo experiments test test-all test-torch lint sanitize docs gpu gpu-1 gpu-2 gpu-3 \
-	gpu-prepare wheel check-wheel clean
+.PHONY: help installed venv demo experiments test test-all test-torch test-gpu-stack lint sanitize docs gpu gpu-1 \
+	gpu-2 gpu-3 gpu-prepare wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
@@ -29,7 +29,9 @@ help:
 	@echo "make test   lint, then the first tier of the tests: every op, backend, dtype, table and site (PYTEST_WORKERS,"
 	@echo "            PYTEST_ARGS)"
 	@echo "make test-all  lint, then both tiers and test-torch: every test that this machine can run"
-	@echo "make test-torch  the tests of compiling and of autograd with other versions of torch (OTHER_TORCHES)"
+	@echo "make test-torch  the tests of compiling, of autograd and of launch configurations with other versions of torch"
+	@echo "            (OTHER_TORCHES) and their Triton"
+	@echo "make test-gpu-stack  the first tier with the packages of the GPU machine (tests/gpu_stack.txt, Python 3.12)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make sanitize  the native module's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make docs   the manual in build/site, with every link and reference checked"
@@ -94,25 +96,38 @@ test-all: test
 	$(RUN_TESTS) -m slow $(PYTEST_ARGS)
 	$(MAKE) --no-print-directory test-torch
 
-# What differs between versions of torch: Dynamo and autograd. Each has an environment of its own, with the CUDA build of
-# Linux, which works without a device: 5 to 7 GB. The pins are those of constraints.txt, less what torch brings.
-.venv-torch-%/.installed: constraints.txt tests/other_torch.txt
+# What differs between versions of torch: Dynamo, autograd, and the Triton that comes with it. Each has an environment of
+# its own, with the CUDA build of Linux, which works without a device: 5 to 7 GB. The pins are those of constraints.txt,
+# less what torch brings. One of them compiles the kernels: all have Triton 3.6.
+.venv-torch-%/.installed: constraints.txt
 	rm -rf .venv-torch-$*
 	$(PYTHON) -m venv .venv-torch-$*
-	grep -vE "^(torch|triton|setuptools|numpy)==" constraints.txt | cat - tests/other_torch.txt > .venv-torch-$*/pins.txt
+	grep -vE "^(torch|triton|setuptools)==" constraints.txt > .venv-torch-$*/pins.txt
 	.venv-torch-$*/bin/python -m pip install --no-compile -c .venv-torch-$*/pins.txt \
 		torch==$* numpy pytest pytest-xdist hypothesis "transformers>=5.12" accelerate
 	touch $@
 
-# Triton 3.6 converts arrays in a way that NumPy warns of, in its interpreter alone.
 test-torch: $(NATIVE) $(OTHER_TORCHES:%=.venv-torch-%/.installed)
 	status=0; \
 	for version in $(OTHER_TORCHES); do \
 		OMP_NUM_THREADS=1 .venv-torch-$$version/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
-			-W "ignore:Conversion of an array with ndim:DeprecationWarning" -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS) \
-			|| status=$$?; \
+			-m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS) || status=$$?; \
 	done; \
+	OMP_NUM_THREADS=1 .venv-torch-$(lastword $(OTHER_TORCHES))/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
+		tests/build/test_offline.py || status=$$?; \
 	exit $$status
+
+# The native module is compiled for that Python too, beside the one of .venv.
+GPU_STACK := .venv-gpu-stack
+$(GPU_STACK)/.installed: tests/gpu_stack.txt
+	rm -rf $(GPU_STACK)
+	python3.12 -m venv $(GPU_STACK)
+	$(GPU_STACK)/bin/python -m pip install --no-compile -r tests/gpu_stack.txt
+	touch $@
+
+test-gpu-stack: $(GPU_STACK)/.installed
+	$(GPU_STACK)/bin/python setup.py -q build_ext --inplace
+	OMP_NUM_THREADS=1 $(GPU_STACK)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 lint: installed
 	$(VENV)/bin/ruff check

@@ -226,7 +226,7 @@ def compiled(architecture, how):
             continue
         done.add(key)
         dtype = next(kind for kind in flat(signature.values()) if kind.startswith("*"))
-        kind = (launch.kernel.__name__, dtype, repr(launch.config))
+        kind = (launch.kernel.__name__, dtype, repr(launch.config), launch.arguments.get("BLOCK_D"))
         if kind in kinds and (how == "--candidates" or (how == "--sampled" and len(done) % 3)):
             continue
         kinds.add(kind)
