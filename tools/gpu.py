@@ -31,6 +31,7 @@ from bench import sources  # noqa: E402
 TOTAL = 510.0  # seconds of a call, with the time for stopping its last stage
 SUITES_TEST = "test_suites_run_on_a_gpu"  # minutes of one worker
 MOST_SECONDS_OF_A_TEST = 120
+MOST_SECONDS_OF_A_CASE = 30  # of the check
 BEFORE = "before.jsonl"  # the outcomes of tests in earlier calls
 
 #: What findings depend on: folders of sources, and the commit, which the benchmark compares.
@@ -76,6 +77,7 @@ class Settings:
         passed: the logs of tests that need not run again, in the stage "again" and in stages that go on.
         workers: processes of pytest.
         plugins: those of PROBE's that are installed.
+        device: the kind of device that is checked and tuned.
         marker, tests, bench: which tests and which suite, with its options; a rehearsal has others.
     """
 
@@ -83,6 +85,7 @@ class Settings:
     passed: tuple[Path, ...] = ()
     workers: str = "14"
     plugins: tuple[str, ...] = ()
+    device: str = "cuda"
     marker: str = "gpu"
     tests: tuple[str, ...] = ("tests",)
     bench: tuple[str, ...] = ("h200",)
@@ -102,18 +105,32 @@ def report(settings: Settings) -> Stage:
 
 
 def check(settings: Settings) -> Stage:
-    """The check keeps its verdicts in the folder, so that they come back and no other stage depends on them."""
-    command = python("-m", "gradroute", "check", "--json")
-    files, cache = ("check.json",), {"GRADROUTE_CACHE": str(settings.out / "cache")}
-    return Stage("check", command, 90, output="check.json", environment=cache, files=files, inputs=PRODUCT)
+    """The sample that covers every value of every axis, on the device alone; the tests that follow have all."""
+    command = python("-m", "gradroute", "check", "--quick", "--json", "--device", settings.device)
+    command += ("--limit", str(MOST_SECONDS_OF_A_CASE))
+    return with_own_findings(
+        Stage("check", command, 90, output="check.json", files=("check.json",), inputs=PRODUCT), settings
+    )
+
+
+def whole_check(settings: Settings) -> Stage:
+    command = python("-m", "gradroute", "check", "--json", "--device", settings.device)
+    files = ("whole-check.json",)
+    return with_own_findings(
+        Stage("whole-check", command, 240, output=files[0], files=files, inputs=PRODUCT), settings
+    )
 
 
 def tune(settings: Settings) -> Stage:
-    command, cache = (
-        python("-m", "gradroute", "tune", "--quick"),
-        {"GRADROUTE_CACHE": str(settings.out / "cache")},
-    )
-    return Stage("tune", command, 120, environment=cache, inputs=PRODUCT)
+    command = python("-m", "gradroute", "tune", "--quick", "--device", settings.device)
+    return with_own_findings(Stage("tune", command, 120, resumes=True, inputs=PRODUCT), settings)
+
+
+def with_own_findings(stage: Stage, settings: Settings) -> Stage:
+    """The stage with a folder for what it finds out about the machine, which comes back and changes no other stage."""
+    folder = f"{stage.name}-findings"
+    environment = dict(stage.environment) | {"GRADROUTE_CACHE": str(settings.out / folder)}
+    return replace(stage, environment=environment, files=(*stage.files, folder))
 
 
 def pytest(
@@ -230,8 +247,8 @@ def missing_tool(name: str) -> str:
 CALLS: dict[str, tuple[Callable[[Settings], Stage], ...]] = {
     "1": (install, report, check, tests, short_bench),
     "2": (install, again, memory, bench),
-    "3": (install, bench, suites, demo, sanitizer, profile, tune),
-    "all": (install, report, check, tests, memory, bench, suites, demo, sanitizer, profile, tune),
+    "3": (install, bench, suites, demo, sanitizer, profile, tune, whole_check),
+    "all": (install, report, tests, memory, bench, suites, demo, sanitizer, profile, tune, whole_check),
 }
 ALWAYS = (
     "install",
@@ -285,6 +302,7 @@ def run(parsed: argparse.Namespace) -> int:
         out=out,
         workers=parsed.workers,
         plugins=tuple(machine["plugins"]),
+        device="cpu" if machine["gpu"] is None else "cuda",
         marker=parsed.marker,
         tests=tuple(parsed.tests),
         bench=tuple(shlex.split(parsed.bench)),
@@ -436,13 +454,13 @@ def gathered(earlier: Path, out: Path) -> tuple[Path, ...]:
 
 
 def copied(files: Sequence[str], earlier: Path, out: Path) -> list[Path]:
-    """Copies those of the files that are there; returns their new places."""
-    places = []
-    for name in files:
-        if (earlier / name).is_file():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            places.append(Path(shutil.copyfile(earlier / name, out / name)))
-    return places
+    """Copies those of the files and folders that are there; returns their new places."""
+    there = [name for name in files if (earlier / name).exists()]
+    for name in there:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (earlier / name).is_dir() else shutil.copyfile
+        copy(earlier / name, out / name)
+    return [out / name for name in there]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Stage:
         least: with fewer seconds left it is not begun.
         environment: variables that are set for it.
         output: the file in the folder that its standard output goes to, in place of the log; "": the log.
-        files: the files that it leaves in the folder, which a run that goes on needs.
+        files: the files and folders that it leaves in the folder, which a run that goes on needs.
         resumes: whether it goes on with those files where it was cut short before.
         inputs: the folders of sources that its findings depend on.
         fine: the exit codes with which it has not failed.

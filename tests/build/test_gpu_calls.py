@@ -72,7 +72,7 @@ def test_the_first_stages_of_a_call_fit_in_it(settings, call):
 
 def test_all_calls_together_are_everything():
     of_calls = {make for call in ("1", "2", "3") for make in gpu.CALLS[call]}
-    assert of_calls - set(gpu.CALLS["all"]) == {gpu.again, gpu.short_bench}
+    assert of_calls - set(gpu.CALLS["all"]) == {gpu.again, gpu.check, gpu.short_bench}
     assert set(gpu.CALLS["all"]) <= of_calls
 
 
@@ -96,6 +96,18 @@ def test_a_call_goes_on_where_an_earlier_one_was_cut_short(settings, earlier):
     assert (settings.out / "report.json").read_text() == "report.json\n"
     assert (settings.out / "h200.json").exists()
     assert events(settings.out, stages.KEPT) == {"report"}
+
+
+def test_what_tuning_has_answered_is_taken_along(settings, earlier):
+    (earlier / "tune-findings").mkdir()
+    (earlier / "tune-findings" / "answers.json").write_text("answers")
+    assert set(go_on(["tune"], settings, earlier)) == {"tune"}
+    assert (settings.out / "tune-findings" / "answers.json").read_text() == "answers"
+    assert gpu.tune(settings).environment["GRADROUTE_CACHE"] == str(settings.out / "tune-findings")
+    assert (
+        gpu.check(settings).environment["GRADROUTE_CACHE"]
+        != gpu.tune(settings).environment["GRADROUTE_CACHE"]
+    )
 
 
 def test_what_was_taken_from_a_call_counts_in_the_next(settings, earlier):
