@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from bench import sources  # noqa: E402
 TOTAL = 510.0  # seconds of a call, with the time for stopping its last stage
 SUITES_TEST = "test_suites_run_on_a_gpu"  # minutes of one worker
 MOST_SECONDS_OF_A_TEST = 120
+WORDS = re.compile(r"\b(gpu|device|cuda)\b")  # one of them is in every file with a test for a device
 MOST_SECONDS_OF_A_CASE = 30  # of the check
 BEFORE = "before.jsonl"  # the outcomes of tests in earlier calls
 
@@ -282,7 +284,9 @@ def parser() -> argparse.ArgumentParser:
     of_rehearsals.add_argument("--rehearse", action="store_true", help="run without a CUDA device")
     of_rehearsals.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages of the call")
     of_rehearsals.add_argument("--marker", default="gpu", help="pytest's -m (%(default)s)")
-    of_rehearsals.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH", help="files of tests")
+    of_rehearsals.add_argument(
+        "--tests", nargs="+", default=files_for_a_device(), metavar="PATH", help="tests"
+    )
     of_rehearsals.add_argument(
         "--bench", default="h200", help="the suite, and options of `bench run` (%(default)s)"
     )
@@ -337,6 +341,12 @@ def known_commit(machine: Mapping[str, Any]) -> dict[str, Any]:
         "machine": dict(machine),
         "inputs": folders | {"commit": [commit["commit"], commit["clean"]]},
     } | commit
+
+
+def files_for_a_device() -> list[str]:
+    """The files of tests that may have some for a device: every worker collects all, again after each that died."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if WORDS.search(file.read_text(encoding="utf-8"))]
 
 
 def check_folders(out: Path, earlier: Path | None) -> None:

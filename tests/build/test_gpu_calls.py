@@ -1,6 +1,7 @@
 """tools/gpu.py: the calls, what goes on with an earlier one, and what is refused; the stages themselves on the CPU."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -181,6 +182,39 @@ def test_the_cases_that_missed_a_target_are_profiled():
     command = gpu_profile.command(Path("out"), "h200", (), 1, "a")
     assert command[0] == "ncu"
     assert command[command.index("--case") + 1] == "a"
+
+
+LISTS = """
+import pathlib
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    names = sorted({item.nodeid.partition("::")[0] for item in items if "gpu" in item.keywords})
+    pathlib.Path(NAMES).write_text("\\n".join(names))
+"""
+
+
+@pytest.mark.slow
+def test_every_file_with_a_test_for_a_device_is_collected_there(tmp_path):
+    (tmp_path / "lists.py").write_text(LISTS.replace("NAMES", repr(str(tmp_path / "names"))))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "lists",
+        "-p",
+        "no:cacheprovider",
+    ]
+    subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.DEVNULL
+    )
+    names = (tmp_path / "names").read_text().split()
+    assert "tests/ops/test_ops.py" in names
+    assert set(names) <= set(gpu.files_for_a_device())
 
 
 @pytest.mark.slow
