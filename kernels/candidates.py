@@ -34,7 +34,7 @@ ALTERNATIVES: dict[int, dict[str, tuple[dict[str, int], ...]]] = {
         "attention_fwd_kernel.64": (tiles(128, 64, 8, 3), tiles(64, 64, 4, 3)),
         "attention_fwd_kernel.128": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
         "attention_dkdv_kernel.64": (tiles(64, 128, 8, 2), tiles(32, 128, 8, 2)),
-        "attention_dkdv_kernel.128": (tiles(64, 128, 8, 3), tiles(32, 128, 8, 2)),
+        "attention_dkdv_kernel.128": (tiles(32, 128, 8, 2),),
         "attention_dq_kernel.64": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
         "attention_dq_kernel.128": (tiles(128, 32, 8, 3), tiles(64, 64, 8, 2)),
     }
