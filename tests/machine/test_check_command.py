@@ -15,7 +15,8 @@ import torch
 from gradroute import backends
 from gradroute.__main__ import main
 from gradroute.backends import composed, native
-from gradroute.machine.check import command, progress, workers
+from gradroute.machine import progress
+from gradroute.machine.check import command, workers
 from gradroute.machine.check.cases import Case, Selection
 from gradroute.machine.check.findings import Findings
 from gradroute.machine.check.judging import RIGHT, UNCHECKED, WRONG, Outcome, judged
@@ -267,14 +268,14 @@ def test_many_failures_are_counted():
 
 
 def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch, capsys):
-    one = progress.Progress("torch on cpu", 30)
+    one = progress.Progress(30, "check", "torch on cpu", lines=10)
     for _ in range(30):
         one.step()
     one.close()
-    assert capsys.readouterr().err.splitlines()[-1] == "torch on cpu: 30 of 30"
+    assert capsys.readouterr().err.splitlines() == [f"torch on cpu: {3 * n} of 30" for n in range(1, 11)]
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = progress.Progress("torch on cpu", 30)
+    bar = progress.Progress(30, "check", "torch on cpu")
     bar.step()
     bar.close()
     assert "torch on cpu" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from tune_cases import CPU, EFFORT, backend_of, clock, findings, small
 
 from gradroute import __main__, backends
 from gradroute.backends import composed, native
-from gradroute.machine import answers, identity
+from gradroute.machine import answers, identity, progress
 from gradroute.machine.records import TUNING, Record
-from gradroute.machine.tune import command, lines, measuring
+from gradroute.machine.tune import command, measuring
 from gradroute.machine.tune.measuring import Contest, Measuring, Trial, is_faster, ranking
 from gradroute.machine.tune.of_backends import by_size
 from gradroute.machine.tune.question import threshold
@@ -323,10 +323,11 @@ def test_it_is_a_command_of_the_package(monkeypatch, capsys):
 
 def test_without_tqdm_questions_are_lines(monkeypatch, capsys):
     clock(monkeypatch, lambda trial: 1.0)
-    find_spec = lines.importlib.util.find_spec
+    find_spec = progress.importlib.util.find_spec
     monkeypatch.setattr(
-        lines.importlib.util, "find_spec", lambda name: None if name == "tqdm" else find_spec(name)
+        progress.importlib.util, "find_spec", lambda name: None if name == "tqdm" else find_spec(name)
     )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert tune("--only", ROUTE_GRAD) == 0
     out, err = capsys.readouterr()
     assert err == f"[1/1] {ROUTE_GRAD}\n"

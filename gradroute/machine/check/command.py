@@ -13,11 +13,11 @@ import torch
 
 from ... import backends
 from .. import identity
+from ..progress import Progress
 from ..records import CHECK, Record
 from .cases import DTYPES, KINDS, STEP, Case, Selection, cases, why_not
 from .findings import Findings
 from .keeping import against, verdict
-from .progress import Progress
 from .workers import LostProcesses, Plan, outcomes
 
 # Seconds that a case may take: Triton compiles a kernel in one or two, and milliseconds are usual.
@@ -154,7 +154,7 @@ def _processes(backend: str, device: torch.device) -> int:
 def _checked(job: Job, selection: Selection) -> Findings:
     """Runs a backend's cases; Ctrl-C ends it with what was found until then."""
     findings = Findings(job.plan, selection, len(job.cases))
-    progress = Progress(f"{job.plan.backend} on {job.plan.device}", len(job.cases))
+    progress = Progress(len(job.cases), "check", f"{job.plan.backend} on {job.plan.device}", lines=10)
     running = outcomes(job.cases, job.plan)
     try:
         for case, outcome in running:

@@ -1,18 +1,16 @@
-"""What a run says while it works: lines, and a bar above which they stay."""
+"""What a run says while it works: lines, and how far it is."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
+from ..progress import Progress
 from .question import Question
 
 
 class Lines:
-    """Lines to a stream, and a bar on standard error where tqdm is installed and that is a terminal.
+    """Lines to a stream, above the progress of a run.
 
     Attributes:
         stream: where lines go.
@@ -20,25 +18,23 @@ class Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        has_tqdm = importlib.util.find_spec("tqdm") is not None
-        self._tqdm: Any = importlib.import_module("tqdm").tqdm if has_tqdm else None
+        self._progress: Progress | None = None
 
     def write(self, line: str) -> None:
         """Writes a line."""
-        if self._tqdm is None:
-            print(line, file=self.stream)
+        if self._progress is not None:
+            self._progress.write(line, self.stream)
         else:
-            self._tqdm.write(line, file=self.stream)
-        self.stream.flush()
+            print(line, file=self.stream, flush=True)
 
     def one_by_one(self, asked: Sequence[Question]) -> Iterator[Question]:
-        """The questions, announced by a bar, or by a line each where there is none."""
-        if self._tqdm is None or not sys.stderr.isatty():
-            for number, question in enumerate(asked, 1):
-                print(f"[{number}/{len(asked)}] {question.name}", file=sys.stderr, flush=True)
+        """The questions, each announced."""
+        self._progress = Progress(len(asked), "question")
+        try:
+            for question in asked:
+                self._progress.begin(question.name)
                 yield question
-            return
-        with self._tqdm(asked, unit="question") as bar:
-            for question in bar:
-                bar.set_description(question.name)
-                yield question
+                self._progress.end()
+        finally:
+            self._progress.close()
+            self._progress = None
