@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -69,11 +67,9 @@ def _text(config: dict[str, int]) -> str:
 def short_list(entry: str, device: torch.device) -> list[dict[str, int]]:
     """The configurations of an entry that are worth a try on a device, the shipped one first."""
     from ...kernels import launch  # imports Triton, which is there where its kernels are asked about
+    from ...kernels.candidates import candidates
 
-    if importlib.util.find_spec("gradroute.kernels.candidates") is None:
-        return [launch.shipped_config(entry, device)]
-    found = importlib.import_module("gradroute.kernels.candidates")
-    return list(found.candidates(entry, launch.architecture_of(device)))
+    return list(candidates(entry, launch.architecture_of(device)))
 
 
 def asked_by(call: Sample, device: torch.device) -> list[str]:
