@@ -77,7 +77,10 @@ def make_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     model = LlamaForCausalLM(config).to(device).train()
     route(model, sgtm(config, forget_heads=1, forget_units=64))  # routed before it is sharded
     if args.checkpoint:
-        model.activation_checkpointing_enable()
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable()
+        else:  # transformers 5.17 and older
+            model.gradient_checkpointing_enable()
     options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
     if args.bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

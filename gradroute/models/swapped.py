@@ -151,7 +151,7 @@ class Swapped(RoutedModule):
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"{type(self).__name__}: got a recomputation in backward without routes, expected a checkpoint of the "
-                "whole model or of what its own activation_checkpointing_enable() covers; a checkpoint around this "
+                "whole model, or the model's own activation or gradient checkpointing; a checkpoint around this "
                 "module alone does not know its routes (after routed training, unroute() the model to train it without)"
             )
 

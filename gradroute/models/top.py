@@ -148,8 +148,8 @@ class TopModel(Swapped):
         if (self._took_offers or (offer is not None and offer.arguments)) and _is_recomputed():
             raise RuntimeError(
                 f"{type(self).__name__}: got a recomputation in backward of a forward inside routing(), expected a "
-                "checkpoint of the layers (activation_checkpointing_enable): a checkpoint around the whole model knows "
-                "its arguments alone, so give it route_ids as one"
+                "checkpoint of the layers (the model's own activation or gradient checkpointing): a checkpoint around "
+                "the whole model knows its arguments alone, so give it route_ids as one"
             )
         arguments = dict.fromkeys(ROUTING_ARGUMENTS)
         if offer is None or not offer.arguments:
