@@ -14,30 +14,46 @@ _OF_ELEMENTS = (
     {"BLOCK_T": 4, "BLOCK_F": 512, "num_warps": 16, "maxnreg": 128},
 )
 
-# Architecture → entry of CONFIGS → what to measure beside it. Architectures that are not here have none yet.
+_OF_ALL: dict[str, tuple[dict[str, int], ...]] = {
+    "masked_product_kernel": (
+        {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
+        {"BLOCK_T": 8, "BLOCK_F": 512, "num_warps": 8, "maxnreg": 128},
+    ),
+    "bias_grad_kernel": (
+        {"BLOCK_T": 32, "BLOCK_F": 128, "num_warps": 8},
+        {"BLOCK_T": 16, "BLOCK_F": 256, "num_warps": 8},
+    ),
+    "embedding_bwd_kernel": (
+        {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 4},
+        {"BLOCK_T": 8, "BLOCK_F": 512, "num_warps": 8},
+    ),
+    "glu_bwd_kernel": _OF_ELEMENTS,
+    "activation_bwd_kernel": _OF_ELEMENTS,
+    "weight_grad_kernel": (
+        {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 4},
+        {"BLOCK_O": 64, "BLOCK_I": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 4},
+    ),
+    "input_grad_kernel": (
+        {"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4},
+        {"BLOCK_T": 64, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4},
+    ),
+    "attention_fwd_kernel.64": (tiles(128, 64, 8, 3), tiles(64, 64, 4, 3)),
+    "attention_fwd_kernel.128": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
+    "attention_dkdv_kernel.64": (tiles(64, 128, 8, 2), tiles(32, 128, 8, 2)),
+    "attention_dkdv_kernel.128": (tiles(32, 128, 8, 2),),
+    "attention_dq_kernel.64": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
+    "attention_dq_kernel.128": (tiles(128, 32, 8, 3), tiles(64, 64, 8, 2)),
+}
+
+# Architecture → entry of CONFIGS → what to measure beside it. What spills is left out.
 ALTERNATIVES: dict[int, dict[str, tuple[dict[str, int], ...]]] = {
-    90: {
-        "masked_product_kernel": (
-            {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
-            {"BLOCK_T": 8, "BLOCK_F": 512, "num_warps": 8, "maxnreg": 128},
-        ),
-        "glu_bwd_kernel": _OF_ELEMENTS,
-        "activation_bwd_kernel": _OF_ELEMENTS,
-        "weight_grad_kernel": (
-            {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 4},
-            {"BLOCK_O": 64, "BLOCK_I": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 4},
-        ),
-        "input_grad_kernel": (
-            {"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4},
-            {"BLOCK_T": 64, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4},
-        ),
-        "attention_fwd_kernel.64": (tiles(128, 64, 8, 3), tiles(64, 64, 4, 3)),
-        "attention_fwd_kernel.128": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
-        "attention_dkdv_kernel.64": (tiles(64, 128, 8, 2), tiles(32, 128, 8, 2)),
-        "attention_dkdv_kernel.128": (tiles(32, 128, 8, 2),),
-        "attention_dq_kernel.64": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
-        "attention_dq_kernel.128": (tiles(128, 32, 8, 3), tiles(64, 64, 8, 2)),
-    }
+    80: _OF_ALL
+    | {
+        "weight_grad_kernel": _OF_ALL["weight_grad_kernel"][:1],
+        "attention_fwd_kernel.128": _OF_ALL["attention_fwd_kernel.128"][1:],
+    },
+    90: _OF_ALL,
+    100: _OF_ALL | {"weight_grad_kernel": _OF_ALL["weight_grad_kernel"][:1]},
 }
 
 
@@ -55,4 +71,4 @@ def candidates(entry: str, architecture: int) -> tuple[dict[str, int], ...]:
     """
     shipped = nearest(CONFIGS[entry], architecture) or CONFIGS[entry][ARCHITECTURES[0]]
     known = max((each for each in ARCHITECTURES if each <= architecture), default=ARCHITECTURES[0])
-    return (shipped, *ALTERNATIVES.get(known, {}).get(entry, ()))
+    return (shipped, *(other for other in ALTERNATIVES[known].get(entry, ()) if other != shipped))
