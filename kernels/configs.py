@@ -157,7 +157,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_dq_kernel.256.gather": {
         80: tiles(64, 32, 8, 2),
         90: tiles(64, 64, 8, 2),
-        100: tiles(32, 32, 8, 2),
+        100: tiles(32, 32, 8, 2, maxnreg=192),
     },
     "attention_dq_kernel.256.float32": {80: tiles(16, 16, 8, 2, maxnreg=255)},
 }
