@@ -28,7 +28,7 @@ import torch
 
 from ..tracing import constant_when_traced
 from . import identity
-from .records import TUNING, Record, warn_ignored
+from .records import DAMAGED, TUNING, Record, warn_ignored
 
 #: What a choice rests on.
 MEASURED: str = "measured here"
@@ -39,6 +39,9 @@ KINDS: tuple[str, ...] = ("backends", "vendors", "skip_below", "rectangles", "ru
 
 #: The dtypes that questions may be about.
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: The largest count in an answer: of tokens, rows or keys. Sums of two still fit PyTorch's 64 bits.
+MOST: int = 1 << 40
 
 What = tuple["str | torch.dtype", ...]
 Derived = TypeVar("Derived")
@@ -79,9 +82,9 @@ def order(value: Any, known: Collection[str]) -> tuple[str, ...]:
 
 
 def count(value: Any) -> int:
-    """A whole number of at least 1; raises ValueError where the value is none."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"got {value!r}, expected a whole number of at least 1")
+    """A whole number of 1 to MOST; raises ValueError where the value is none."""
+    if type(value) is not int or not 1 <= value <= MOST:
+        raise ValueError(f"got {value!r}, expected a whole number of 1 to {MOST}")
     return value
 
 
@@ -104,7 +107,7 @@ def check_what(what: What, *expected: Collection[str | torch.dtype]) -> None:
 def read_by(kind: str, read: Read) -> None:
     """Says how answers of a kind are read: `read(what, value)` makes one of what a file says.
 
-    It raises ValueError, KeyError, TypeError or AttributeError where the file says something else.
+    It raises one of `records.DAMAGED` where the file says something else.
     """
     assert kind in KINDS
     _readers[kind] = read
@@ -208,7 +211,7 @@ def parsed(question: str, value: Any) -> Any:
     """An answer made of what a file says.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it says something else.
+        ValueError, or another one of `records.DAMAGED`: it says something else.
     """
     kind, *what = _key(question)
     if kind not in KINDS:
@@ -216,6 +219,20 @@ def parsed(question: str, value: Any) -> Any:
     if kind not in _readers:
         raise ValueError(f"nothing that follows answers of the kind {kind!r} is loaded")
     return _readers[kind](tuple(what), value)
+
+
+def damage_of(question: str, found: Any) -> Exception | None:
+    """What a finding raises that has no answer to its question; None where it has one.
+
+    An answer of a kind that nothing follows in this process cannot be judged, and is taken as none of them.
+    """
+    if (kind := question.split("/")[0]) in KINDS and kind not in _readers:
+        return None
+    try:
+        parsed(question, found["answer"])
+    except DAMAGED as error:
+        return error
+    return None
 
 
 def reads_files() -> bool:
@@ -261,11 +278,9 @@ def _read(device: torch.device) -> dict[tuple[Any, ...], Any]:
     record = Record(TUNING, device)
     found = {}
     for question, written in record.read().items():
-        key = _key(question)
-        if key[0] in KINDS and key[0] not in _readers:
-            continue  # who follows it is not loaded; when it is, files are read again
-        try:
-            found[key] = parsed(question, written["answer"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            warn_ignored(record.file, f"{question}: {type(error).__name__}: {error}")
+        damage = damage_of(question, written)
+        if damage is not None:
+            warn_ignored(record.file, damage, question)
+        elif _key(question)[0] in _readers:  # when a reader is loaded later, files are read again
+            found[_key(question)] = parsed(question, written["answer"])
     return found

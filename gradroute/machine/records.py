@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,18 @@ from . import identity
 
 #: The kinds of findings: what `check` found, and what `tune` measured.
 CHECK, TUNING = "check", "tuning"
+
+#: What reading a file of findings, or making something of a finding, raises where it is damaged. JSON that is nested
+#: too deep is a RecursionError, a whole number beyond all floats an OverflowError.
+DAMAGED: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 def folder() -> Path:
@@ -50,15 +63,23 @@ class Record:
     def read(self) -> dict[str, Any]:
         """The findings by name; none where there is no file. Warns of a file that cannot be used, and ignores it."""
         try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-            if found["machine"] != self.machine:
-                raise ValueError(f"it is about {found['machine']}, and this is {self.machine}")
-            return dict(found["findings"])
+            return self._read()
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warn_ignored(self.file, f"{type(error).__name__}: {error}")
+        except DAMAGED as error:
+            warn_ignored(self.file, error)
             return {}
+
+    def _read(self) -> dict[str, Any]:
+        if not stat.S_ISREG(self.file.stat().st_mode):
+            raise ValueError("it is no regular file")  # to read a pipe would wait for somebody who writes
+        found = json.loads(self.file.read_text(encoding="utf-8"))
+        if found["machine"] != self.machine:
+            raise ValueError(f"it is about {found['machine']}, and this is {self.machine}")
+        findings = found["findings"]
+        if not isinstance(findings, dict):
+            raise TypeError(f"findings: got a {type(findings).__name__}, expected an object")
+        return findings
 
     def update(self, findings: Mapping[str, Any]) -> None:
         """Adds findings, in place of earlier ones of the same names.
@@ -84,10 +105,21 @@ class Record:
             fresh.replace(self.file)
 
 
-def warn_ignored(file: Path, why: str) -> None:
-    """Says that what a file of findings holds is not used."""
-    warnings.warn(
-        f"{file} is ignored: {why}. `python -m gradroute {file.parent.name.replace(TUNING, 'tune')}` writes it anew",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def warn_ignored(file: Path, error: Exception, finding: str | None = None) -> None:
+    """Says that a file of findings, or one finding of it, is not used, and what mends it."""
+    why = f"{type(error).__name__}: {error}"
+    if finding is None:
+        mended = f"`python -m gradroute {_command(file)}` writes it anew"
+        text = f"{file} is ignored: {why}. {mended}"
+    elif file.parent.name == TUNING:
+        mended = "The next `python -m gradroute tune` removes it, and asks again what is still asked"
+        text = f"The answer to {finding} in {file} is ignored: {why}. {mended}"
+    else:
+        mended = "`python -m gradroute check` judges anew every backend that can run"
+        text = f"The verdict on {finding} in {file} is ignored: {why}. {mended}"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _command(file: Path) -> str:
+    """The command that writes a file."""
+    return "tune" if file.parent.name == TUNING else CHECK

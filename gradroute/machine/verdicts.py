@@ -12,7 +12,7 @@ import torch
 
 from ..tracing import constant_when_traced
 from . import identity
-from .records import CHECK, Record, warn_ignored
+from .records import CHECK, DAMAGED, Record, warn_ignored
 
 LOG = logging.getLogger("gradroute")
 
@@ -86,8 +86,8 @@ def _read(device: torch.device) -> dict[str, Verdict]:
     for backend, written in record.read().items():
         try:
             found[backend] = Verdict.of(written)
-        except (ValueError, KeyError, TypeError) as error:
-            warn_ignored(record.file, f"{backend}: {type(error).__name__}: {error}")
+        except DAMAGED as error:
+            warn_ignored(record.file, error, f"backend {backend!r}")
     return found
 
 

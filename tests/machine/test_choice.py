@@ -234,7 +234,7 @@ def test_an_answer_about_launches_replaces_the_shipped_configuration(gpu, monkey
 def test_a_launch_that_the_kernel_does_not_know_is_reported_and_ignored(entry, config):
     pytest.importorskip("gradroute.kernels.launch")
     measured(f"launch/{entry}", config)
-    with pytest.warns(RuntimeWarning, match=f"is ignored: launch/{entry}: .*gradroute tune` writes it anew"):
+    with pytest.warns(RuntimeWarning, match=f"launch/{entry} in .* is ignored: .*gradroute tune` removes it"):
         assert answers.launch(entry, CPU) is None
 
 

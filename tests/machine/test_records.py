@@ -1,6 +1,7 @@
 """Findings about this machine: where they are kept, which count, and what becomes of files that cannot be used."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,9 @@ def test_a_file_under_this_machines_name_about_another_is_reported_and_ignored()
         assert record.read() == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"machine": 1}', "\x00\x01"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"machine": 1}', "\x00\x01", "[" * 100000, '{"machine": 1' + "0" * 5000 + "}"]
+)
 def test_a_corrupt_file_is_reported_ignored_and_replaced(text):
     record = Record(CHECK, CPU)
     record.file.parent.mkdir(parents=True)
@@ -85,6 +88,24 @@ def test_a_corrupt_file_is_reported_ignored_and_replaced(text):
     with pytest.warns(RuntimeWarning, match="is ignored"):
         record.update({"torch": 1})
     assert record.read() == {"torch": 1}
+
+
+@pytest.mark.parametrize("findings", [[["torch", {}]], [[1, 2]], [], "text", None, 3])
+def test_findings_that_are_no_object_are_reported_and_ignored(findings):
+    record = Record(TUNING, CPU)
+    record.update({})
+    record.file.write_text(json.dumps({"machine": record.machine, "findings": findings}), encoding="utf-8")
+    with pytest.warns(RuntimeWarning, match="is ignored: TypeError: findings: got a .*, expected an object"):
+        assert answers.backends("route_grad", CPU, torch.float32) is None
+
+
+def test_what_is_no_regular_file_is_not_read(cache):
+    """A pipe would have every call wait for somebody who writes into it."""
+    record = Record(CHECK, CPU)
+    record.file.parent.mkdir(parents=True)
+    os.mkfifo(record.file)
+    with pytest.warns(RuntimeWarning, match="is ignored: ValueError: it is no regular file"):
+        assert record.read() == {}
 
 
 def test_two_processes_that_write_at_once_lose_nothing():
@@ -137,6 +158,8 @@ def test_answers_are_read_once():
         ("run/mlp/float32", True),
         ("vendors/float32", ["nobody"]),
         ("skip_below/float32", float("nan")),
+        ("skip_below/float32", 10**400),
+        ("run/mlp/float32", 10**400),
         ("tiles/float32", {"rows": 384}),
         ("weather/float32", 1),
         ("backends/nobody/float32", [[None, ["torch"]]]),
@@ -151,7 +174,7 @@ def test_answers_are_read_once():
 def test_an_answer_of_another_form_is_reported_and_ignored(question, answer):
     measured("skip_below/bfloat16", 0.5)
     measured(question, answer)
-    with pytest.warns(RuntimeWarning, match=f"is ignored: {question}: .*gradroute tune` writes it anew"):
+    with pytest.warns(RuntimeWarning, match=f"answer to {question} in .* is ignored: .*tune` removes it"):
         assert answers.share_for_own(CPU, torch.bfloat16) == 0.5
     assert answers.answer(CPU, *question.split("/")) is None
 
@@ -192,11 +215,11 @@ def test_trying_replaces_what_was_measured():
 
 @pytest.mark.parametrize(
     "found",
-    [3, {}, {"passed": True, "date": "now", "failures": ["one"]}, {"passed": 1, "date": "", "failures": []}],
+    [3, {}, [[1]], {"passed": False, "date": "", "failures": 7}, {"passed": True, "date": "now", "failures": ["one"]}, {"passed": 1, "date": "", "failures": []}],
 )
 def test_a_verdict_of_another_form_is_reported_and_ignored(found):
     Record(CHECK, CPU).update({"cpu": found})
-    with pytest.warns(RuntimeWarning, match="is ignored: cpu: .*gradroute check` writes it anew"):
+    with pytest.warns(RuntimeWarning, match="verdict on backend 'cpu' in .* is ignored: .*check` judges anew"):
         assert verdicts.of(CPU) == {}
 
 

@@ -238,6 +238,29 @@ def test_answers_that_cannot_be_read_are_asked_again(monkeypatch):
     assert findings()[ROUTE_GRAD]["answer"] == [[None, ["cpu", "torch"]]]
 
 
+@pytest.mark.filterwarnings("ignore:The answer to")
+def test_what_cannot_be_read_is_removed_and_the_rest_stays(monkeypatch):
+    clock(monkeypatch, lambda trial: 1.0)
+    kept = {GLU: {"answer": [[None, ["torch"]]]}, "launch/of_triton": {"answer": {}}}
+    monkeypatch.delitem(answers._readers, "launch", raising=False)
+    damaged = {"weather/float32": {"answer": 1}, "backends/nobody/float32": 3, "run/mlp/float32": {"answer": []}}
+    Record(TUNING, CPU).update(kept | damaged)
+    assert tune("--list") == 0
+    assert set(findings()) == set(kept | damaged)
+    assert tune("--only", ROUTE_GRAD) == 0
+    assert set(findings()) == {*kept, ROUTE_GRAD}
+    assert findings()[GLU] == kept[GLU]
+
+
+def test_where_nothing_is_to_be_asked_nothing_is_written(monkeypatch, capsys):
+    """A shared folder may be one that this process can only read."""
+    clock(monkeypatch, lambda trial: 1.0)
+    assert tune("--only", ROUTE_GRAD) == 0
+    monkeypatch.setattr(Record, "change", lambda *_: pytest.fail("the file is written"))
+    assert tune("--only", ROUTE_GRAD) == 0
+    assert "0 of 1 questions to ask" in capsys.readouterr().out
+
+
 def test_answers_of_another_machine_do_not_count(monkeypatch):
     clock(monkeypatch, lambda trial: 1.0)
     of = identity.of

@@ -121,7 +121,9 @@ def _run(sessions: list[tuple[Session, list[Question]]], options: argparse.Names
         lines.write(
             f"{identity.name_of(session.device)} ({session.device}): {len(open_ones)} of {len(asked)} questions to ask"
         )
-        session.record.update({})  # before minutes of measuring: raises where answers cannot be kept
+        session.remove_damaged()
+        if open_ones:
+            session.record.update({})  # before minutes of measuring: raises where answers cannot be kept
         for question in lines.one_by_one(open_ones):
             session.ask(question)
         lines.write(f"Answers are in {session.record.file}")

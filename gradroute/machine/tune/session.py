@@ -41,7 +41,17 @@ class Session:
 
     def present(self) -> dict[str, Any]:
         """What is in the file of this machine, by question: what can be followed."""
-        return {name: found for name, found in self.record.read().items() if _can_be_read(name, found)}
+        return _undamaged(self.record.read())
+
+    def remove_damaged(self) -> None:
+        """Removes from the file what cannot be read: answers of another form, and to questions that there are not.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        earlier = self.record.read()
+        if len(_undamaged(earlier)) < len(earlier):
+            self.record.change(_undamaged)
 
     def unanswered(self, questions: list[Question]) -> list[Question]:
         """Those without an answer in the file; a whole run asks again what a quick one answered."""
@@ -87,9 +97,6 @@ class Session:
         }
 
 
-def _can_be_read(name: str, found: Any) -> bool:
-    try:
-        answers.parsed(name, found["answer"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return True
+def _undamaged(findings: dict[str, Any]) -> dict[str, Any]:
+    """The findings that can be read."""
+    return {name: found for name, found in findings.items() if answers.damage_of(name, found) is None}
