@@ -77,7 +77,8 @@ def test_a_file_under_this_machines_name_about_another_is_reported_and_ignored()
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"machine": 1}', "\x00\x01", "[" * 100000, '{"machine": 1' + "0" * 5000 + "}"]
+    "text",
+    ["", "{", "[]", "null", '{"machine": 1}', "\x00\x01", "[" * 100000, '{"machine": 1' + "0" * 5000 + "}"],
 )
 def test_a_corrupt_file_is_reported_ignored_and_replaced(text):
     record = Record(CHECK, CPU)
@@ -215,11 +216,20 @@ def test_trying_replaces_what_was_measured():
 
 @pytest.mark.parametrize(
     "found",
-    [3, {}, [[1]], {"passed": False, "date": "", "failures": 7}, {"passed": True, "date": "now", "failures": ["one"]}, {"passed": 1, "date": "", "failures": []}],
+    [
+        3,
+        {},
+        [[1]],
+        {"passed": False, "date": "", "failures": 7},
+        {"passed": True, "date": "now", "failures": ["one"]},
+        {"passed": 1, "date": "", "failures": []},
+    ],
 )
 def test_a_verdict_of_another_form_is_reported_and_ignored(found):
     Record(CHECK, CPU).update({"cpu": found})
-    with pytest.warns(RuntimeWarning, match="verdict on backend 'cpu' in .* is ignored: .*check` judges anew"):
+    with pytest.warns(
+        RuntimeWarning, match="verdict on backend 'cpu' in .* is ignored: .*check` judges anew"
+    ):
         assert verdicts.of(CPU) == {}
 
 

@@ -243,7 +243,11 @@ def test_what_cannot_be_read_is_removed_and_the_rest_stays(monkeypatch):
     clock(monkeypatch, lambda trial: 1.0)
     kept = {GLU: {"answer": [[None, ["torch"]]]}, "launch/of_triton": {"answer": {}}}
     monkeypatch.delitem(answers._readers, "launch", raising=False)
-    damaged = {"weather/float32": {"answer": 1}, "backends/nobody/float32": 3, "run/mlp/float32": {"answer": []}}
+    damaged = {
+        "weather/float32": {"answer": 1},
+        "backends/nobody/float32": 3,
+        "run/mlp/float32": {"answer": []},
+    }
     Record(TUNING, CPU).update(kept | damaged)
     assert tune("--list") == 0
     assert set(findings()) == set(kept | damaged)
