@@ -12,7 +12,7 @@ import broken_kernels
 import pytest
 import torch
 
-from gradroute import backends
+from gradroute import backends, testing
 from gradroute.__main__ import main
 from gradroute.backends import composed, native
 from gradroute.machine import progress
@@ -21,6 +21,7 @@ from gradroute.machine.check.cases import Case, Selection
 from gradroute.machine.check.findings import Findings
 from gradroute.machine.check.judging import RIGHT, UNCHECKED, WRONG, Outcome, judged
 from gradroute.machine.check.keeping import MOST_LINES, Run, verdict
+from gradroute.machine.check.trials import CallTrial
 from gradroute.machine.check.workers import LostProcesses, Plan, outcomes
 from gradroute.machine.records import CHECK, Record
 
@@ -191,7 +192,9 @@ def test_only_far_rows_may_stay_unchecked(kind, passes, monkeypatch, capsys):
         (["--op", "routed_weather"], "invalid choice: 'routed_weather'"),
         (["--device", "cuda:77"], "device: got 'cuda:77', expected one that is there: cpu"),
         (["--limit", "0"], "limit: got 0.0, expected a number of seconds above 0"),
-        (["--seed", "-1"], "seed: got -1, expected 0 or more"),
+        (["--seed", "-1"], "seed: got -1, expected 0 to 4294967295"),
+        (["--seed", str(2**63)], f"seed: got {2**63}, expected 0 to 4294967295"),
+        (["--limit", "nan"], "limit: got nan, expected a number of seconds above 0"),
         (["--processes", "0"], "processes: got 0, expected 1 or more"),
         (["--device", "cpu", "--backend", "cuda"], "there is nothing to check: cuda on cpu: "),
         (
@@ -315,6 +318,42 @@ DTYPES = ("float32", "float16", "bfloat16")
 def run_cases(limit=60.0, processes=1):
     cases = [Case("numbers", "route_grad", dtype, {"tokens": 5}) for dtype in DTYPES]
     return {case.dtype: outcome for case, outcome in outcomes(cases, Plan("torch", CPU, 0, processes, limit))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1e300, float("inf")])
+def test_a_limit_may_be_of_any_length(limit):
+    assert {outcome.state for outcome in run_cases(limit=limit).values()} == {RIGHT}
+
+
+def test_a_fault_of_the_check_is_no_verdict_on_the_backend(in_process, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("a sample cannot be drawn")
+
+    monkeypatch.setattr(testing, "sample", fails)
+    assert check("--quick", "--backend", "torch") == 1
+    assert kept() is None
+    said = capsys.readouterr().out
+    assert "not made" in said
+    assert "WRONG" not in said
+    assert "the check could not make the call: RuntimeError: a sample cannot be drawn" in said
+
+
+@pytest.mark.parametrize("kind", ["numbers", "strides"])
+def test_a_fault_of_the_check_leaves_a_run_unfinished_in_every_kind(kind, in_process, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("no exact values")
+
+    monkeypatch.setattr(CallTrial, "expected", fails)
+    assert check("--quick", "--backend", "torch", "--kind", kind) == 1
+    assert kept() is None
+    assert (
+        "could not make what the result has to be: RuntimeError: no exact values" in capsys.readouterr().out
+    )
+
+
+def test_the_largest_seed_is_one_that_samples_take(in_process):
+    assert check("--quick", "--backend", "torch", "--seed", str(command.LARGEST_SEED)) == 0
 
 
 @pytest.mark.slow

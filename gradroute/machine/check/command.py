@@ -22,6 +22,8 @@ from .workers import LostProcesses, Plan, outcomes
 
 # Seconds that a case may take: Triton compiles a kernel in one or two, and milliseconds are usual.
 LIMIT = 300.0
+# Samples seed torch, which takes 64 bits, with up to a hundred seeds for one.
+LARGEST_SEED = 2**32 - 1
 INTERRUPTED = 130  # what shells return for a command that Ctrl-C ended
 
 
@@ -87,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of all numbers; default 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, help="seconds that one case may take; default %(default)s"
+        "--limit",
+        type=float,
+        default=LIMIT,
+        help="seconds that one case may take; inf: no limit; default %(default)s",
     )
     parser.add_argument(
         "--processes",
@@ -105,8 +110,8 @@ def _jobs(options: argparse.Namespace, selection: Selection) -> list[Job]:
     """
     if not options.limit > 0:
         raise ValueError(f"limit: got {options.limit}, expected a number of seconds above 0")
-    if selection.seed < 0:
-        raise ValueError(f"seed: got {selection.seed}, expected 0 or more")
+    if not 0 <= selection.seed <= LARGEST_SEED:
+        raise ValueError(f"seed: got {selection.seed}, expected 0 to {LARGEST_SEED}")
     if options.processes is not None and options.processes < 1:
         raise ValueError(f"processes: got {options.processes}, expected 1 or more")
     jobs, reasons = [], []

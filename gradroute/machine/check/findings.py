@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from .cases import KINDS, Case, Selection
-from .judging import REFUSED, RIGHT, UNCHECKED, WRONG, Outcome
+from .judging import REFUSED, RIGHT, UNCHECKED, UNMADE, WRONG, Outcome
 from .keeping import Run, shortened
 from .workers import Plan
 
@@ -58,7 +58,7 @@ class Findings:
         self.counts.setdefault((case.op, case.kind), Counter())[outcome.state] += 1
         if outcome.state == WRONG:
             self.failures.append(Failure(case, outcome.text, self.command(case)))
-        if outcome.state == UNCHECKED:
+        if outcome.state in (UNCHECKED, UNMADE):
             self.reasons[f"{case.kind} of {case.op} in {case.dtype}: {outcome.text}"] += 1
 
     @property
@@ -70,7 +70,8 @@ class Findings:
     def is_finished(self) -> bool:
         """Whether all that was asked for was checked, but for what MAY_STAY_UNCHECKED."""
         missing = any(
-            states[UNCHECKED] for (_, kind), states in self.counts.items() if kind not in MAY_STAY_UNCHECKED
+            states[UNMADE] or (states[UNCHECKED] and kind not in MAY_STAY_UNCHECKED)
+            for (_, kind), states in self.counts.items()
         )
         return self.trouble is None and self.done == self.total and not missing
 
@@ -152,5 +153,5 @@ def _cell(states: Counter[str] | None) -> str:
     if states[WRONG]:
         return f"{states[WRONG]} of {states.total()} WRONG"
     said = [f"ok {states[RIGHT]}"] if states[RIGHT] else []
-    said += [f"{states[state]} {state}" for state in (UNCHECKED, REFUSED) if states[state]]
+    said += [f"{states[state]} {state}" for state in (UNCHECKED, UNMADE, REFUSED) if states[state]]
     return ", ".join(said)

@@ -14,10 +14,11 @@ from . import on_cuda
 from .buffers import FINITE, NAN, Guards
 from .cases import Case
 from .far_rows import NotChecked, far_apart
-from .trials import Refused, Trial, made
+from .trials import Expected, Refused, Trial, made
 
-#: What can come of a case: it is right; it is wrong; it could not be checked; the backend refuses the call, as it may.
-RIGHT, WRONG, UNCHECKED, REFUSED = "right", "wrong", "unchecked", "refused"
+#: What can come of a case: it is right; it is wrong; it could not be checked; the backend refuses the call, as it may;
+#: the check itself failed before it called the backend, which says nothing about the backend.
+RIGHT, WRONG, UNCHECKED, REFUSED, UNMADE = "right", "wrong", "unchecked", "refused", "not made"
 
 # The inputs of how many calls a graph replays.
 REPLAYED = 3
@@ -25,12 +26,16 @@ REPLAYED = 3
 COMPOSED = ("torch", "reference")
 
 
+class _Unmade(Exception):
+    """The check failed before it called the backend."""
+
+
 class Outcome(NamedTuple):
     """What came of a case.
 
     Attributes:
-        state: RIGHT, WRONG, UNCHECKED or REFUSED.
-        text: what is wrong and by how much, or why it was not checked or is refused.
+        state: RIGHT, WRONG, UNCHECKED, REFUSED or UNMADE.
+        text: what is wrong and by how much, or why it was not checked, is refused or was not made.
     """
 
     state: str
@@ -44,6 +49,8 @@ def judged(case: Case, backend: str, device: torch.device, seed: int) -> Outcome
         synchronize(device)
     except Refused as refusal:
         return Outcome(REFUSED, str(refusal))
+    except _Unmade as fault:
+        return Outcome(UNMADE, str(fault))
     except NotChecked as reason:
         return Outcome(UNCHECKED, str(reason))
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -75,8 +82,30 @@ def _first_line(error: BaseException) -> str:
 
 
 def _numbers(case: Case, backend: str, device: torch.device, seed: int) -> None:
-    trial = made(case, backend, device, seed)
-    trial.expected().check(_run(trial), case.op)
+    trial = _made(case, backend, device, seed)
+    _expected(trial).check(_run(trial), case.op)
+
+
+def _made(case: Case, backend: str, device: torch.device, seed: int) -> Trial:
+    with _before_the_backend("the call"):
+        return made(case, backend, device, seed)
+
+
+def _expected(trial: Trial) -> Expected:
+    with _before_the_backend("what the result has to be"):
+        return trial.expected()
+
+
+@contextmanager
+def _before_the_backend(what: str) -> Iterator[None]:
+    """Within it an error is a fault of the check, unless it says that the backend refuses or that memory is short."""
+    try:
+        yield
+    except (Refused, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise _Unmade(f"the check could not make {what}: {said}") from error
 
 
 def _run(trial: Trial) -> Result:
@@ -84,7 +113,7 @@ def _run(trial: Trial) -> Result:
 
 
 def _determinism(case: Case, backend: str, device: torch.device, seed: int) -> None:
-    trial = made(case, backend, device, seed)
+    trial = _made(case, backend, device, seed)
     around_vendors = case.op == "routed_attention" and backend != "triton"
     # Own kernels are deterministic always; torch's and vendors' only where that is demanded.
     with _deterministic() if backend in COMPOSED or around_vendors else nullcontext():
@@ -107,8 +136,8 @@ def _deterministic() -> Iterator[None]:
 
 
 def _bounds(case: Case, backend: str, device: torch.device, seed: int) -> None:
-    trial = made(case, backend, device, seed)
-    expected = trial.expected()
+    trial = _made(case, backend, device, seed)
+    expected = _expected(trial)
     for bits, shift, said in ((NAN, 0, "guards of NaN"), (FINITE, 1, "guards of numbers")):
         guards = Guards(bits, shift, trial.changing)
         run = trial.prepared(guards.hold)
@@ -120,12 +149,12 @@ def _bounds(case: Case, backend: str, device: torch.device, seed: int) -> None:
 
 
 def _strides(case: Case, backend: str, device: torch.device, seed: int) -> None:
-    trial, moved = made(case, backend, device, seed), case.options["far"]
+    trial, moved = _made(case, backend, device, seed), case.options["far"]
 
     def place(name: str, tensor: Tensor) -> Tensor:
         return far_apart(tensor) if name == moved else tensor
 
-    trial.expected().check(trial.prepared(place)(), f"{case.op} with rows of {moved} far apart")
+    _expected(trial).check(trial.prepared(place)(), f"{case.op} with rows of {moved} far apart")
 
 
 def _graphs(case: Case, backend: str, device: torch.device, seed: int) -> None:
@@ -137,11 +166,11 @@ def _graphs(case: Case, backend: str, device: torch.device, seed: int) -> None:
                 raise
             raise NotChecked(f"it cannot be captured: {_first_line(error)}") from None
 
-    on_cuda.check_graph([made(case, backend, device, seed + i) for i in range(REPLAYED)], device, captured)
+    on_cuda.check_graph([_made(case, backend, device, seed + i) for i in range(REPLAYED)], device, captured)
 
 
 def _streams(case: Case, backend: str, device: torch.device, seed: int) -> None:
-    on_cuda.check_stream(made(case, backend, device, seed), device)
+    on_cuda.check_stream(_made(case, backend, device, seed), device)
 
 
 CHECKS = {

@@ -25,6 +25,8 @@ from .judging import RIGHT, UNCHECKED, WRONG, Outcome, judged, survives
 START_SECONDS = 300.0
 # After so many lost processes the rest of the cases stays unchecked.
 MOST_LOST = 5
+# The system takes no wait of any length; what has a later deadline, or none, is waited for again.
+LONGEST_WAIT = 86400.0
 
 
 class Plan(NamedTuple):
@@ -90,7 +92,8 @@ def _check_lost(worker: _Worker, case: Case | None, lost: int, waiting: Sequence
 def _heard(workers: list[_Worker]) -> list[_Worker]:
     """The processes that have said something, have ended, or are over their time."""
     soonest = min(worker.deadline for worker in workers)
-    said = wait([worker.connection for worker in workers], timeout=max(0.0, soonest - time.monotonic()))
+    seconds = max(0.0, min(LONGEST_WAIT, soonest - time.monotonic()))
+    said = wait([worker.connection for worker in workers], timeout=seconds)
     now = time.monotonic()
     return [worker for worker in workers if worker.connection in said or worker.deadline <= now]
 
