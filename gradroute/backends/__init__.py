@@ -17,6 +17,7 @@ from ..arguments import as_device, check_choice, shown
 from ..machine import answers, verdicts
 from ..machine.answers import MEASURED, SHIPPED
 from ..primitives.protocol import Primitives
+from ..tracing import constant_when_traced
 from . import composed, native
 
 _FASTEST_FIRST = ("triton", "cuda", "cpu", "torch", "reference")
@@ -160,9 +161,9 @@ def order_of(op: str, x: Tensor) -> tuple[str, ...]:
 
     Traced code must not depend on a size: under torch.compile what was measured for the largest counts.
     """
-    orders = _orders_of(op, x)
     if torch.compiler.is_compiling():
-        return orders[-1][1]
+        return _orders_of(op, x)[-1][1]
+    orders = answers.derived(("orders", op, x.device, x.dtype), lambda: _orders_of(op, x))
     return next(names for limit, names in orders if limit is None or x.numel() <= limit)
 
 
@@ -256,7 +257,8 @@ def _automatic(op: str, x: Tensor, refused: Mapping[str, str] | None, names: tup
             continue
         is_slow = name == "reference" or (name == "torch" and native.loading.module is None)
         if is_slow or (x.is_cuda and name != names[0]):
-            _warn_slow(op, name, _rejected(op, names[: names.index(name)], x, refused))
+            rejected = _rejected(op, names[: names.index(name)], x, refused)
+            _warn_slow(op, name, _listed(rejected) or "no faster backend exists yet")
         return name
     raise BackendError(f"{op}: no backend can run it: " + _listed(_rejected(op, names, x, refused)))
 
@@ -398,8 +400,8 @@ def _rejected(
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _warn_slow(op: str, name: str, rejected: dict[str, str]) -> None:
-    why = _listed(rejected) or "no faster backend exists yet"
+@constant_when_traced  # so that compiled code says it once, while it is traced
+def _warn_slow(op: str, name: str, why: str) -> None:
     warnings.warn(f"{op} runs on the slower backend {name!r}: {why}", RuntimeWarning, stacklevel=4)
 
 

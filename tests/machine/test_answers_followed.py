@@ -100,6 +100,20 @@ def test_files_are_read_once(cache, monkeypatch):
     assert reads == ["tuning", "check"]
 
 
+def test_attentions_order_is_made_once_and_anew_with_other_answers(cache, monkeypatch):
+    made, make = [], backends._orders_of
+    monkeypatch.setattr(backends, "_orders_of", lambda op, x: made.append(op) or make(op, x))
+    q = torch.randn(1, 2, 4, 8)
+    for _ in range(3):
+        assert backends.order_of("routed_attention", q)[0] == "torch"
+    assert len(made) == 1
+    with answers.trying(CPU, {}):
+        assert backends.order_of("routed_attention", q) == backends.OPS["routed_attention"]
+    backends.choose_anew()
+    assert backends.order_of("routed_attention", q)[0] == "torch"
+    assert len(made) == 3
+
+
 RUNS_EVERY_OP = """
 import hashlib, torch
 torch.set_num_threads(1)

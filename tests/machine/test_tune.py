@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from gradroute.backends import composed, native
 from gradroute.machine import answers, identity, progress
 from gradroute.machine.records import TUNING, Record
 from gradroute.machine.tune import command, measuring
-from gradroute.machine.tune.measuring import Contest, Measuring, Trial, is_faster, ranking
+from gradroute.machine.tune.measuring import Contest, Measuring, Trial, is_faster, least_rounds, ranking
 from gradroute.machine.tune.of_backends import by_size
 from gradroute.machine.tune.question import threshold
 from gradroute.machine.tune.questions import questions
@@ -35,9 +36,10 @@ ROUTE_GRAD, GLU = "backends/route_grad/float32", "backends/routed_glu/float32"
         ([0.96] * 8, [1.0] * 8, True),
         ([0.98] * 8, [1.0] * 8, False),  # too little
         ([1.0] * 8, [1.0] * 8, False),
-        ([0.5] * 5 + [2.0] * 3, [1.0] * 8, False),  # not in three of four rounds
-        ([0.5] * 7 + [9.0], [1.0] * 8, True),  # one disturbed round does not count
-        ([5.0, 0.5, 50.0, 0.05], [10.0, 1.0, 100.0, 0.1], True),  # rounds are compared one by one
+        ([0.5] * 7 + [2.0] * 2, [1.0] * 9, False),  # a coin does as well in 9 of 100 contests
+        ([0.5] * 8 + [9.0], [1.0] * 9, True),  # one disturbed round does not count
+        ([0.5] * 5, [1.0] * 5, False),  # too few rounds to tell
+        ([5.0, 0.5, 50.0, 0.05] * 2, [10.0, 1.0, 100.0, 0.1] * 2, True),  # rounds are compared one by one
     ],
 )
 def test_a_candidate_must_be_faster_by_more_than_the_noise(own, incumbent, faster):
@@ -45,17 +47,47 @@ def test_a_candidate_must_be_faster_by_more_than_the_noise(own, incumbent, faste
 
 
 def test_a_ranking_keeps_the_shipped_order_within_the_noise():
-    assert ranking({"a": [1.0] * 4, "b": [0.99] * 4, "c": [1.01] * 4}) == ["a", "b", "c"]
-    assert ranking({"a": [1.0] * 4, "b": [0.9] * 4, "c": [0.5] * 4}) == ["c", "b", "a"]
-    assert ranking({"a": [1.0] * 4, "b": [3.0] * 4, "c": [2.0] * 4}) == ["a", "c", "b"]
+    assert ranking({"a": [1.0] * 8, "b": [0.99] * 8, "c": [1.01] * 8}) == ["a", "b", "c"]
+    assert ranking({"a": [1.0] * 8, "b": [0.9] * 8, "c": [0.5] * 8}) == ["c", "b", "a"]
+    assert ranking({"a": [1.0] * 8, "b": [3.0] * 8, "c": [2.0] * 8}) == ["a", "c", "b"]
 
 
 def contests(faster):
     """Contests of an old and a new form, by point: whether the new one is the faster one."""
     return {
-        point: Contest({"old": [1.0] * 4, "new": [0.5 if is_new else 2.0] * 4}, {})
+        point: Contest({"old": [1.0] * 8, "new": [0.5 if is_new else 2.0] * 8}, {})
         for point, is_new in faster.items()
     }
+
+
+def simulated(seed, candidates, jitter, gain):
+    """What contests of equals rank first, but the last one is faster by `gain`; times jitter by a normal share."""
+    generator = random.Random(seed)
+    rounds = max(measuring.QUICK.least_rounds, least_rounds(candidates - 1))
+    for _ in range(500):
+        speeds = [1.0] * (candidates - 1) + [1.0 - gain]
+        times = [[max(0.01, generator.gauss(one, jitter * one)) for _ in range(rounds)] for one in speeds]
+        yield ranking(dict(enumerate(times)))
+
+
+@pytest.mark.parametrize("candidates", [2, 5])
+@pytest.mark.parametrize("jitter", [0.05, 0.15])
+def test_equals_keep_the_shipped_answer(candidates, jitter):
+    orders = list(simulated(1, candidates, jitter, gain=0))
+    assert sum(order[0] == 0 for order in orders) >= 0.97 * len(orders)
+
+
+@pytest.mark.parametrize("candidates", [2, 5])
+def test_what_is_faster_by_a_fifth_wins(candidates):
+    orders = list(simulated(2, candidates, 0.05, gain=0.2))
+    assert sum(order[0] == candidates - 1 for order in orders) >= 0.97 * len(orders)
+
+
+@pytest.mark.parametrize(("others", "expected"), [(1, 9), (2, 11), (4, 12)])
+def test_a_contest_has_rounds_enough_that_one_may_be_lost(others, expected):
+    assert least_rounds(others) == expected
+    trials = {str(number): [Trial(lambda: None, lambda: None)] for number in range(others + 1)}
+    assert Measuring(CPU, EFFORT).contest(trials).rounds == expected
 
 
 @pytest.mark.parametrize(
@@ -89,8 +121,8 @@ def test_rounds_take_every_candidate_and_the_inputs_in_turn(monkeypatch):
     names = {id(trial): f"{name}{number}" for name in "ab" for number, trial in enumerate(trials[name])}
     clock(monkeypatch, lambda trial: timed.append(names[id(trial)]) or 1.0)
     contest = Measuring(CPU, EFFORT).contest(trials)
-    assert timed == ["a0", "b0", "b0", "a0", "a1", "b1", "b1", "a1", "a0", "b0", "b0", "a0"]
-    assert contest.rounds == 4
+    assert timed[:12] == ["a0", "b0", "b0", "a0", "a1", "b1", "b1", "a1", "a0", "b0", "b0", "a0"]
+    assert contest.rounds == 9
     assert contest.figures("x: ") == {name: {"ms": 1e3, "ratio": 1.0} for name in ("x: a", "x: b")}
 
 
@@ -140,7 +172,7 @@ def test_a_faster_backend_is_taken_by_size_and_explained(monkeypatch, capsys):
     found = findings()[ROUTE_GRAD]
     assert found["answer"] == [[128, ["torch", "cpu"]], [None, ["cpu", "torch"]]]
     assert found["measured"]["small, 32 elements: torch"] == {"ms": 1e3, "ratio": 0.5}
-    assert (found["rounds"], found["quick"], found["left_out"], found["spread"]) == (4, True, {}, 0.0)
+    assert (found["rounds"], found["quick"], found["left_out"], found["spread"]) == (9, True, {}, 0.0)
     assert f'{ROUTE_GRAD}: [[128, ["torch", "cpu"]], [null, ["cpu", "torch"]]], shipped is' in (
         capsys.readouterr().out
     )

@@ -10,7 +10,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradroute
-from gradroute import BackendError, available_backends, backends, reference, unavailable_backends, use_backend
+from gradroute import (
+    BackendError,
+    LinearSites,
+    Routes,
+    available_backends,
+    backends,
+    reference,
+    routed_linear,
+    unavailable_backends,
+    use_backend,
+)
 from gradroute.backends import choose, native
 
 X = torch.zeros(2, 3)
@@ -99,6 +109,26 @@ def test_without_the_native_module_the_automatic_choice_warns(monkeypatch):
         RuntimeWarning, match="on the slower backend 'torch': .*cpu: the native module was not built"
     ):
         assert choose("route_grad", None, X) == "torch"
+
+
+def test_compiled_code_warns_of_a_slower_backend_while_it_is_traced(monkeypatch):
+    monkeypatch.setattr(native.loading, "module", None)
+    monkeypatch.setattr(native.loading, "load_error", "the native module was not built")
+    backends.choose_anew()
+    weight, routes = torch.randn(3, 4), Routes.of([0, 1], 2)
+    sites = LinearSites(output=[[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+
+    def step(x):
+        return routed_linear(x, weight, None, routes, sites)
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    x = torch.randn(2, 4, requires_grad=True)
+    with pytest.warns(RuntimeWarning, match="routed_linear runs on the slower backend 'torch': ") as caught:
+        output = compiled(x)
+    assert sum("slower backend" in str(warning.message) for warning in caught) == 1
+    torch.testing.assert_close(output, x @ weight.T)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]) @ weight)
 
 
 @pytest.mark.parametrize("op", [op for op, row in backends.OPS.items() if "triton" in row])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +18,11 @@ from ...testing import Result, Sample, assert_result_within_budget, assert_same_
 from ...testing.ops import OPS
 from .. import answers
 
-# The shipped answer stays unless another one is faster by more than the noise: in three of four rounds, and by so much
-# in the median of the rounds' ratios.
+# The shipped answer stays unless another one is faster by so much in the median of the rounds' ratios, and in so many
+# rounds that chance alone, which decides a round of equals as a coin does, would have any of the others win them with
+# less than this probability.
 LEAST_GAIN = 0.03
+MOST_CHANCE = 0.02
 
 # What is bound by launching is called so often a round, because a single call is shorter than what disturbs it.
 LAUNCHES = 20
@@ -127,7 +131,8 @@ class Measuring:
         right = {name: trials for name, trials in candidates.items() if name not in left_out}
         if not right:
             raise AssertionError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
-        return Contest(timing.interleaved(right, self._rounds(), self.seconds), left_out)
+        rounds = self._rounds(least_rounds(len(right) - 1))
+        return Contest(timing.interleaved(right, rounds, self.seconds), left_out)
 
     def seconds(self, trial: Trial) -> float:
         """Runs a trial, and returns how long one call took."""
@@ -149,10 +154,12 @@ class Measuring:
                 return f"{type(error).__name__}: {error}"
         return None
 
-    def _rounds(self) -> Iterator[int]:
+    def _rounds(self, needed: int) -> Iterator[int]:
+        """The numbers of a contest's rounds, at least so many as the rule needs."""
         start = time.perf_counter()
-        for number in range(timing.WARMUP_ROUNDS + self.effort.most_rounds):
-            has_least = number >= timing.WARMUP_ROUNDS + self.effort.least_rounds
+        least = max(self.effort.least_rounds, needed)
+        for number in range(timing.WARMUP_ROUNDS + max(self.effort.most_rounds, least)):
+            has_least = number >= timing.WARMUP_ROUNDS + least
             if has_least and time.perf_counter() - start > self.effort.seconds:
                 return
             yield number
@@ -168,18 +175,32 @@ def ratios(own: Sequence[float], base: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(own, base, strict=True)]
 
 
-def is_faster(own: Sequence[float], incumbent: Sequence[float]) -> bool:
-    """Whether a candidate is faster by more than the noise: in three of four rounds, by LEAST_GAIN in the median."""
-    _, middle, upper = statistics.quantiles(ratios(own, incumbent), n=4, method="inclusive")
-    return upper < 1 and middle <= 1 - LEAST_GAIN
+def chance_of(wins: int, rounds: int) -> float:
+    """The probability that one of two equals is faster in at least so many rounds: a one-sided sign test."""
+    return sum(math.comb(rounds, number) for number in range(wins, rounds + 1)) / 2**rounds
+
+
+def least_rounds(others: int) -> int:
+    """The fewest rounds in which one of so many other candidates can replace the first though it lost one of them."""
+    return next(
+        rounds for rounds in itertools.count(2) if others * chance_of(rounds - 1, rounds) < MOST_CHANCE
+    )
+
+
+def is_faster(own: Sequence[float], incumbent: Sequence[float], others: int = 1) -> bool:
+    """Whether a candidate is faster by more than the noise, as one of so many others that could have been."""
+    found = ratios(own, incumbent)
+    wins = sum(ratio < 1 for ratio in found)
+    is_chance = others * chance_of(wins, len(found)) >= MOST_CHANCE
+    return not is_chance and statistics.median(found) <= 1 - LEAST_GAIN
 
 
 def ranking(milliseconds: Mapping[str, Sequence[float]]) -> list[str]:
     """The candidates, fastest first; where none is faster by more than the noise, in the order in which they come."""
-    left, ranked = list(milliseconds), []
+    left, ranked, others = list(milliseconds), [], len(milliseconds) - 1
     while left:
         first = milliseconds[left[0]]
-        faster = [name for name in left if is_faster(milliseconds[name], first)]
+        faster = [name for name in left if is_faster(milliseconds[name], first, others)]
         medians = {name: statistics.median(ratios(milliseconds[name], first)) for name in faster}
         best = min(medians, key=medians.__getitem__) if medians else left[0]
         left.remove(best)
