@@ -119,6 +119,18 @@ class RunLog:
             del self.phases[report.nodeid]
             self.write(entry_of(report.nodeid, outcome_of(phases), phases))
 
+    def pytest_collectreport(self, report):
+        """A file that cannot be collected is a line too: its tests are missing."""
+        if report.failed:
+            entry = {"test": report.nodeid, "outcome": ERROR, "seconds": 0.0, "worker": worker_of(report)}
+            cause = {
+                "type": "CollectionError",
+                "message": last_line(report),
+                "frame": "",
+                "place": report.nodeid,
+            }
+            self.write(entry | {"phase": "collection", "cause": cause, "text": shortened(report)})
+
     def pytest_unconfigure(self, config):
         self.file.close()
 
@@ -160,6 +172,11 @@ def worker_of(report):
     """The worker of pytest-xdist that ran a test; "" without one."""
     node = getattr(report, "node", None)
     return "" if node is None else node.gateway.id
+
+
+def last_line(report):
+    """The error of a file that cannot be collected: the last line of its text that says something."""
+    return next((line for line in reversed(report.longreprtext.splitlines()) if line.strip()), "")
 
 
 def shortened(report):

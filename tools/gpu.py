@@ -34,6 +34,11 @@ SUITES_TEST = "test_suites_run_on_a_gpu"  # minutes of one worker
 MOST_SECONDS_OF_A_TEST = 120
 WORDS = re.compile(r"\b(gpu|device|cuda)\b")  # one of them is in every file with a test for a device
 MOST_SECONDS_OF_A_CASE = 30  # of the check
+OWN_FIRST = (
+    "triton",
+    "cuda",
+    "torch",
+)  # of the check, which may be cut short: what only a GPU can show comes first
 BEFORE = "before.jsonl"  # the outcomes of tests in earlier calls
 
 #: What findings depend on: folders of sources, and the commit, which the benchmark compares.
@@ -109,6 +114,8 @@ def report(settings: Settings) -> Stage:
 def check(settings: Settings) -> Stage:
     """The sample that covers every value of every axis, on the device alone; the tests that follow have all."""
     command = python("-m", "gradroute", "check", "--quick", "--json", "--device", settings.device)
+    for backend in OWN_FIRST:
+        command += ("--backend", backend)
     command += ("--limit", str(MOST_SECONDS_OF_A_CASE))
     return with_own_findings(
         Stage("check", command, 90, output="check.json", files=("check.json",), inputs=PRODUCT), settings
@@ -149,7 +156,14 @@ def pytest(
     """
     log = f"{name}.jsonl"
     command = [*python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "run_log"), *choice]
-    command += ["--run-log", str(settings.out / log), "--junitxml", str(settings.out / f"{name}.xml")]
+    # A file that cannot be collected costs its own tests, and the run log names it.
+    command += [
+        "--continue-on-collection-errors",
+        "--run-log",
+        str(settings.out / log),
+        "--junitxml",
+        str(settings.out / f"{name}.xml"),
+    ]
     for file in settings.passed:
         command += ["--earlier", str(file)]
     if "xdist" in settings.plugins:
@@ -174,7 +188,9 @@ def pytest(
 
 def tests(settings: Settings) -> Stage:
     marker = f"({settings.marker}) and not memory"
-    return pytest(settings, "tests", 380, *settings.tests, "-m", marker, "-k", f"not {SUITES_TEST}")
+    choice = (*settings.tests, "-m", marker, "-k", f"not {SUITES_TEST}")
+    fine = (0, 5) if settings.passed else (0,)  # all may have passed before, which is pytest's code 5
+    return pytest(settings, "tests", 380, *choice, fine=fine)
 
 
 def again(settings: Settings) -> Stage:
@@ -327,7 +343,8 @@ def probe() -> dict[str, Any]:
     """The object that PROBE prints. A torch that cannot be imported ends the call, for nothing would work."""
     done = subprocess.run(python("-c", PROBE), capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise Refused(f"{sys.executable} cannot import torch: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Refused(f"{sys.executable} cannot import torch: {said[-1]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -459,7 +476,8 @@ def gathered(earlier: Path, out: Path) -> tuple[Path, ...]:
     """One log of all tests of an earlier folder and of those before it, in `out`; nothing where there is none."""
     files = [file for name in (BEFORE, "tests.jsonl", "again.jsonl") if (file := earlier / name).is_file()]
     if files:
-        (out / BEFORE).write_bytes(b"\n".join(file.read_bytes() for file in files))
+        logs = (file.read_bytes() for file in files)
+        (out / BEFORE).write_bytes(b"".join(log if log.endswith(b"\n") else log + b"\n" for log in logs))
     return (out / BEFORE,) if files else ()
 
 

@@ -192,8 +192,24 @@ def take_module() -> str:
     place = ROOT / "gradroute" / module.name
     place.unlink(missing_ok=True)  # a module that is loaded, or linked to, is not written into
     shutil.copyfile(module, place)
+    why = why_not_loaded(place)
+    if why:
+        place.unlink()
+        return f"{module} does not load here: {why}"
     print(f"the native module was carried: {module.name}", flush=True)
     return ""
+
+
+def why_not_loaded(module: Path) -> str:
+    """Why this Python cannot load a native module, in a process of its own; "" where it can."""
+    code = (
+        "import importlib.util as util, sys\n"
+        "util.module_from_spec(util.spec_from_file_location('_native', sys.argv[1]))"
+    )
+    done = subprocess.run((sys.executable, "-c", code, module), capture_output=True, text=True)
+    if not done.returncode:
+        return ""
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def unpack_cache(place: Path) -> None:

@@ -88,8 +88,8 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line; none where there is no such file.
 
-    Raises:
-        ValueError: a line before the last one is no JSON object.
+    A kill tears the line that is being written, and a run that goes on appends to it: what is no object is told on
+    standard error, and left out.
     """
     if not file.exists():
         return []
@@ -99,8 +99,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         try:
             found.append(dict(json.loads(line)))
         except (ValueError, TypeError):
-            if number < len(lines):
-                raise ValueError(f"{file}: line {number} is no JSON object: {line[:80]!r}") from None
+            if line:
+                print(f"{file}: line {number} is torn, and left out: {line[:80]!r}", file=sys.stderr)
     return found
 
 

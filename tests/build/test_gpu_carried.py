@@ -73,7 +73,8 @@ def carried(tmp_path, monkeypatch):
     return name
 
 
-def test_a_carried_module_of_these_sources_is_taken(carried):
+def test_a_carried_module_of_these_sources_is_taken(carried, monkeypatch):
+    monkeypatch.setattr(gpu_carried, "why_not_loaded", lambda module: "")
     assert gpu_carried.take_module() == ""
     assert (gpu_carried.ROOT / "gradroute" / carried).read_text() == "module"
 
@@ -82,6 +83,16 @@ def test_a_carried_module_of_other_sources_is_not(carried):
     (gpu_carried.ROOT / "csrc" / "a.cpp").write_text("b")
     assert "was built from another csrc" in gpu_carried.take_module()
     assert not (gpu_carried.ROOT / "gradroute" / carried).exists()
+
+
+def test_a_carried_module_that_does_not_load_is_not(carried):
+    assert "does not load here: ImportError" in gpu_carried.take_module()
+    assert not (gpu_carried.ROOT / "gradroute" / carried).exists()
+
+
+def test_the_built_module_loads():
+    built = pytest.importorskip("gradroute._native")
+    assert gpu_carried.why_not_loaded(built.__file__) == ""
 
 
 def test_a_module_for_another_python_is_not(carried):

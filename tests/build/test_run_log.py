@@ -191,3 +191,20 @@ def test_a_log_that_a_kill_has_torn_goes_on_in_a_new_line(tmp_path):
     writer.pytest_runtest_logstart("b", None)
     writer.pytest_unconfigure(None)
     assert run_log.outcomes([log]) == {"b": "began"}
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_file_that_cannot_be_collected_is_a_line(tmp_path, workers):
+    (tmp_path / "test_good.py").write_text("def test_good():\n    assert True\n")
+    (tmp_path / "test_lost.py").write_text("import a_module_that_nobody_has\n")
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, "-m", "pytest", "-p", "run_log", "--run-log", str(log), "-n", workers]
+    command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1, done.stdout + done.stderr
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    (lost,) = [entry for entry in entries if entry["outcome"] == "error"]
+    assert lost["test"].endswith("test_lost.py")
+    assert "a_module_that_nobody_has" in lost["cause"]["message"]
+    assert [entry["outcome"] for entry in entries if "test_good" in entry["test"]] == ["began", "passed"]

@@ -147,13 +147,17 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-def test_a_torn_last_line_is_left_out_and_any_other_is_an_error(tmp_path):
+def test_torn_lines_are_left_out_and_told(tmp_path, capsys):
     whole = json.dumps({"event": "begin", "stage": "one"})
     (tmp_path / stages.RECORD).write_text(f"{whole}\n{whole[:20]}")
     assert read_record(tmp_path) == [{"event": "begin", "stage": "one"}]
     (tmp_path / stages.RECORD).write_text(f"{whole[:20]}\n{whole}\n")
-    with pytest.raises(ValueError, match="line 1 is no JSON object"):
-        read_record(tmp_path)
+    capsys.readouterr()
+    assert read_record(tmp_path) == [{"event": "begin", "stage": "one"}]
+    assert "line 1 is torn, and left out" in capsys.readouterr().err
+    (tmp_path / stages.RECORD).write_text(f"{whole}\n\n{whole}\n")
+    assert len(read_record(tmp_path)) == 2
+    assert capsys.readouterr().err == ""
     assert read_record(tmp_path / "nowhere") == []
 
 
