@@ -38,11 +38,16 @@ DAMAGED: tuple[type[Exception], ...] = (
 
 
 def folder() -> Path:
-    """The cache folder: $GRADROUTE_CACHE, else $XDG_CACHE_HOME/gradroute, else ~/.cache/gradroute."""
+    """The cache folder: $GRADROUTE_CACHE, else $XDG_CACHE_HOME/gradroute, else ~/.cache/gradroute.
+
+    GRADROUTE_CACHE may begin with ~, and a relative path counts from the working directory; a relative XDG_CACHE_HOME
+    is ignored, as its specification says.
+    """
     named = os.environ.get("GRADROUTE_CACHE")
     if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gradroute"
+        return Path(os.path.abspath(os.path.expanduser(named)))
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(shared if os.path.isabs(shared) else os.path.expanduser("~/.cache")) / "gradroute"
 
 
 class Record:

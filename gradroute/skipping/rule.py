@@ -49,6 +49,7 @@ UNCOUNTED = (
 BLENDED = "a strength blends the rows of the tables, so that no part is sure to vanish"
 MANY_ROUTES = f"there are more than {MAX_ROUTES} routes"
 LITTLE_SAVED = "masks leave {left:.1%} of the work, and rectangles pay from {most:.1%} down"
+NEVER_PAYS = "masks leave {left:.1%} of the work, and rectangles never pay"
 FEW_TOKENS = "rectangles would have {tokens} tokens on average, and they pay from {min_tokens} on"
 PAYS = "masks leave {left:.1%} of the work, with {tokens} tokens a rectangle on average"
 
@@ -151,8 +152,13 @@ def decide(name: str, product: Product[Any], routes: Routes, dtype: torch.dtype)
         return Decision(WHOLE, MANY_ROUTES, rule)
     groups = product.groups_of(routes.num_routes)
     if groups.least_cost > 1 - rule.min_saving:
-        return Decision(WHOLE, LITTLE_SAVED, rule, groups.least_cost)
+        return Decision(WHOLE, _too_little(rule), rule, groups.least_cost)
     return routes.derived((groups, rule), lambda: _decide_by_counts(groups, routes, rule))
+
+
+def _too_little(rule: Rule) -> str:
+    """Why a product is whole whose masks leave out less than the rule asks for; some rules ask for more than all."""
+    return NEVER_PAYS if rule.min_saving > 1 else LITTLE_SAVED
 
 
 def _decide_by_counts(groups: Groups[Any], routes: Routes, rule: Rule) -> Decision:
@@ -161,7 +167,7 @@ def _decide_by_counts(groups: Groups[Any], routes: Routes, rule: Rule) -> Decisi
     left = sum(count * group.cost for count, group in zip(counts, groups.groups, strict=True)) / tokens
     number = sum(len(group.spans) for count, group in zip(counts, groups.groups, strict=True) if count)
     if left > 1 - rule.min_saving:
-        return Decision(WHOLE, LITTLE_SAVED, rule, left, number, tokens)
+        return Decision(WHOLE, _too_little(rule), rule, left, number, tokens)
     if number * rule.min_tokens > tokens:
         return Decision(WHOLE, FEW_TOKENS, rule, left, number, tokens)
     return Decision(RECTANGLES, PAYS, rule, left, number, tokens)

@@ -38,6 +38,17 @@ def test_the_folder_is_named_or_the_users_cache(monkeypatch, tmp_path):
     assert records.folder() == Path("/home/somebody/.cache/gradroute")
 
 
+def test_a_relative_folder_counts_from_the_working_directory_and_a_home_is_known(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for named, found in {"here": tmp_path / "here", "~/there": Path("/home/somebody/there")}.items():
+        monkeypatch.setenv("GRADROUTE_CACHE", named)
+        assert records.folder() == found
+    monkeypatch.delenv("GRADROUTE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert records.folder() == Path("/home/somebody/.cache/gradroute")
+
+
 def test_what_is_written_is_read(cache):
     record = Record(CHECK, CPU)
     assert record.read() == {}

@@ -244,6 +244,51 @@ def test_an_interrupt_keeps_what_was_answered_and_the_rest_is_asked_next_time(mo
     assert set(findings()) == {ROUTE_GRAD, GLU}
 
 
+def test_an_interrupted_run_says_which_command_goes_on_and_prints_its_object(monkeypatch, capsys):
+    clock(monkeypatch, lambda trial: 1.0)
+    assert tune("--only", ROUTE_GRAD) == 0
+
+    def interrupt(trial):
+        raise KeyboardInterrupt
+
+    clock(monkeypatch, interrupt)
+    capsys.readouterr()
+    assert tune("--only", ROUTE_GRAD, "--only", GLU, "--again", "--json") == 130
+    out, err = capsys.readouterr()
+    assert "the same command without --again goes on from here" in err
+    assert set(json.loads(out)["cpu"]["findings"]) == {ROUTE_GRAD}
+
+
+def test_a_quick_answer_never_replaces_a_whole_one(monkeypatch, capsys):
+    clock(monkeypatch, lambda trial: 1.0)
+    assert command.main(["--device", "cpu", "--only", ROUTE_GRAD]) == 0
+    whole = findings()
+    assert tune("--only", ROUTE_GRAD, "--again") == 0
+    assert findings() == whole
+    assert f"{ROUTE_GRAD}: the answer of a whole run stays" in capsys.readouterr().out
+
+
+def test_the_list_does_not_say_measured_where_answers_are_ignored(monkeypatch, capsys):
+    clock(monkeypatch, lambda trial: 1.0)
+    assert tune("--only", ROUTE_GRAD) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(answers, "_reads_files", False)
+    assert tune("--list", "--json", "--only", ROUTE_GRAD) == 0
+    (row,) = json.loads(capsys.readouterr().out)["cpu"]
+    assert row["evidence"] == "shipped estimate"
+
+
+@pytest.mark.slow
+def test_whoever_reads_the_output_may_stop():
+    """As `| head -1` does: no traceback, and nothing about answers that cannot be kept."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command_line = [sys.executable, "-m", "gradroute", "tune", "--list", "--quick", "--device", "cpu"]
+    done = subprocess.run(command_line, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_a_whole_run_asks_again_what_a_quick_one_answered(monkeypatch):
     asked = []
     clock(monkeypatch, lambda trial: asked.append(1) or 1.0)
@@ -341,6 +386,7 @@ def test_json_is_all_that_is_printed(monkeypatch, capsys):
         (["--only", "weather"], r"--only: got 'weather', expected kinds \(backends, "),
         (["--only", "run/nobody"], "--only: got 'run/nobody', expected kinds .* or questions that --list"),
         (["--device", "meta"], "device: got 'meta', expected cpu, or a CUDA device that is there"),
+        (["--device", "cpu:3"], "device: got 'cpu:3', and there is one CPU"),
         (["--device", "nowhere"], "device: got 'nowhere', expected the name of a device"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -46,13 +47,17 @@ def main(arguments: list[str]) -> int:
         lines.write("GRADROUTE_TUNING=0 is set: answers are written, and ignored until it is unset")
     try:
         with backends.use_backend(None):
-            return _run(list(zip(sessions, asked, strict=True)), options, lines)
+            code = _run(list(zip(sessions, asked, strict=True)), options, lines)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # whoever read the output has enough of it, as `| head -1` has
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that the flush at exit does not fail
+        return FAILED
     except OSError as error:
         lines.write(f"Answers cannot be kept: {error}. GRADROUTE_CACHE names another folder")
         return FAILED
-    except KeyboardInterrupt:
-        lines.write("Interrupted. The answers before this are kept, and the same command goes on from here")
-        return INTERRUPTED
     finally:
         backends.choose_anew()
 
@@ -69,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         nargs="+",
+        action="extend",
         default=[],
         metavar="QUESTION",
         help=f"kinds of questions ({', '.join(answers.KINDS)}), or questions as --list names them",
@@ -96,6 +102,8 @@ def devices_of(named: str | None) -> list[torch.device]:
     device = as_device("device", named)
     if not identity.keeps_findings(device):
         raise ValueError(f"device: got {named!r}, expected cpu, or a CUDA device that is there")
+    if device.type == "cpu" and device.index:
+        raise ValueError(f"device: got {named!r}, and there is one CPU: cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: got {named!r}, and there are {torch.cuda.device_count()} CUDA devices")
     return [_numbered(device)]
@@ -113,6 +121,7 @@ def _is_asked(name: str, asked: Sequence[Question]) -> bool:
 
 def _run(sessions: list[tuple[Session, list[Question]]], options: argparse.Namespace, lines: Lines) -> int:
     found: dict[str, Any] = {}
+    is_interrupted = False
     for session, asked in sessions:
         if options.list:
             found[str(session.device)] = listed(session, asked)
@@ -124,21 +133,30 @@ def _run(sessions: list[tuple[Session, list[Question]]], options: argparse.Names
         session.remove_damaged()
         if open_ones:
             session.record.update({})  # before minutes of measuring: raises where answers cannot be kept
-        for question in lines.one_by_one(open_ones):
-            session.ask(question)
+        try:
+            for question in lines.one_by_one(open_ones):
+                session.ask(question)
+        except KeyboardInterrupt:
+            is_interrupted = True
+            same = "the same command without --again" if options.again else "the same command"
+            lines.write(f"Interrupted. The answers before this are kept, and {same} goes on from here")
         lines.write(f"Answers are in {session.record.file}")
         found[str(session.device)] = written(session, asked)
+        if is_interrupted:
+            break
     if options.json:
         print(json.dumps(found, indent=1))
     elif options.list:
         for device, rows in found.items():
             print("\n".join([f"On {device}:", *(_row(row) for row in rows)]))
+    if is_interrupted:
+        return INTERRUPTED
     return FAILED if any(session.failed for session, _ in sessions) else 0
 
 
 def listed(session: Session, asked: Sequence[Question]) -> list[dict[str, Any]]:
     """Of each question what it decides, its present answer, and what that rests on."""
-    present = session.present()
+    present = session.present() if answers.reads_files() else {}
     return [
         {
             "question": question.name,

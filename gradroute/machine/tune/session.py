@@ -73,7 +73,7 @@ class Session:
             self.failed.append(question.name)
             self._tell(f"{question.name}: no answer, {type(error).__name__}: {error}")
             return
-        self.record.update({question.name: self._entry(outcome, time.monotonic() - start)})
+        self._keep(question.name, self._entry(outcome, time.monotonic() - start))
         as_shipped = outcome.answer == question.shipped
         than = "as shipped" if as_shipped else f"shipped is {json.dumps(question.shipped)}"
         self._tell(f"{question.name}: {json.dumps(outcome.answer)}, {than}")
@@ -82,6 +82,18 @@ class Session:
         if outcome.spread > NOISY_SPREAD:
             apart = f"the quartiles of some rounds are {outcome.spread:.0%} apart"
             self._tell(f"  noisy: {apart}; --again measures anew, best where nothing else runs")
+
+    def _keep(self, name: str, entry: dict[str, Any]) -> None:
+        """Writes an answer; that of a quick run never takes the place of a whole run's."""
+
+        def changed(earlier: dict[str, Any]) -> dict[str, Any]:
+            before = _undamaged(earlier).get(name)
+            if entry["quick"] and before is not None and not before.get("quick"):
+                self._tell(f"{name}: the answer of a whole run stays")
+                return earlier
+            return earlier | {name: entry}
+
+        self.record.change(changed)
 
     def _entry(self, outcome: Outcome, seconds: float) -> dict[str, Any]:
         """What the file says about a question."""
