@@ -171,7 +171,9 @@ def explain(
 ) -> Plan:
     """Which backend `routed_mlp` runs the same call on, and how its backward makes its products; runs nothing.
 
-    It takes the same arguments and raises the same errors.
+    It takes the same arguments and raises gradroute's own errors about them. What PyTorch's op refuses is not checked:
+    other dtypes of a weight, and without routes or sites all shapes. It describes a call in which every tensor needs a
+    gradient; a product that no gradient needs is not made.
 
     Returns:
         The call's backend with the reason, and whether all products are made whole or as rectangles, why, how much of

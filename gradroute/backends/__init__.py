@@ -226,12 +226,15 @@ def explain(op: str, x: Tensor, backend: str | None = None) -> Choice:
         backend: the argument `backend` of the call.
 
     Raises:
+        TypeError: `x` is not a tensor.
         ValueError: no such op or backend.
         BackendError: the explicit backend, or every backend, cannot run the call.
     """
     check_choice("op", op, OPS)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got a {type(x).__name__}, expected a tensor")
     chosen = choose(op, backend, x)
-    evidence = evidence_of(op, x)
+    evidence = evidence_of(op, x, chosen)
     if backend is not None or _process_wide is not None:
         return Choice(chosen, "it was asked for", evidence)
     rejected = _rejected(op, order_of(op, x), x, None)
@@ -245,9 +248,11 @@ def candidates(op: str, x: Tensor) -> tuple[str, ...]:
     return tuple(name for name in names if _why_not_automatic(op, name, x, None) is None)
 
 
-def evidence_of(op: str, x: Tensor) -> str:
-    """What the order of an op's backends rests on: MEASURED or SHIPPED."""
-    return SHIPPED if answers.backends(op, x.device, x.dtype) is None else MEASURED
+def evidence_of(op: str, x: Tensor, backend: str) -> str:
+    """What a backend's place in the order for `x` rests on: MEASURED, or SHIPPED where it is not among the measured."""
+    measured = answers.backends(op, x.device, x.dtype) or ()
+    names = next((names for limit, names in measured if limit is None or x.numel() <= limit), ())
+    return MEASURED if backend in names else SHIPPED
 
 
 def _automatic(op: str, x: Tensor, refused: Mapping[str, str] | None, names: tuple[str, ...]) -> str:

@@ -69,7 +69,7 @@ def plan(call: AttentionCall, requested: str | None) -> Plan:
     order = _in_order(backends.order_of("routed_attention", call.q), own_first)
     reasons = refused(call.q, vendor, vendor_reason, has_edges, call.pattern)
     backend = backends.choose("routed_attention", requested, call.q, reasons, order)
-    evidence = _evidence(call.q, in_tiles=backend in TILED and (has_edges or vendor is None))
+    evidence = _evidence(call.q, backend, in_tiles=backend in TILED and (has_edges or vendor is None))
     if backend in OWN:
         why = "it was asked for"
         if has_edges:
@@ -97,12 +97,12 @@ def _skip_below(q: Tensor) -> float:
     return SKIP_BELOW if measured is None else measured
 
 
-def _evidence(q: Tensor, in_tiles: bool) -> str:
-    """What any of a call's choices rests on."""
+def _evidence(q: Tensor, backend: str, in_tiles: bool) -> str:
+    """What any of a call's choices rests on; between vendors' kernels, or them and own ones, only CUDA has a choice."""
     is_measured = (
-        backends.evidence_of("routed_attention", q) == answers.MEASURED
-        or answers.share_for_own(q.device, q.dtype) is not None
-        or answers.vendors(q.device, q.dtype) is not None
+        backends.evidence_of("routed_attention", q, backend) == answers.MEASURED
+        or (q.is_cuda and answers.share_for_own(q.device, q.dtype) is not None)
+        or (q.is_cuda and answers.vendors(q.device, q.dtype) is not None)
         or (in_tiles and answers.tiles(q.device, q.dtype) is not None)
     )
     return answers.MEASURED if is_measured else answers.SHIPPED

@@ -83,7 +83,7 @@ class Record:
             raise ValueError(f"it is about {found['machine']}, and this is {self.machine}")
         findings = found["findings"]
         if not isinstance(findings, dict):
-            raise TypeError(f"findings: got a {type(findings).__name__}, expected an object")
+            raise TypeError(f"its findings are a {type(findings).__name__}, expected an object")
         return findings
 
     def update(self, findings: Mapping[str, Any]) -> None:
@@ -112,19 +112,14 @@ class Record:
 
 def warn_ignored(file: Path, error: Exception, finding: str | None = None) -> None:
     """Says that a file of findings, or one finding of it, is not used, and what mends it."""
-    why = f"{type(error).__name__}: {error}"
+    command = "tune" if file.parent.name == TUNING else CHECK
     if finding is None:
-        mended = f"`python -m gradroute {_command(file)}` writes it anew"
-        text = f"{file} is ignored: {why}. {mended}"
-    elif file.parent.name == TUNING:
+        what, mended = str(file), f"`python -m gradroute {command}` writes it anew"
+    elif command == "tune":
+        what = f"The answer to {finding} in {file}"
         mended = "The next `python -m gradroute tune` removes it, and asks again what is still asked"
-        text = f"The answer to {finding} in {file} is ignored: {why}. {mended}"
     else:
+        what = f"The verdict on {finding} in {file}"
         mended = "`python -m gradroute check` judges anew every backend that can run"
-        text = f"The verdict on {finding} in {file} is ignored: {why}. {mended}"
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-
-def _command(file: Path) -> str:
-    """The command that writes a file."""
-    return "tune" if file.parent.name == TUNING else CHECK
+    why = f"{type(error).__name__}: {error}"
+    warnings.warn(f"{what} is ignored: {why}. {mended}", RuntimeWarning, stacklevel=3)

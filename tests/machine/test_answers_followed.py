@@ -100,6 +100,15 @@ def test_files_are_read_once(cache, monkeypatch):
     assert reads == ["tuning", "check"]
 
 
+def test_what_took_no_part_in_a_choice_is_no_evidence():
+    q = torch.randn(1, 2, 4, 8)
+    with answers.trying(CPU, {"vendors/float32": ["flash"], "skip_below/float32": 0.5}):
+        assert explain(q, q, q, None, None).evidence == SHIPPED
+    with answers.trying(CPU, {"backends/routed_mlp/float32": [[None, ["torch"]]]}):
+        assert backends.explain("routed_mlp", q, "torch").evidence == MEASURED
+        assert backends.explain("routed_mlp", q, "reference").evidence == SHIPPED
+
+
 def test_attentions_order_is_made_once_and_anew_with_other_answers(cache, monkeypatch):
     made, make = [], backends._orders_of
     monkeypatch.setattr(backends, "_orders_of", lambda op, x: made.append(op) or make(op, x))

@@ -107,6 +107,14 @@ def test_little_to_save_is_said_in_figures(op):
 
 
 @every_op
+def test_a_rule_by_which_rectangles_never_pay_is_said_in_words(op):
+    never = {f"rectangles/{name}/float32": {"min_saving": 2.0, "min_tokens": 1} for name in rule.PRODUCTS}
+    with answers.trying(torch.device("cpu"), never):
+        for product in explained(call_of(op)).products.values():
+            assert "of the work, and rectangles never pay" in product.reason
+
+
+@every_op
 def test_counts_that_the_host_does_not_know_are_said(op, monkeypatch):
     call = call_of(op)
     monkeypatch.setattr(call.routes, "host_counts", None)

@@ -107,7 +107,9 @@ def test_findings_that_are_no_object_are_reported_and_ignored(findings):
     record = Record(TUNING, CPU)
     record.update({})
     record.file.write_text(json.dumps({"machine": record.machine, "findings": findings}), encoding="utf-8")
-    with pytest.warns(RuntimeWarning, match="is ignored: TypeError: findings: got a .*, expected an object"):
+    with pytest.warns(
+        RuntimeWarning, match="is ignored: TypeError: its findings are a .*, expected an object"
+    ):
         assert answers.backends("route_grad", CPU, torch.float32) is None
 
 

@@ -111,6 +111,11 @@ def test_without_the_native_module_the_automatic_choice_warns(monkeypatch):
         assert choose("route_grad", None, X) == "torch"
 
 
+def test_what_is_no_tensor_is_not_explained():
+    with expect(TypeError, "x: got a NoneType, expected a tensor"):
+        backends.explain("routed_mlp", None)
+
+
 def test_compiled_code_warns_of_a_slower_backend_while_it_is_traced(monkeypatch):
     monkeypatch.setattr(native.loading, "module", None)
     monkeypatch.setattr(native.loading, "load_error", "the native module was not built")
