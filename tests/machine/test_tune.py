@@ -384,6 +384,10 @@ def test_json_is_all_that_is_printed(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--only", "weather"], r"--only: got 'weather', expected kinds \(backends, "),
+        (
+            ["--only", "vendors", "--device", "cpu"],
+            "got 'vendors', a kind of which there is no question on cpu",
+        ),
         (["--only", "run/nobody"], "--only: got 'run/nobody', expected kinds .* or questions that --list"),
         (["--device", "meta"], "device: got 'meta', expected cpu, or a CUDA device that is there"),
         (["--device", "cpu:3"], "device: got 'cpu:3', and there is one CPU"),

@@ -38,6 +38,9 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     asked = [questions(device, effort, options.only) for device in devices]
     unknown = [name for name in options.only if not any(_is_asked(name, each) for each in asked)]
+    if unknown and unknown[0] in answers.KINDS:
+        where = ", ".join(map(str, devices))
+        parser.error(f"--only: got {unknown[0]!r}, a kind of which there is no question on {where}")
     if unknown:
         kinds = ", ".join(answers.KINDS)
         parser.error(f"--only: got {unknown[0]!r}, expected kinds ({kinds}) or questions that --list names")
