@@ -12,11 +12,11 @@ import broken_kernels
 import pytest
 import torch
 
-from gradroute import backends, testing
+from gradroute import backends
 from gradroute.__main__ import main
 from gradroute.backends import composed, native
 from gradroute.machine import progress
-from gradroute.machine.check import command, workers
+from gradroute.machine.check import command, judging, workers
 from gradroute.machine.check.cases import Case, Selection
 from gradroute.machine.check.findings import Findings
 from gradroute.machine.check.judging import RIGHT, UNCHECKED, WRONG, Outcome, judged
@@ -61,7 +61,7 @@ def test_a_right_backend_passes(in_process, capsys):
     assert check("--backend", "torch", "--quick") == 0
     said = capsys.readouterr()
     assert "torch on cpu: passed (" in said.out
-    assert "route_grad  ok 13" in said.out
+    assert "route_grad  ok 29" in said.out
     assert "torch on cpu: 100%" in said.err or "torch on cpu: " in said.err
     assert kept()["passed"] is True
     assert kept()["failures"] == []
@@ -330,7 +330,7 @@ def test_a_fault_of_the_check_is_no_verdict_on_the_backend(in_process, monkeypat
     def fails(*_, **__):
         raise RuntimeError("a sample cannot be drawn")
 
-    monkeypatch.setattr(testing, "sample", fails)
+    monkeypatch.setattr(judging, "made", fails)
     assert check("--quick", "--backend", "torch") == 1
     assert kept() is None
     said = capsys.readouterr().out

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import backends, testing
+from . import larger
 
 #: The kinds of checks, and what each asks.
 KINDS = {
@@ -153,6 +154,9 @@ def _of_op(
         yield from covered("numbers", {"strength": ("token", None)}, tokens=many, **WIDE)
         if not is_attention:
             yield from covered("numbers", {}, **(LONG_ON_CUDA if device.type == "cuda" else LONG))
+    for cover in larger.covers(op):
+        if cover.is_quick or not quick:
+            yield from covered(cover.kind, cover.axes, 1 if quick else cover.meeting, **cover.common)
     yield from covered("determinism", few, tokens=many)
     layouts = {"inputs": ("contiguous", "sliced", "transposed"), "gradient": ("contiguous", "sliced")}
     yield from covered("bounds", few | layouts | {"tokens": (37, 1, 130)[: 2 if is_attention else 3]})

@@ -22,6 +22,8 @@ RIGHT, WRONG, UNCHECKED, REFUSED, UNMADE = "right", "wrong", "unchecked", "refus
 
 # The inputs of how many calls a graph replays.
 REPLAYED = 3
+# How often a call is made whose results must be the same, where the case does not say it.
+RUNS = 3
 # Backends without kernels of their own, which promise neither the same bits every time nor that calls can be captured.
 COMPOSED = ("torch", "reference")
 
@@ -118,8 +120,8 @@ def _determinism(case: Case, backend: str, device: torch.device, seed: int) -> N
     # Own kernels are deterministic always; torch's and vendors' only where that is demanded.
     with _deterministic() if backend in COMPOSED or around_vendors else nullcontext():
         first = _run(trial)
-        for attempt in ("second run", "third run"):
-            assert_same_bits(_run(trial), first, attempt)
+        for number in range(1, case.options.get("runs", RUNS)):
+            assert_same_bits(_run(trial), first, f"run {number + 1}")
 
 
 @contextmanager

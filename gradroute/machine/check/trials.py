@@ -22,6 +22,7 @@ from .cases import STEP, Case
 Place = Callable[[str, Tensor], Tensor]
 
 EDGES = ("score_edges", "value_edges")
+MOST_ROUTES_OF_EDGES = 64
 
 
 class Refused(Exception):
@@ -78,19 +79,47 @@ def made(case: Case, backend: str, device: torch.device, seed: int) -> Trial:
     """
     options, dtype = dict(case.options), getattr(torch, case.dtype)
     options.pop("far", None)
+    options.pop("runs", None)
     if case.op == STEP:
         return StepTrial.of(backend, device, dtype, seed, **options)
     variant, on_host = options.pop("variant", {}), options.pop("on_host", False)
+    changes = {name: options.pop(name) for name in ("used", "ordinary", "exact_strength") if name in options}
+    frozen, twice = options.pop("frozen", ()), options.pop("twice", False)
     tokens = options.pop("tokens")
     if case.op == "routed_attention":
-        tokens = (1, 37) if "documents" in variant else (1, tokens) if isinstance(tokens, int) else tokens
+        one_batch = (1, max(37, tokens)) if isinstance(tokens, int) else (1, 37)
+        tokens = one_batch if "documents" in variant else (1, tokens) if isinstance(tokens, int) else tokens
+        if options.get("num_routes", 0) > MOST_ROUTES_OF_EDGES:
+            options["sites"] = tuple(site for site in testing.site_names(case.op) if site not in EDGES)
     if not options.get("bias", True) and options["sites"] not in ("all", *testing.site_names(case.op, False)):
         options["bias"] = True
     call = testing.sample(case.op, dtype=dtype, tokens=tokens, device=device, seed=seed, **options, **variant)
+    call = _with_other_routes(call, **changes)
     if on_host and call.routes is not None:
         ids = call.routes.ids.cpu().reshape(call.routes.shape)
         call = call.with_routes(Routes.of(ids, call.routes.num_routes).to(device))
-    return CallTrial(fitting(call, backend), backend)
+    return CallTrial(fitting(call, backend), backend, frozen, twice)
+
+
+def _with_other_routes(
+    call: Sample, used: int | None = None, ordinary: bool = False, exact_strength: bool = False
+) -> Sample:
+    """The call with its tokens on fewer routes and rows of an embedding, without routes, or with an fp64 strength."""
+    if ordinary:
+        return call.with_routes(None)
+    routes = call.routes
+    assert routes is not None
+    shaped = routes.ids.reshape(routes.shape)
+    if used is not None:
+        tensors = dict(call.tensors)
+        if used == 1 and call.op == "routed_embedding":
+            tensors["tokens"] = torch.ones_like(shaped, dtype=torch.int64)
+        call = replace(call, tensors=tensors)
+        return call.with_routes(Routes.of(shaped % used, routes.num_routes))
+    if exact_strength and routes.strength is not None:
+        strength = routes.strength.double().reshape(routes.shape)
+        return call.with_routes(Routes.of(shaped, routes.num_routes, strength=strength))
+    return call
 
 
 def fitting(call: Sample, backend: str) -> Sample:
@@ -119,8 +148,25 @@ class CallTrial:
 
     changing: tuple[str, ...] = ()
 
-    def __init__(self, call: Sample, backend: str) -> None:
-        self.call, self.backend = call, backend
+    def __init__(self, call: Sample, backend: str, frozen: tuple[str, ...] = (), twice: bool = False) -> None:
+        self.call, self.backend, self.frozen, self.twice = call, backend, frozen, twice
+
+    def _run(self, call: Sample) -> Result:
+        """Forward and backward; backward a second time where it was asked for; nothing of what is frozen."""
+        result = call.run(self.backend, self.frozen) if not self.twice else self._run_twice(call)
+        given = [name for name in self.frozen if result.gradients[name] is not None]
+        assert not given, f"got gradients of {', '.join(given)}, which need none"
+        kept = {name: found for name, found in result.gradients.items() if name not in self.frozen}
+        return Result(result.output, kept)
+
+    def _run_twice(self, call: Sample) -> Result:
+        leaves = call.leaves(self.frozen)
+        output = call.call(leaves, self.backend)
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+        inputs = list(wanted.values())
+        torch.autograd.grad(output, inputs, call.upstream, retain_graph=True)
+        found = torch.autograd.grad(output, inputs, call.upstream)
+        return Result(output.detach(), dict(zip(wanted, found, strict=True)))
 
     def prepared(self, place: Place, *, makes_routes: bool = False) -> Callable[[], Result]:
         """See `Trial`."""
@@ -137,7 +183,7 @@ class CallTrial:
             sites=_placed_tables(call.sites, place, call.upstream.device),
         )
         if call.routes is None:
-            return lambda: moved.run(self.backend)
+            return lambda: self._run(moved)
         ids, strength = place("ids", call.routes.ids), put("strength", call.routes.strength)
         if makes_routes:
             shape, num_routes = call.routes.shape, call.routes.num_routes
@@ -145,13 +191,13 @@ class CallTrial:
 
             def run() -> Result:
                 routes = Routes.of(ids.reshape(shape), num_routes, strength=shaped, validate=False)
-                return moved.with_routes(routes).run(self.backend)
+                return self._run(moved.with_routes(routes))
 
             return run
         routes = call.routes.reshape(call.routes.shape)
         routes.ids, routes.strength = ids, strength
         moved = moved.with_routes(routes)
-        return lambda: moved.run(self.backend)
+        return lambda: self._run(moved)
 
     def expected(self) -> Expected:
         """See `Trial`."""
@@ -161,7 +207,7 @@ class CallTrial:
 
     def like(self, other: CallTrial) -> CallTrial:
         """See `Trial`."""
-        return CallTrial(self.call.with_sites(other.call.sites), self.backend)
+        return CallTrial(self.call.with_sites(other.call.sites), self.backend, self.frozen, self.twice)
 
 
 def _placed_tables(sites: Sites | Table | None, place: Place, device: torch.device) -> Any:
