@@ -48,8 +48,9 @@ def of(device: torch.device) -> dict[str, Verdict]:
     """The verdicts on a device by backend; none where nothing was checked. Read once, with a warning of failures."""
     found = _found.get(device)
     if found is None:
-        found = _found[device] = _read(device)
-        _tell(device, found)
+        found = _read(device)
+        _tell(device, found)  # where warnings are errors it raises, at the next call again
+        _found[device] = found
     return found
 
 
@@ -57,8 +58,10 @@ def of(device: torch.device) -> dict[str, Verdict]:
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why the automatic choice leaves a backend out on a device; None where no check has found it wrong."""
     verdict = of(device).get(backend)
-    if verdict is None or verdict.passed:
-        return None
+    return None if verdict is None or verdict.passed else _why(backend, device, verdict)
+
+
+def _why(backend: str, device: torch.device, verdict: Verdict) -> str:
     return (
         f"`python -m gradroute check` found it wrong on this machine on {verdict.date[:10]} "
         f"({verdict.failures[0]}), and it stays out of the automatic choice until a check passes: "
@@ -93,11 +96,13 @@ def _read(device: torch.device) -> dict[str, Verdict]:
 
 def _tell(device: torch.device, found: dict[str, Verdict]) -> None:
     """Warns of the backends that are left out, and says once that a CUDA device was never checked."""
-    for backend, verdict in found.items():
-        if not verdict.passed:
-            warnings.warn(
-                f"backend {backend!r} on {device}: {why_not(backend, device)}", RuntimeWarning, stacklevel=2
-            )
+    left_out = [
+        f"backend {backend!r} on {device}: {_why(backend, device, verdict)}"
+        for backend, verdict in found.items()
+        if not verdict.passed
+    ]
+    if left_out:
+        warnings.warn("; ".join(left_out), RuntimeWarning, stacklevel=2)
     if device.type == "cuda" and identity.keeps_findings(device) and not found:
         _tell_unchecked(device)
 

@@ -73,6 +73,14 @@ def test_where_every_backend_was_found_wrong_the_error_says_so():
         backends.choose("route_grad", None, torch.randn(3))
 
 
+@pytest.mark.filterwarnings("error")
+def test_where_warnings_are_errors_every_choice_raises_the_same_one():
+    found(CHECK, dict.fromkeys(("torch", "cpu"), WRONG))
+    for _ in range(2):
+        with pytest.raises(RuntimeWarning, match=r"backend 'torch' on cpu: .*; backend 'cpu' on cpu: "):
+            backends.choose("route_grad", None, torch.randn(3))
+
+
 def test_the_measured_order_is_taken_by_size():
     measured("backends/route_grad/float32", [[100, ["torch"]], [None, ["reference", "torch"]]])
     with pytest.warns(RuntimeWarning, match="slower backend 'reference'"):
