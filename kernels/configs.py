@@ -92,7 +92,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_fwd_kernel.256": {80: tiles(64, 64, 8, 2)},
     "attention_fwd_kernel.256.float32": {80: tiles(16, 16, 8, 2, maxnreg=255)},
     "attention_dkdv_kernel.64": {80: tiles(64, 64, 8, 2), 90: tiles(64, 128, 8, 3)},
-    "attention_dkdv_kernel.64.masked": {80: tiles(32, 64, 8, 2), 90: tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.masked": {80: tiles(32, 32, 8, 2), 90: tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.edges": {
         80: tiles(32, 128, 8, 2),
         90: tiles(64, 128, 8, 3),
@@ -143,7 +143,7 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_dq_kernel.128": {
         80: tiles(128, 32, 8, 3),
         90: tiles(128, 64, 8, 2),
-        100: tiles(128, 32, 8, 3),
+        100: tiles(128, 32, 8, 3, maxnreg=255),
     },
     "attention_dq_kernel.128.edges": {80: tiles(128, 32, 8, 3), 90: tiles(128, 64, 8, 3)},
     "attention_dq_kernel.128.gather": {
