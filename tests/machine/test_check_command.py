@@ -401,7 +401,10 @@ def test_a_process_that_does_not_begin_is_no_verdict(monkeypatch, tmp_path):
     (tmp_path / "gradroute").mkdir()
     (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(3)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(LostProcesses, match="did not begin: the process ended with exit code 3"):
+    with pytest.raises(
+        LostProcesses,
+        match=r"did not begin: the process ended with exit code 3 .*under `if __name__ == '__main__':`",
+    ):
         run_cases()
 
 

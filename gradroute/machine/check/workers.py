@@ -84,7 +84,10 @@ def outcomes(cases: Sequence[Case], plan: Plan) -> Generator[tuple[Case, Outcome
 def _check_lost(worker: _Worker, case: Case | None, lost: int, waiting: Sequence[Case]) -> None:
     """Raises LostProcesses where another process would be lost too."""
     if case is None:
-        raise LostProcesses(f"a process did not begin: {worker.ending.text}")
+        raise LostProcesses(
+            f"a process did not begin: {worker.ending.text} (a program that runs the check itself has to be a file, "
+            "and to do so under `if __name__ == '__main__':`, because each process imports it)"
+        )
     if lost == MOST_LOST and waiting:
         raise LostProcesses(f"{lost} processes were lost")
 
