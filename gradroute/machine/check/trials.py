@@ -269,7 +269,9 @@ class StepTrial:
         values = {name: normal(*sized).square() if "sq" in name else normal(*sized) for name in names}
         number = {"rows": shape[0], "columns": shape[1], "one": 1}[blocks]
         steps = 1 + normal(number).abs()
-        touched = (normal(number) < 0.5).double().index_fill(0, torch.tensor([0], device="cpu"), 1)
+        touched = (
+            (normal(number) < 0.5).double().index_fill(0, torch.zeros(1, dtype=torch.int64, device="cpu"), 1)
+        )
         factors = torch.stack(
             [torch.full_like(steps, 0.97), 0.1 / (1 - 0.9**steps), (1 - 0.99**steps).rsqrt(), touched]
         )

@@ -160,7 +160,7 @@ def with_share(share: float, size: Size, dtype: torch.dtype, device: torch.devic
     """A call whose masks leave about this share of a backward: of the heads of every route."""
     call = call_of(OP, size, dtype, device, seed)
     assert call.routes is not None
-    heads = torch.arange(size.widths.heads) < round(share * size.widths.heads)
+    heads = torch.arange(size.widths.heads, device="cpu") < round(share * size.widths.heads)
     table = Table(heads.float().expand(call.routes.num_routes, -1))
     return call.with_sites(attention.AttentionSites(heads=table))
 

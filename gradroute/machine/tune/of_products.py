@@ -138,7 +138,8 @@ class Run(_Product):
 
 def without_part(features: int, share: float) -> Table:
     """A table of ROUTES routes, each of which leaves another block of so large a share of the features out."""
-    weights, left_out = torch.ones(ROUTES, features), max(1, round(share * features))
+    weights = torch.ones(ROUTES, features, dtype=torch.float32, device="cpu")
+    left_out = max(1, round(share * features))
     for route in range(ROUTES):
         start = route * (features - left_out) // (ROUTES - 1)
         weights[route, start : start + left_out] = 0
@@ -147,8 +148,8 @@ def without_part(features: int, share: float) -> Table:
 
 def quarters(features: int) -> Table:
     """A table of ROUTES routes, each of which keeps a block of the features of its own."""
-    route = torch.arange(features) * ROUTES // features
-    return Table((route == torch.arange(ROUTES)[:, None]).float())
+    route = torch.arange(features, device="cpu") * ROUTES // features
+    return Table((route == torch.arange(ROUTES, device="cpu")[:, None]).float())
 
 
 def rectangles(device: torch.device, dtype: torch.dtype) -> Iterator[Question]:

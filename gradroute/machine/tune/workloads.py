@@ -123,8 +123,8 @@ def routed_product(
     Its routes are counted on the host, and the tokens of every route are as many, in any order.
     """
     call = sample(op, dtype=dtype, tokens=tokens, sites=(), sizes=widths, seed=seed, device=device)
-    ids = torch.arange(tokens) % table.num_routes
-    ids = ids[torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randperm(tokens, generator=generator, device="cpu") % table.num_routes
     names = ("output",) if op == "routed_linear" else ("hidden", "update")
     sites: Sites = OPS[op].sites_class()(**dict.fromkeys(names, table))
     return call.with_routes(Routes.of(ids, table.num_routes).to(device)).with_sites(sites)
