@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ def findings() -> dict[str, dict[str, Any]]:
     number = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = {}
     for device in [torch.device("cpu"), *(torch.device("cuda", index) for index in range(number))]:
-        checks = verdicts.of(device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", ".*found it wrong", RuntimeWarning
+            )  # the report has a line for it
+            checks = verdicts.of(device)
         able = [name for name in backends.BACKENDS if name not in backends.unavailable_backends(None, device)]
         found[str(device)] = {
             "checks": {name: checks[name]._asdict() if name in checks else None for name in able},

@@ -432,7 +432,8 @@ def test_the_command_as_a_user_runs_it(breaking, cache):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal(breaking):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_jobs(breaking, number):
     """The signal goes to the command and to its processes: the command ends them, and nothing is kept as wrong."""
     breaking("right")
     running = subprocess.Popen(
@@ -444,7 +445,7 @@ def test_ctrl_c_in_a_terminal(breaking):
         start_new_session=True,
     )
     assert running.stderr.readline().startswith("torch on cpu: ")  # a tenth of it has ended
-    os.killpg(running.pid, signal.SIGINT)
+    os.killpg(running.pid, number)
     said, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
     assert "interrupted" in said

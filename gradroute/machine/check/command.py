@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ from ..records import CHECK, Record
 from .cases import DTYPES, KINDS, STEP, Case, Selection, cases, why_not
 from .findings import Findings
 from .keeping import against, verdict
-from .workers import LostProcesses, Plan, outcomes
+from .workers import ENDING, LostProcesses, Plan, outcomes
 
 # Seconds that a case may take: Triton compiles a kernel in one or two, and milliseconds are usual.
 LIMIT = 300.0
@@ -53,13 +56,14 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     found = []
-    for job in jobs:
-        findings = _checked(job, selection)
-        found.append((findings, _keep(findings)))
-        if not options.json:
-            print(_as_text(*found[-1]), flush=True)
-        if findings.trouble == "interrupted":
-            break
+    with ended_like_ctrl_c():
+        for job in jobs:
+            findings = _checked(job, selection)
+            found.append((findings, _keep(findings)))
+            if not options.json:
+                print(_as_text(*found[-1]), flush=True)
+            if findings.trouble == "interrupted":
+                break
     backends.choose_anew()
     if options.json:
         print(json.dumps(_as_json(found), indent=2))
@@ -154,6 +158,20 @@ def _processes(backend: str, device: torch.device) -> int:
     if backend != "triton" or device.type != "cuda":
         return 1
     return max(1, min(8, (os.cpu_count() or 1) // 2))
+
+
+@contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Within it what ends jobs of a cluster, or closes a terminal, does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets it alone handle signals
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _checked(job: Job, selection: Selection) -> Findings:

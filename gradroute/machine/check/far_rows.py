@@ -37,6 +37,7 @@ def far_apart(tensor: Tensor) -> Tensor:
 def _memory(elements: int, like: Tensor) -> Tensor:
     size = elements * like.element_size()
     if like.device.type != "cpu":
+        torch.cuda.empty_cache()  # what this process holds and does not use is free too
         free, _ = torch.cuda.mem_get_info(like.device)
         if free < size + 2**30:
             raise NotChecked(

@@ -21,6 +21,8 @@ import torch
 from .cases import Case
 from .judging import RIGHT, UNCHECKED, WRONG, Outcome, judged, survives
 
+# What a cluster sends to a job that is over its time, and a terminal that closes.
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 # A process imports torch and starts CUDA before its first case.
 START_SECONDS = 300.0
 # After so many lost processes the rest of the cases stays unchecked.
@@ -130,8 +132,8 @@ class _Worker:
         self.ending = Outcome(RIGHT)
         threads = max(1, torch.get_num_threads() // plan.processes)
         self.process = context.Process(target=_serve, args=(theirs, plan, threads), daemon=True)
-        # The process inherits what is blocked: Ctrl-C is for the command, which ends its processes.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # The process inherits what is blocked: these are for the command, which ends its processes.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *ENDING})
         try:
             self.process.start()
         finally:
