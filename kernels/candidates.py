@@ -49,7 +49,8 @@ _OF_ALL: dict[str, tuple[dict[str, int], ...]] = {
 ALTERNATIVES: dict[int, dict[str, tuple[dict[str, int], ...]]] = {
     80: _OF_ALL
     | {
-        "weight_grad_kernel": _OF_ALL["weight_grad_kernel"][:1],
+        "weight_grad_kernel": (),
+        "input_grad_kernel": _OF_ALL["input_grad_kernel"][1:],
         "attention_fwd_kernel.128": _OF_ALL["attention_fwd_kernel.128"][1:],
     },
     90: _OF_ALL,

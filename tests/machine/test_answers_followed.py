@@ -16,7 +16,7 @@ from gradroute.backends import native
 from gradroute.backends.tiled import tiling
 from gradroute.machine import answers
 from gradroute.machine.answers import MEASURED, SHIPPED
-from gradroute.machine.records import TUNING, Record
+from gradroute.machine.records import CHECK, TUNING, Record
 from gradroute.tables import localize
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -182,7 +182,8 @@ print(counts)
 def test_files_are_read_at_the_first_call_once_and_never_at_import(monkeypatch, tmp_path):
     monkeypatch.setenv("GRADROUTE_CACHE", str(tmp_path / "GR-CACHE"))
     Record(TUNING, CPU).update({question: {"answer": answer} for question, answer in FOUND.items()})
-    # The two files are what was measured and what was checked; the second is missing, and was looked for.
+    right = {"passed": True, "date": "2026-01-01T00:00:00", "failures": []}
+    Record(CHECK, CPU).update({"torch": right})
     assert json.loads(run(COUNTS_READS)) == [0, 2, 2, 2]
     assert json.loads(run(COUNTS_READS, GRADROUTE_TUNING="0")) == [0, 1, 1, 1]
 

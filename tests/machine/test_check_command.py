@@ -443,6 +443,9 @@ def test_a_signal_that_ends_jobs(breaking, number):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            number, signal.SIG_DFL
+        ),  # shells ignore some for what is in the background
     )
     assert running.stderr.readline().startswith("torch on cpu: ")  # a tenth of it has ended
     os.killpg(running.pid, number)

@@ -166,7 +166,8 @@ def ended_like_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python lets it alone handle signals
         yield
         return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in ENDING}
+    handled = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # as by nohup
+    before = {number: signal.signal(number, signal.default_int_handler) for number in handled}
     try:
         yield
     finally:
