@@ -24,6 +24,9 @@ void bind(py::module_& ops, const char* name, void (*kernel)(const Operands&, co
 
 void define_baseline(py::module_ ops) {
 #define KERNEL(name, Operands) bind<Operands>(ops, #name, &cpu_baseline::name);
+#ifdef GRADROUTE_EMULATED_CUDA  // tests/emulated_cuda.py has CUDA's kernels in the place of the CPU's
+#define CUDA_KERNEL KERNEL
+#endif
 #include "kernels.inc"
 }
 
@@ -42,6 +45,7 @@ void define_avx512(py::module_ ops) {
 #ifdef GRADROUTE_CUDA
 void define_cuda(py::module_ ops) {
 #define KERNEL(name, Operands) bind<Operands>(ops, #name, &cuda::name);
+#define CUDA_KERNEL KERNEL
 #include "kernels.inc"
 }
 #endif
@@ -66,6 +70,7 @@ py::dict structs() {
 py::dict kernels() {
   py::dict found;
 #define KERNEL(name, Operands) found[#name] = #Operands;
+#define CUDA_KERNEL KERNEL
 #include "kernels.inc"
   return found;
 }

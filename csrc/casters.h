@@ -6,6 +6,7 @@
 
 #include <iterator>
 #include <list>
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -53,17 +54,25 @@ class Reader {
     }
   }
 
+  // Any number of structs.
+  template <class T>
+  void read(py::handle from, List<T>& to) {
+    const auto made = std::make_shared<std::vector<T>>();
+    for (py::handle one : from) read(one, made->emplace_back());
+    lists.push_back(made);
+    to = {made->data(), int64_t(made->size())};
+  }
+
   void read(py::handle from, Sizes& to) {
     for (size_t i = 0; i < 4; ++i) to[i] = from[py::int_(i)].cast<int64_t>();
   }
 
   void read(py::handle from, Activation& to) {
-    static const char* const names[] = {"silu", "gelu", "gelu_tanh", "gelu_fast", "relu", "relu2"};
-    const auto name = from.cast<std::string>();
-    for (size_t i = 0; i < std::size(names); ++i)
-      if (name == names[i]) return void(to = Activation(i));
-    throw py::value_error("native kernels: got activation " + name +
-                          ", expected silu, gelu, gelu_tanh, gelu_fast, relu or relu2");
+    to = Activation(place_of(from, {"silu", "gelu", "gelu_tanh", "gelu_fast", "relu", "relu2"}));
+  }
+
+  void read(py::handle from, ForwardActivation& to) {
+    to = ForwardActivation(place_of(from, {"silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "relu", "relu2"}));
   }
 
   // A sequence of integers, start and stop of each segment in turn.
@@ -74,6 +83,18 @@ class Reader {
   }
 
  private:
+  // Where a string stands in a list of them, and so in the enumeration that lists the same names.
+  template <size_t N>
+  static size_t place_of(py::handle from, const char* const (&names)[N]) {
+    const auto name = from.cast<std::string>();
+    std::string listed;
+    for (size_t i = 0; i < N; ++i) {
+      if (name == names[i]) return i;
+      listed += (i == 0 ? "" : i + 1 < N ? ", " : " or ") + std::string(names[i]);
+    }
+    throw py::value_error("native kernels: got activation " + name + ", expected " + listed);
+  }
+
   template <class Struct>
   void read_struct(py::handle from, Struct& to) {
     const auto tuple = py::reinterpret_borrow<py::tuple>(from);
@@ -86,6 +107,7 @@ class Reader {
   }
 
   std::list<std::vector<int64_t>> segments;
+  std::vector<std::shared_ptr<void>> lists;
 };
 
 }  // namespace

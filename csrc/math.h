@@ -72,8 +72,13 @@ GRADROUTE_INLINE uint16_t to_float16(float x) {
 
 #if defined(__CUDA_ARCH__)
 GRADROUTE_INLINE float exponential(float x) { return expf(x > 88.3f ? 88.3f : x); }
-// 1 / x to 2 units in the last place, without the branches of an exact division; 0 from 2^126 on.
-GRADROUTE_INLINE float reciprocal(float x) { return __fdividef(1.0f, x); }
+// 1 / x to 1 unit in the last place for x from 1 on; 0 from 2^126 on. It is the GPU's instruction alone: __fdividef
+// scales its operand and its result in four instructions more, so as to keep subnormal numbers.
+GRADROUTE_INLINE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 #else
 GRADROUTE_INLINE float reciprocal(float x) { return 1.0f / x; }
 // e^x to 2 units in the last place, by operations that a compiler can vectorise; x is clamped to [-87.3, 88.3].
@@ -221,18 +226,39 @@ struct BlockFactors {
   C decay, size, scale;  // 1 - lr λ, lr / (1 - β₁^t), 1 / √(1 - β₂^t)
 };
 
-// One element's step. `largest` is the largest v so far, or null.
+// One element's step. `largest` is the largest v so far, where it counts.
 template <class C>
-GRADROUTE_INLINE void adamw(const AdamW<C>& options, const BlockFactors<C>& block, C g, C& p, C& m, C& v, C* largest) {
+GRADROUTE_INLINE void adamw(const AdamW<C>& options, const BlockFactors<C>& block, bool has_largest, C g, C& p, C& m,
+                            C& v, C& largest) {
   g *= options.sign;
   m = interpolated(m, g, options.average_weight);
   v = options.beta2 * v + options.square_weight * g * g;
   C square = v;
-  if (largest != nullptr) {
-    if (v > *largest || v != v) *largest = v;
-    square = *largest;
+  if (has_largest) {
+    if (v > largest || v != v) largest = v;
+    square = largest;
   }
   p = p * block.decay - block.size * m / (std::sqrt(square) * block.scale + options.eps);
+}
+
+// 32 random bits for an element's step, the same wherever the element lies: a hash (the multipliers are those of
+// xxHash, the mixing is MurmurHash3's) of what it is before the step, of its gradient and of the number of its block's
+// steps.
+GRADROUTE_INLINE uint32_t random_bits(float g, float p, float m, float v, float count) {
+  uint32_t h = bits_as<uint32_t>(g) * 0x9E3779B1u ^ bits_as<uint32_t>(p) * 0x85EBCA77u;
+  h ^= bits_as<uint32_t>(m) * 0xC2B2AE3Du ^ bits_as<uint32_t>(v) * 0x27D4EB2Fu;
+  h += uint32_t(int32_t(count)) * 0x165667B1u;
+  h = (h ^ h >> 16) * 0x85EBCA6Bu;
+  h = (h ^ h >> 13) * 0xC2B2AE35u;
+  return h ^ h >> 16;
+}
+
+// x rounded to a bfloat16 below or above it, whose expectation over the 16 random bits is x. Infinity and NaN are
+// themselves, and so is what is a bfloat16 already.
+GRADROUTE_INLINE float to_bfloat16_by(uint32_t random, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const bool is_finite = (bits & 0x7F800000u) != 0x7F800000u;
+  return is_finite ? bits_as<float>((bits + (random & 0xFFFFu)) & 0xFFFF0000u) : x;
 }
 
 }  // namespace

@@ -68,13 +68,6 @@ __device__ __forceinline__ void write(const Matrix& m, int64_t row, int64_t firs
   }
 }
 
-template <class E>
-__device__ __forceinline__ float rounded(float x) {
-  E element;
-  round_to(x, element);
-  return to_float(element);
-}
-
 // Rounds x to the dtype of m and back.
 template <class E>
 __device__ __forceinline__ float rounded_as(const Matrix& m, float x) {

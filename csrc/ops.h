@@ -26,6 +26,7 @@ namespace cpu_avx512 {
 }  // namespace cpu_avx512
 namespace cuda {
 #define KERNEL GRADROUTE_DECLARE
+#define CUDA_KERNEL GRADROUTE_DECLARE
 #include "kernels.inc"
 }  // namespace cuda
 

@@ -11,6 +11,12 @@ enum class Dtype : int { float32, bfloat16, float16, float64 };
 
 enum class Activation : int { silu, gelu, gelu_tanh, gelu_fast, relu, relu2 };
 
+// Forwards with their rounding: gelu_new is gelu_tanh with that of several operations.
+enum class ForwardActivation : int { silu, gelu, gelu_tanh, gelu_new, gelu_fast, relu, relu2 };
+
+// What a block of a parameter [N, M] is: a row, a column, or all of it.
+enum class Blocks : int { rows, columns, one };
+
 // One number per dimension of a tensor of attention.
 using Sizes = int64_t[4];
 
@@ -27,6 +33,16 @@ using UpToMost = Element[MOST_MASKS];
 struct Segments {
   const int64_t* bounds = nullptr;  // [2 * count]
   int64_t count = 0;
+};
+
+// Structs of which there may be any number, in memory that the caller owns.
+template <class Element>
+struct List {
+  const Element* data = nullptr;
+  int64_t count = 0;
+
+  const Element* begin() const { return data; }
+  const Element* end() const { return data + count; }
 };
 
 // clang-format off

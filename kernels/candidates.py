@@ -10,13 +10,13 @@ from __future__ import annotations
 from .configs import ARCHITECTURES, CONFIGS, nearest, tiles
 
 _OF_ELEMENTS = (
-    {"BLOCK_T": 2, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
-    {"BLOCK_T": 4, "BLOCK_F": 512, "num_warps": 16, "maxnreg": 128},
+    {"BLOCK_T": 1, "BLOCK_F": 1024, "STAGES": 3, "num_warps": 4, "maxnreg": 255},
+    {"BLOCK_T": 2, "BLOCK_F": 512, "STAGES": 5, "num_warps": 4, "maxnreg": 255},
 )
 
 _OF_ALL: dict[str, tuple[dict[str, int], ...]] = {
     "masked_product_kernel": (
-        {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
+        {"BLOCK_T": 8, "BLOCK_F": 512, "num_warps": 4, "maxnreg": 255},
         {"BLOCK_T": 8, "BLOCK_F": 512, "num_warps": 8, "maxnreg": 128},
     ),
     "bias_grad_kernel": (
@@ -29,16 +29,9 @@ _OF_ALL: dict[str, tuple[dict[str, int], ...]] = {
     ),
     "glu_bwd_kernel": _OF_ELEMENTS,
     "activation_bwd_kernel": _OF_ELEMENTS,
-    "weight_grad_kernel": (
-        {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 4},
-        {"BLOCK_O": 64, "BLOCK_I": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 4},
-    ),
-    "input_grad_kernel": (
-        {"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4},
-        {"BLOCK_T": 64, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4},
-    ),
     "attention_fwd_kernel.64": (tiles(128, 64, 8, 3), tiles(64, 64, 4, 3)),
-    "attention_fwd_kernel.128": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
+    "attention_fwd_kernel.128": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3), tiles(128, 64, 8, 3)),
+    "attention_fwd_kernel.128.masked": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
     "attention_dkdv_kernel.64": (tiles(64, 128, 8, 2), tiles(32, 128, 8, 2)),
     "attention_dkdv_kernel.128": (tiles(32, 128, 8, 2),),
     "attention_dq_kernel.64": (tiles(128, 64, 8, 2), tiles(128, 32, 8, 3)),
@@ -49,12 +42,13 @@ _OF_ALL: dict[str, tuple[dict[str, int], ...]] = {
 ALTERNATIVES: dict[int, dict[str, tuple[dict[str, int], ...]]] = {
     80: _OF_ALL
     | {
-        "weight_grad_kernel": (),
-        "input_grad_kernel": _OF_ALL["input_grad_kernel"][1:],
-        "attention_fwd_kernel.128": _OF_ALL["attention_fwd_kernel.128"][1:],
+        "attention_fwd_kernel.128": (),
+        "attention_fwd_kernel.128.masked": (),
+        "attention_dkdv_kernel.64": (tiles(32, 128, 8, 2),),
+        "attention_dkdv_kernel.128": (),
     },
     90: _OF_ALL,
-    100: _OF_ALL | {"weight_grad_kernel": _OF_ALL["weight_grad_kernel"][:1]},
+    100: _OF_ALL,
 }
 
 

@@ -32,53 +32,36 @@ def tiles(block_q: int, block_k: int, num_warps: int, num_stages: int, **options
 
 
 CONFIGS: dict[str, dict[int, dict[str, int]]] = {
-    "masked_product_kernel": {
-        80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
-        90: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4},
-    },
+    "masked_product_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 512, "num_warps": 8, "maxnreg": 255}},
     "bias_grad_kernel": {80: {"BLOCK_T": 16, "BLOCK_F": 128, "num_warps": 4}},
+    # Without enable_fp_fusion each product and each sum is rounded by itself, as in PyTorch's operations.
+    "activation_fwd_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 512, "num_warps": 4, "enable_fp_fusion": False}},
     "activation_bwd_kernel": {
-        80: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8},
-        100: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8, "maxnreg": 128},
+        80: {"BLOCK_T": 2, "BLOCK_F": 512, "STAGES": 3, "num_warps": 4, "maxnreg": 255}
     },
-    "glu_bwd_kernel": {
-        80: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8, "maxnreg": 128},
-        90: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8},
-        100: {"BLOCK_T": 4, "BLOCK_F": 256, "num_warps": 8, "maxnreg": 128},
-    },
+    "glu_bwd_kernel": {80: {"BLOCK_T": 2, "BLOCK_F": 512, "STAGES": 3, "num_warps": 4, "maxnreg": 255}},
     # Tiles are whole rows: BLOCK_F is D rounded up, the rest follows from these (kernels/norm.py). Where maxnreg does
     # not say how many registers there are, the assembler spills 8 to 16 bytes here and there to fit another program.
-    "norm_bwd_kernel": {80: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 256}},
-    "norm_bwd_chunked_kernel": {80: {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8, "maxnreg": 255}},
-    "embedding_bwd_kernel": {80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4}},
+    # Larger tiles than PREFETCHED elements are not read ahead: with all masks they would exceed the shared memory.
+    "norm_bwd_kernel": {
+        80: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 256, "STAGES": 3, "PREFETCHED": 4096},
+        90: {"ELEMENTS": 2048, "ELEMENTS_PER_WARP": 256, "STAGES": 3, "PREFETCHED": 8192},
+    },
+    "norm_bwd_chunked_kernel": {
+        80: {"BLOCK_T": 4, "BLOCK_F": 512, "STAGES": 3, "num_warps": 8, "maxnreg": 128}
+    },
+    # Without a limit ptxas of Triton 3.6 takes 40 registers for one on Blackwell, and spills.
+    "embedding_bwd_kernel": {
+        80: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4},
+        100: {"BLOCK_T": 8, "BLOCK_F": 256, "num_warps": 4, "maxnreg": 128},
+    },
     # ELEMENTS is the size of a tile, whose shape follows from the matrix (kernels/optim.py).
     "adamw_step_kernel": {80: {"ELEMENTS": 1024, "num_warps": 4}},
-    # fp32 products are sums of FMAs in registers, which leave room for smaller tiles only.
-    "weight_grad_kernel": {
-        80: {"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32, "num_warps": 4, "num_stages": 3},
-        90: {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3},
-        100: {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
-    },
-    "weight_grad_kernel.narrow": {
-        80: {"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
-        90: {"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_T": 32, "num_warps": 8, "num_stages": 3},
-    },
-    "weight_grad_kernel.float32": {
-        80: {"BLOCK_O": 64, "BLOCK_I": 32, "BLOCK_T": 16, "num_warps": 4, "num_stages": 2},
-    },
-    "input_grad_kernel": {
-        80: {"BLOCK_T": 64, "BLOCK_I": 128, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3},
-        90: {"BLOCK_T": 128, "BLOCK_I": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 3},
-    },
-    "input_grad_kernel.narrow": {
-        80: {"BLOCK_T": 64, "BLOCK_I": 64, "BLOCK_O": 32, "num_warps": 8, "num_stages": 3},
-    },
-    "input_grad_kernel.float32": {
-        80: {"BLOCK_T": 64, "BLOCK_I": 32, "BLOCK_O": 16, "num_warps": 4, "num_stages": 2},
-    },
     # Attention, by head dimension (padded to a power of two; 64 serves the smaller), and by what else needs registers:
-    # edges of the value 1 (edges), of other values or many routes (edges.masked), or gathered; masks, padding or
-    # documents (masked). fp32 products are sums of FMAs in registers, as above.
+    # edges of the value 1 (edges), of other values or many routes (edges.masked), or gathered; masks or padding
+    # (masked), with a window or columns that are padded too, or documents (bounded). fp32 products are sums of FMAs in
+    # registers, which leave room for smaller tiles only.
+    "attention_documents_kernel": {80: {"BLOCK": 256, "num_warps": 4}},
     "attention_delta_kernel": {80: {"num_warps": 4}},
     "attention_tiles_kernel": {80: {"CHUNK": 256, "num_warps": 4, "maxnreg": 255}},
     "attention_fwd_kernel.64": {
@@ -87,11 +70,21 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         100: tiles(128, 64, 8, 3),
     },
     "attention_fwd_kernel.64.float32": {80: tiles(32, 32, 8, 2, maxnreg=255)},
-    "attention_fwd_kernel.128": {80: tiles(128, 32, 8, 3), 90: tiles(128, 64, 8, 3)},
+    "attention_fwd_kernel.128": {
+        80: tiles(128, 32, 8, 3),
+        90: tiles(128, 128, 8, 2),
+        100: tiles(128, 64, 8, 3),
+    },
+    "attention_fwd_kernel.128.masked": {80: tiles(128, 32, 8, 3), 90: tiles(128, 64, 8, 3)},
     "attention_fwd_kernel.128.float32": {80: tiles(32, 16, 8, 2, maxnreg=255)},
-    "attention_fwd_kernel.256": {80: tiles(64, 64, 8, 2)},
+    "attention_fwd_kernel.256": {80: tiles(64, 32, 8, 2), 90: tiles(64, 64, 8, 2)},
     "attention_fwd_kernel.256.float32": {80: tiles(16, 16, 8, 2, maxnreg=255)},
-    "attention_dkdv_kernel.64": {80: tiles(64, 64, 8, 2), 90: tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64": {80: tiles(32, 128, 8, 2), 90: tiles(64, 128, 8, 3)},
+    "attention_dkdv_kernel.64.bounded": {
+        80: tiles(32, 32, 8, 2),
+        90: tiles(64, 128, 8, 3),
+        100: tiles(32, 128, 8, 2, maxnreg=255),
+    },
     "attention_dkdv_kernel.64.masked": {80: tiles(32, 32, 8, 2), 90: tiles(64, 128, 8, 3)},
     "attention_dkdv_kernel.64.edges": {
         80: tiles(32, 128, 8, 2),
@@ -105,13 +98,14 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_dkdv_kernel.64.gather": {80: tiles(32, 32, 4, 2, maxnreg=255), 90: tiles(64, 128, 8, 2)},
     "attention_dkdv_kernel.64.float32": {80: tiles(32, 16, 8, 2, maxnreg=255)},
     "attention_dkdv_kernel.128": {
-        80: tiles(32, 128, 8, 2),
+        80: tiles(64, 64, 8, 2),
         90: tiles(64, 128, 8, 2),
         100: tiles(64, 128, 8, 3),
     },
+    "attention_dkdv_kernel.128.bounded": {80: tiles(32, 64, 8, 2), 90: tiles(32, 128, 8, 2)},
     "attention_dkdv_kernel.128.masked": {
         80: tiles(32, 64, 8, 2),
-        90: tiles(32, 128, 8, 2),
+        90: tiles(64, 128, 8, 2),
         100: tiles(64, 128, 8, 3),
     },
     "attention_dkdv_kernel.128.edges": {
@@ -123,14 +117,14 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "attention_dkdv_kernel.128.gather": {80: tiles(32, 64, 8, 2), 90: tiles(32, 128, 8, 2)},
     "attention_dkdv_kernel.128.float32": {80: tiles(16, 16, 8, 2, maxnreg=168)},
     "attention_dkdv_kernel.256": {80: tiles(32, 32, 8, 2), 100: tiles(32, 64, 8, 2)},
+    "attention_dkdv_kernel.256.bounded": {80: tiles(32, 32, 8, 2)},
     "attention_dkdv_kernel.256.masked": {80: tiles(32, 32, 8, 2)},
     "attention_dkdv_kernel.256.edges": {80: tiles(32, 32, 8, 2), 100: tiles(32, 64, 8, 2)},
     "attention_dkdv_kernel.256.edges.masked": {80: tiles(32, 32, 8, 2), 100: tiles(32, 64, 8, 2)},
     "attention_dkdv_kernel.256.gather": {80: tiles(32, 32, 8, 2), 100: tiles(32, 64, 8, 2)},
     "attention_dkdv_kernel.256.float32": {
         80: tiles(16, 16, 8, 2, maxnreg=168),
-        90: tiles(16, 16, 8, 2),
-        100: tiles(16, 16, 8, 2, maxnreg=192),
+        90: tiles(16, 16, 8, 2, maxnreg=192),
     },
     "attention_dq_kernel.64": {80: tiles(128, 64, 8, 3, maxnreg=255), 90: tiles(128, 64, 8, 3)},
     "attention_dq_kernel.64.edges": {80: tiles(128, 64, 8, 3)},
@@ -145,14 +139,14 @@ CONFIGS: dict[str, dict[int, dict[str, int]]] = {
         90: tiles(128, 64, 8, 2),
         100: tiles(128, 32, 8, 3, maxnreg=255),
     },
+    "attention_dq_kernel.128.bounded": {80: tiles(128, 32, 8, 3), 100: tiles(128, 32, 8, 3, maxnreg=255)},
     "attention_dq_kernel.128.edges": {80: tiles(128, 32, 8, 3), 90: tiles(128, 64, 8, 3)},
     "attention_dq_kernel.128.gather": {
         80: tiles(128, 32, 8, 3),
-        90: tiles(128, 64, 8, 2),
         100: tiles(128, 64, 8, 3),
     },
     "attention_dq_kernel.128.float32": {80: tiles(32, 16, 8, 2, maxnreg=255)},
-    "attention_dq_kernel.256": {80: tiles(64, 32, 8, 2), 100: tiles(64, 64, 8, 2)},
+    "attention_dq_kernel.256": {80: tiles(64, 32, 8, 2), 100: tiles(64, 64, 8, 2, maxnreg=255)},
     "attention_dq_kernel.256.edges": {80: tiles(64, 32, 8, 2), 100: tiles(64, 64, 8, 2)},
     "attention_dq_kernel.256.gather": {
         80: tiles(64, 32, 8, 2),

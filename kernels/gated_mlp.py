@@ -15,7 +15,7 @@ from .launch import config_of, launch
 from .linear import TOKENS_PER_PARTIAL
 from .masks import Routing, load_tokens, masked
 from .matrices import Matrix, load_tile
-from .mlp import MaskWeights
+from .mlp import TOKENS_PER_PROGRAM, MaskWeights
 from .rounding import rounded
 
 
@@ -37,6 +37,7 @@ def glu_bwd_kernel(
     TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """With dh = m_dh ⊙ dz: dgate = m_da ⊙ dh ⊙ up ⊙ act'(gate), dup = m_da ⊙ dh ⊙ act(gate).
 
@@ -48,7 +49,7 @@ def glu_bwd_kernel(
     first = tl.program_id(0).to(tl.int64) * TOKENS
     gate_total = tl.zeros([BLOCK_F], dtype=tl.float32)
     up_total = tl.zeros([BLOCK_F], dtype=tl.float32)
-    for start in range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T):
+    for start in tl.range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T, num_stages=STAGES):
         rows = first + start + tl.arange(0, BLOCK_T)
         present = rows < num_tokens
         valid = present[:, None] & inside[None, :]
@@ -56,6 +57,8 @@ def glu_bwd_kernel(
         out = rows[:, None] * num_features + features[None, :]
         gate_tile = load_tile(gate, rows, features, valid)
         up_tile = load_tile(up, rows, features, valid).to(tl.float32)
+        if dz is not None:
+            dh = load_tile(dz, rows, features, valid).to(tl.float32)
         value, derivative = value_and_derivative(gate_tile.to(tl.float32), ACTIVATION)
         if z is not None:
             z_tile = value * up_tile
@@ -63,21 +66,22 @@ def glu_bwd_kernel(
                 z_tile = masked(z_tile, masks.tables[masks.z[i]], routing, tokens, features, inside)
             tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
         if dz is not None:
-            dh = load_tile(dz, rows, features, valid).to(tl.float32)
             for i in tl.static_range(len(masks.dh)):
                 dh = masked(dh, masks.tables[masks.dh[i]], routing, tokens, features, inside)
             dgate_tile, dup_tile = dh * up_tile * derivative, dh * value
             for i in tl.static_range(len(masks.da)):
-                weights = masks.tables[masks.da[i]]
-                dgate_tile = masked(dgate_tile, weights, routing, tokens, features, inside)
-                dup_tile = masked(dup_tile, weights, routing, tokens, features, inside)
+                dgate_tile = masked(dgate_tile, masks.tables[masks.da[i]], routing, tokens, features, inside)
+                dup_tile = masked(dup_tile, masks.tables[masks.da[i]], routing, tokens, features, inside)
             tl.store(dgate + out, rounded(dgate_tile, dgate.dtype.element_ty), mask=valid)
             tl.store(dup + out, rounded(dup_tile, dup.dtype.element_ty), mask=valid)
             if gate_partial is not None:
                 for i in tl.static_range(len(masks.update)):
-                    weights = masks.tables[masks.update[i]]
-                    dgate_tile = masked(dgate_tile, weights, routing, tokens, features, inside)
-                    dup_tile = masked(dup_tile, weights, routing, tokens, features, inside)
+                    dgate_tile = masked(
+                        dgate_tile, masks.tables[masks.update[i]], routing, tokens, features, inside
+                    )
+                    dup_tile = masked(
+                        dup_tile, masks.tables[masks.update[i]], routing, tokens, features, inside
+                    )
                 gate_total += tl.sum(dgate_tile, axis=0)
                 up_total += tl.sum(dup_tile, axis=0)
     if gate_partial is not None:
@@ -123,7 +127,7 @@ def glu_backward_op(
     want_grad = dz is not None
     dgate, dup = (gate.new_empty(tokens if want_grad else 0, features) for _ in range(2))
     z = gate.new_empty(tokens if want_z else 0, features)
-    tokens_per_program = TOKENS_PER_PARTIAL if want_bias else config["BLOCK_T"]
+    tokens_per_program = TOKENS_PER_PARTIAL if want_bias else TOKENS_PER_PROGRAM
     programs = triton.cdiv(tokens, tokens_per_program)
     gate_partial, up_partial = (
         gate.new_empty(programs if want_bias else 0, features, dtype=torch.float32) for _ in range(2)

@@ -19,7 +19,10 @@ from .configs import ARCHITECTURES, CONFIGS, nearest
 MAX_GRID_YZ = 65535
 
 # What a configuration asks of Triton's compiler; all else in it is the kernel's own.
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+# By architecture, where there is no device to ask: A100, H100 and H200, B200.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -113,6 +116,18 @@ def architecture_of(device: torch.device) -> int:
     if _recorder is not None:
         return _recorder.architecture
     return _capability(device) if device.type == "cuda" else ARCHITECTURES[0]
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has; without a GPU, those of the architecture that is recorded for."""
+    if _recorder is None and device.type == "cuda":
+        return _multiprocessors(device)
+    return MULTIPROCESSORS[architecture_of(device)]
 
 
 def shipped_config(entry: str, device: torch.device) -> dict[str, int]:

@@ -81,16 +81,21 @@ def load_weights(
     features,  # [BLOCK_F] int64
     inside,  # [BLOCK_F], which of them exist
 ):
-    """m of a tile, [BLOCK_T, BLOCK_F] fp32: weights[route, feature], interpolated from row 0 by the strength."""
-    columns = features if weights.cols > 1 else features * 0
-    m = tl.load(
-        weights.pointer + tokens.routes.to(tl.int64)[:, None] * weights.cols + columns[None, :],
-        mask=tokens.present[:, None] & inside[None, :],
-        other=0.0,
-    )
+    """m of a tile, fp32: weights[route, feature], interpolated from row 0 by the strength.
+
+    [BLOCK_T, BLOCK_F]; of a broadcast table [BLOCK_T, 1], one weight a token.
+    """
+    at = weights.pointer + tokens.routes.to(tl.int64)[:, None] * weights.cols
+    if weights.cols > 1:
+        m = tl.load(at + features[None, :], mask=tokens.present[:, None] & inside[None, :], other=0.0)
+    else:
+        m = tl.load(at, mask=tokens.present[:, None], other=0.0)
     if routing.strength is not None:
         s = tokens.strength
-        base = tl.load(weights.pointer + columns, mask=inside, other=0.0)[None, :]
+        if weights.cols > 1:
+            base = tl.load(weights.pointer + features, mask=inside, other=0.0)[None, :]
+        else:
+            base = tl.load(weights.pointer)
         # Interpolated as torch.lerp interpolates, so that a strength of one is exactly no strength.
         m = tl.where(tl.abs(s) < 0.5, base + s * (m - base), m - (m - base) * (1.0 - s))
     return m

@@ -21,6 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Bits that a thread reads or writes at once where rows allow it.
+ACCESS = tl.constexpr(128)
+
 
 class Matrix(NamedTuple):
     """A matrix `[rows, columns]` in memory: the address of its first element and the steps in elements."""
@@ -49,3 +52,21 @@ def pointers(
 def load_tile(matrix, rows, columns, valid):
     """The elements of a tile of a matrix that are `valid`, 0 in place of the others: [BLOCK_R, BLOCK_C]."""
     return tl.load(pointers(matrix, rows, columns), mask=valid, other=0.0)
+
+
+@triton.jit
+def in_whole_vectors(
+    condition,  # [BLOCK_R, BLOCK_C], or [BLOCK_R, 1]
+    LENGTH: tl.constexpr,
+):
+    """Where the condition holds for any element of a vector, a run of LENGTH columns; of the condition's shape.
+
+    The compiler is told that it is constant within a vector: one predicate then serves one wide access.
+    """
+    ROWS: tl.constexpr = condition.shape[0]
+    COLUMNS: tl.constexpr = condition.shape[1]
+    if COLUMNS >= LENGTH:
+        by_vector = condition.to(tl.int32).reshape([ROWS, COLUMNS // LENGTH, LENGTH])
+        spread = tl.broadcast_to(tl.max(by_vector, axis=2)[:, :, None], [ROWS, COLUMNS // LENGTH, LENGTH])
+        condition = tl.max_constancy(spread.reshape([ROWS, COLUMNS]) > 0, [1, LENGTH])
+    return condition

@@ -19,6 +19,9 @@ from .masks import Routing, Weights, load_tokens, masked
 from .matrices import Matrix, load_tile
 from .rounding import rounded
 
+# Tokens that a program handles where it makes no sums: enough for loads to run ahead, few enough for many programs.
+TOKENS_PER_PROGRAM = 32
+
 
 class MaskWeights(NamedTuple):
     """ActivationMasks as kernels take them: each table once, since a second pointer to it would take registers.
@@ -62,6 +65,7 @@ def activation_bwd_kernel(
     TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """da = m_da ⊙ m_dh ⊙ dz ⊙ act'(a).
 
@@ -71,13 +75,15 @@ def activation_bwd_kernel(
     inside = features < num_features
     first = tl.program_id(0).to(tl.int64) * TOKENS
     total = tl.zeros([BLOCK_F], dtype=tl.float32)
-    for start in range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T):
+    for start in tl.range(0, tl.minimum(TOKENS, num_tokens - first), BLOCK_T, num_stages=STAGES):
         rows = first + start + tl.arange(0, BLOCK_T)
         present = rows < num_tokens
         valid = present[:, None] & inside[None, :]
         tokens = load_tokens(routing, rows, present)
         out = rows[:, None] * num_features + features[None, :]
         a_tile = load_tile(a, rows, features, valid)
+        if dz is not None:
+            g = load_tile(dz, rows, features, valid).to(tl.float32)
         value, derivative = value_and_derivative(a_tile.to(tl.float32), ACTIVATION)
         if z is not None:
             z_tile = value
@@ -85,7 +91,6 @@ def activation_bwd_kernel(
                 z_tile = masked(z_tile, masks.tables[masks.z[i]], routing, tokens, features, inside)
             tl.store(z + out, rounded(z_tile, z.dtype.element_ty), mask=valid)
         if dz is not None:
-            g = load_tile(dz, rows, features, valid).to(tl.float32)
             for i in tl.static_range(len(masks.dh)):
                 g = masked(g, masks.tables[masks.dh[i]], routing, tokens, features, inside)
             g = g * derivative
@@ -136,7 +141,7 @@ def activation_backward_op(
     want_grad = dz is not None
     da = a.new_empty(tokens if want_grad else 0, features)
     z = a.new_empty(tokens if want_z else 0, features)
-    tokens_per_program = TOKENS_PER_PARTIAL if want_bias else config["BLOCK_T"]
+    tokens_per_program = TOKENS_PER_PARTIAL if want_bias else TOKENS_PER_PROGRAM
     programs = triton.cdiv(tokens, tokens_per_program)
     partial = a.new_empty(programs if want_bias else 0, features, dtype=torch.float32)
     launch(

@@ -21,15 +21,16 @@ from .matrices import Matrix, load_tile
 from .rounding import rounded
 
 # Rows up to this long stay in registers: 16 warps have 128 registers a thread, and compiled for sm_80, sm_90 and sm_100
-# twice as long rows spill on one chip or another. The limit is half of it where x or dy is fp32, where a bias is summed
-# too, and where rows are not aligned, so that every element has its address. Longer rows are read again from the
-# cache, by chunks.
+# twice as long rows spill on one chip or another. The limit is half of it where x or dy is fp32, where rows are not
+# aligned, so that every element has its address, and where a bias is summed under a table that a strength interpolates,
+# which would spill 16 bytes on sm_100. Longer rows are read again from the cache, by chunks.
 MAX_ROW_IN_REGISTERS = 8192
 MAX_WARPS = 16
 REGISTERS_PER_MULTIPROCESSOR = 65536
 
-# Each program costs a row of partial sums, so there are only as many as a chip keeps busy.
-WARPS_PER_MULTIPROCESSOR = 32
+# Each program costs a row of partial sums, so there are only as many as a chip holds at once, with 128 registers a
+# thread. While one computes, the rows that it reads next are on their way: 2 programs where a row has 4096 halves.
+WARPS_PER_MULTIPROCESSOR = 16
 
 
 @triton.jit
@@ -63,6 +64,7 @@ def norm_bwd_kernel(
     ROUND_X_HAT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx of x̂ ⊙ (w + offset), x̂ = (x - mean, where CENTERED) / rms; partial sums of m ⊙ dy ⊙ x̂ and m ⊙ dy."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
@@ -70,17 +72,26 @@ def norm_bwd_kernel(
     inside = features < num_features
     weight_total = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
     bias_total = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
-    for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
+    if dx is not None:
+        scale = _load_scale(weight, offset, features, num_features)
+    for start in tl.range(first, num_tokens, tl.num_programs(0) * BLOCK_T, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_T).to(tl.int64)
         present = rows < num_tokens
         valid = present[:, None] & inside[None, :]
         tokens = load_tokens(routing, rows, present)
         x_hat = _load(x, rows, features, valid)
+        g = _load(dy, rows, features, valid)
         if CENTERED:
             x_hat = tl.where(valid, x_hat - tl.sum(x_hat, axis=1)[:, None] / num_features, 0.0)
         rstd = tl.rsqrt(tl.sum(x_hat * x_hat, axis=1)[:, None] / num_features + eps)
         x_hat = tl.where(valid, x_hat * rstd, 0.0)
-        g = _load(dy, rows, features, valid)
+        if dx is not None:  # ahead of the sums, whose weights would hold registers through the reductions
+            dx_hat = g * scale
+            if CENTERED:
+                dx_hat -= tl.sum(dx_hat, axis=1)[:, None] / num_features
+            projection = tl.sum(dx_hat * x_hat, axis=1)[:, None] / num_features
+            dx_tile = rounded(rstd * (dx_hat - x_hat * projection), dx.dtype.element_ty)
+            tl.store(dx + rows[:, None] * num_features + features[None, :], dx_tile, mask=valid)
         if weight_partial is not None:
             x_seen = x_hat
             if ROUND_X_HAT:
@@ -88,13 +99,6 @@ def norm_bwd_kernel(
             weight_total += masked(g * x_seen, update, routing, tokens, features, inside)
         if bias_partial is not None:
             bias_total += masked(g, update, routing, tokens, features, inside)
-        if dx is not None:
-            dx_hat = g * _load_scale(weight, offset, features, num_features)
-            if CENTERED:
-                dx_hat -= tl.sum(dx_hat, axis=1)[:, None] / num_features
-            projection = tl.sum(dx_hat * x_hat, axis=1)[:, None] / num_features
-            dx_tile = rounded(rstd * (dx_hat - x_hat * projection), dx.dtype.element_ty)
-            tl.store(dx + rows[:, None] * num_features + features[None, :], dx_tile, mask=valid)
     partial = tl.program_id(0).to(tl.int64) * num_features + features
     if weight_partial is not None:
         tl.store(weight_partial + partial, tl.sum(weight_total, axis=0), mask=inside)
@@ -120,8 +124,10 @@ def norm_bwd_chunked_kernel(
     ROUND_X_HAT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """norm_bwd_kernel for rows of any length: it reads chunks twice (CENTERED: thrice) and keeps its sums in memory."""
+    # Every loop copies its next chunks while one is computed, earlier sums too: no other chunk's store changes them.
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     for start in range(first, num_tokens, tl.num_programs(0) * BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T).to(tl.int64)
@@ -129,7 +135,7 @@ def norm_bwd_chunked_kernel(
         tokens = load_tokens(routing, rows, present)
         mean = tl.zeros([BLOCK_T, 1], dtype=tl.float32)
         if CENTERED:
-            for chunk in range(0, num_features, BLOCK_F):
+            for chunk in tl.range(0, num_features, BLOCK_F, num_stages=STAGES):
                 features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
                 valid = present[:, None] & (features < num_features)[None, :]
                 mean += tl.sum(_load(x, rows, features, valid), axis=1)[:, None]
@@ -137,7 +143,7 @@ def norm_bwd_chunked_kernel(
         squares = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ (x - mean)²
         total = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ dx̂
         projection = tl.zeros([BLOCK_T, 1], dtype=tl.float32)  # Σ dx̂ (x - mean)
-        for chunk in range(0, num_features, BLOCK_F):
+        for chunk in tl.range(0, num_features, BLOCK_F, num_stages=STAGES):
             features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
             inside = features < num_features
             valid = present[:, None] & inside[None, :]
@@ -152,7 +158,7 @@ def norm_bwd_chunked_kernel(
         rstd = tl.rsqrt(squares / num_features + eps)
         total = total / num_features
         projection = projection * rstd / num_features
-        for chunk in range(0, num_features, BLOCK_F):
+        for chunk in tl.range(0, num_features, BLOCK_F, num_stages=STAGES):
             features = chunk + tl.arange(0, BLOCK_F).to(tl.int64)
             inside = features < num_features
             valid = present[:, None] & inside[None, :]
@@ -202,9 +208,10 @@ def norm_backward_op(
     """Outputs that are not wanted have no elements."""
     tokens = x.shape[0]
     features = int(x.shape[1])  # a constant under tracing too, since it chooses the kernel
-    is_light = max(x.element_size(), dy.element_size()) <= 2 and not want_bias and features % 16 == 0
+    is_heavy = want_bias and update is not None and strength is not None
+    is_light = features % 16 == 0 and _in_whole_vectors(x) and _in_whole_vectors(dy) and not is_heavy
     fits = features <= (MAX_ROW_IN_REGISTERS if is_light else MAX_ROW_IN_REGISTERS // 2)
-    kernel, config = _whole_rows(features, x.device) if fits else _chunks(x.device)
+    kernel, config = _whole_rows(features, is_light, x.device) if fits else _chunks(x.device)
     programs = _multiprocessors(x.device) * WARPS_PER_MULTIPROCESSOR // config["num_warps"]
     # With symbolic shapes nothing runs, and a minimum would be a guard that the number of programs does not need.
     if isinstance(tokens, int):
@@ -254,17 +261,29 @@ def norm_backward(
     return wanted((dx, weight is not None), (dweight, want_weight), (dbias, want_bias))
 
 
-def _whole_rows(features: int, device: torch.device) -> tuple[triton.JITFunction, dict[str, int]]:
+def _in_whole_vectors(rows: Tensor) -> bool:
+    """Whether rows `[T, D]` are of 16 bits an element and begin where wide accesses may."""
+    return rows.element_size() <= 2 and rows.stride(1) == 1 and rows.stride(0) % 16 == 0
+
+
+def _whole_rows(
+    features: int, is_light: bool, device: torch.device
+) -> tuple[triton.JITFunction, dict[str, int]]:
+    """The configuration for rows that stay in registers; light ones leave room for twice as much a thread."""
     shipped = config_of(norm_bwd_kernel, device)
     block_f = max(16, triton.next_power_of_2(features))
     block_t = max(1, shipped["ELEMENTS"] // block_f)
-    num_warps = min(MAX_WARPS, block_t * block_f // shipped["ELEMENTS_PER_WARP"])
-    maxnreg = min(255, REGISTERS_PER_MULTIPROCESSOR // (32 * num_warps))
+    elements = block_t * block_f
+    is_doubled = is_light and elements > shipped["ELEMENTS"]
+    elements_per_warp = shipped["ELEMENTS_PER_WARP"] * (2 if is_doubled else 1)
+    # Short rows, of which a tile has several, need more registers for the routes and weights of each.
+    warps = WARPS_PER_MULTIPROCESSOR if block_t == 1 else WARPS_PER_MULTIPROCESSOR // 2
     return norm_bwd_kernel, {
         "BLOCK_T": block_t,
         "BLOCK_F": block_f,
-        "num_warps": num_warps,
-        "maxnreg": maxnreg,
+        "STAGES": shipped["STAGES"] if elements <= shipped["PREFETCHED"] else 1,
+        "num_warps": min(MAX_WARPS, elements // elements_per_warp),
+        "maxnreg": min(255, REGISTERS_PER_MULTIPROCESSOR // (32 * warps)),
     }
 
 

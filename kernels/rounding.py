@@ -8,8 +8,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """fp32 x rounded to the nearest even value of dtype. The interpreter truncates to bf16: there, by bits."""
-    if INTERPRETED:
+    """fp32 x, or x of that dtype, rounded to nearest even. The interpreter truncates to bf16: there, by bits."""
+    if INTERPRETED and x.dtype != dtype:
         if dtype == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536

@@ -11,7 +11,7 @@ from ..routes import Routes
 from ..tables import Table
 from .launch import config_of, launch
 from .masks import Routing, Weights, load_tokens, load_weights
-from .matrices import Matrix, load_tile, pointers
+from .matrices import ACCESS, Matrix, in_whole_vectors, load_tile, pointers
 from .rounding import rounded
 
 
@@ -20,23 +20,34 @@ def masked_product_kernel(
     g,  # Matrix [T, F]
     out,  # Matrix [T, F], g itself where IN_PLACE
     routing,  # Routing of [T]
-    weights,  # Weights [R, F]
+    weights,  # Weights [R, F] or [R, 1]
     num_tokens,
     num_features,
     IN_PLACE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out = m ⊙ g. Elements with m = 0 are not read; in place, those with m = 1 are neither read nor written."""
+    """out = m ⊙ g. In place, vectors in which every m is 1 are neither read nor written; elsewhere all of g is read.
+
+    Where m is 0 whatever was read is replaced. To leave it unread would cost more: a predicate for every element
+    splits the loads into single elements, and each would wait until routes and weights have been looked up.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     present, inside = rows < num_tokens, features < num_features
-    m = load_weights(weights, routing, load_tokens(routing, rows, present), features, inside)
     changed = present[:, None] & inside[None, :]
+    tokens = load_tokens(routing, rows, present)
+    if not IN_PLACE:
+        g_tile = load_tile(g, rows, features, changed)
+        tl.debug_barrier()  # or the assembler moves these loads behind those of weights, which wait for routes
+    m = load_weights(weights, routing, tokens, features, inside)
     if IN_PLACE:
-        changed = changed & (m != 1.0)
-    g_tile = load_tile(g, rows, features, changed & (m != 0.0))
-    product = rounded(m * g_tile.to(tl.float32), out.pointer.dtype.element_ty)
+        VECTOR: tl.constexpr = ACCESS // g.pointer.dtype.element_ty.primitive_bitwidth
+        changed = changed & in_whole_vectors(m != 1.0, VECTOR)
+        g_tile = load_tile(g, rows, features, changed)
+    product = rounded(m * tl.where(m == 0.0, 0.0, g_tile.to(tl.float32)), out.pointer.dtype.element_ty)
+    if IN_PLACE:
+        product = tl.where(m == 1.0, g_tile, product)  # its neighbours keep every bit, a NaN's too
     tl.store(pointers(out, rows, features), product, mask=changed)
 
 

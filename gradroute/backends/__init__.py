@@ -144,7 +144,7 @@ def choose(
         ValueError: no such backend.
         BackendError: the explicit backend, or every backend, cannot run the call.
     """
-    explicit = _process_wide if requested is None else requested
+    explicit = asked_for(requested)
     if explicit is not None:
         check_backend(explicit)
         reason = _why_not(op, explicit, x.device, x.dtype) or (refused or {}).get(explicit)
@@ -154,6 +154,14 @@ def choose(
     if order is None and not refused and not torch.compiler.is_compiling():
         return _remembered(op, x)
     return _automatic(op, x, refused, order or order_of(op, x))
+
+
+def asked_for(requested: str | None) -> str | None:
+    """The explicit choice of a call with this argument `backend`, use_backend's and GRADROUTE_BACKEND's included.
+
+    None: the choice is automatic.
+    """
+    return _process_wide if requested is None else requested
 
 
 def order_of(op: str, x: Tensor) -> tuple[str, ...]:
@@ -235,7 +243,7 @@ def explain(op: str, x: Tensor, backend: str | None = None) -> Choice:
         raise TypeError(f"x: got a {type(x).__name__}, expected a tensor")
     chosen = choose(op, backend, x)
     evidence = evidence_of(op, x, chosen)
-    if backend is not None or _process_wide is not None:
+    if asked_for(backend) is not None:
         return Choice(chosen, "it was asked for", evidence)
     rejected = _rejected(op, order_of(op, x), x, None)
     why = "it is the fastest that can run the call"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..primitives import shared
-from ..primitives.arguments import ActivationMasks, AdamWOptions, NormArguments, product_dtype
+from ..primitives.arguments import ActivationMasks, NormArguments, product_dtype
+from ..primitives.attention_kernels import AttentionKernels
 from ..primitives.attention_pattern import Pattern
 from ..primitives.overwriting import may_overwrite, times
 from ..primitives.protocol import AttentionTables
@@ -20,6 +21,8 @@ from ..routes import Routes
 from ..tables import Table
 from . import attention
 from . import composed as primitives  # this module, as shared algorithms take it
+from .optim import adamw_step as adamw_step
+from .optim import touched_blocks as touched_blocks
 
 
 def mask(weights: Tensor, routes: Routes, dtype: torch.dtype) -> Tensor:
@@ -111,11 +114,11 @@ def _multiply_rows_(part: Tensor, m: Tensor, is_binary: bool) -> None:
 
 
 def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
-    return shared.input_grad(g, weight, routes, table, primitives)
+    return shared.input_grad(g, weight, routes, table, masked_product)
 
 
 def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None) -> Tensor:
-    return shared.weight_grad(g, x, routes, rows, cols, primitives)
+    return shared.weight_grad(g, x, routes, rows, cols, masked_product)
 
 
 def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
@@ -135,6 +138,12 @@ def _updates(g: Tensor, routes: Routes, tables: tuple[Table, ...]) -> Tensor:
     for table in tables:
         g = masked_product(g, routes, table)
     return g.sum(0)
+
+
+def activation_forward(
+    a: Tensor, up: Tensor | None, routes: Routes, table: Table | None, activation: str
+) -> Tensor:
+    return shared.activation_forward(a, up, routes, table, activation, masked_product)
 
 
 def activation_backward(
@@ -256,9 +265,9 @@ def attention_forward(
     routes: Routes | None,
     sites: AttentionTables,
     pattern: Pattern,
-    vendor: str | None,
+    kernels: AttentionKernels,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return attention.forward(q, k, v, routes, sites, pattern, vendor, primitives)
+    return attention.forward(q, k, v, routes, sites, pattern, kernels, primitives)
 
 
 def attention_output_grad(
@@ -281,7 +290,7 @@ def attention_backward(
     routes: Routes | None,
     sites: AttentionTables,
     pattern: Pattern,
-    vendor: str | None,
+    kernels: AttentionKernels,
     *,
     want_query: bool,
     want_key_value: bool,
@@ -296,31 +305,8 @@ def attention_backward(
         routes,
         sites,
         pattern,
-        vendor,
+        kernels,
         primitives,
         want_query=want_query,
         want_key_value=want_key_value,
     )
-
-
-def adamw_step(
-    parameter: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    factors: Tensor,
-    by_column: bool,
-    options: AdamWOptions,
-) -> None:
-    beta1, beta2, eps, maximize = options
-    decay, size, scale, touched = factors.unsqueeze(1 if by_column else 2)
-    g = -gradient.to(factors.dtype) if maximize else gradient.to(factors.dtype)
-    average = torch.lerp(exp_avg.to(g.dtype), g, 1 - beta1)
-    square = beta2 * exp_avg_sq.to(g.dtype) + (1 - beta2) * g * g
-    changed = {exp_avg: average, exp_avg_sq: square}
-    if max_exp_avg_sq is not None:
-        square = changed[max_exp_avg_sq] = torch.maximum(max_exp_avg_sq.to(g.dtype), square)
-    changed[parameter] = parameter * decay - size * average / (square.sqrt() * scale + eps)
-    for old, new in changed.items():
-        old.copy_(torch.where(touched != 0, new.to(old.dtype), old))

@@ -45,7 +45,7 @@ class EdgeBits(NamedTuple):
         if table is None:
             return EdgeBits(None, None, 0)
         assert routes is not None
-        return routes.derived(("edge bits", table), lambda: _edge_bits(routes, table))
+        return routes.derived(("edge bits", table.digest), lambda: _edge_bits(routes, table))
 
 
 def _edge_bits(routes: Routes, table: Table) -> EdgeBits:
@@ -70,20 +70,28 @@ def _packed(flags: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
 class TileBits(NamedTuple):
     """Which tiles of TILE queries and of TILE keys have an edge: where `reach & present` is not 0.
 
+    A pair of tiles is full, all edges between them are 1, where `partial & present` is 0.
+
     Attributes:
         reach: `[B, tiles]` int64, the routes to whose keys the tile's queries have an edge.
+        partial: `[B, tiles]` int64, the routes to whose keys some of the tile's queries have an edge other than 1.
         present: `[B, tiles]` int64, the routes of the tile's tokens.
     """
 
     reach: Tensor | None
+    partial: Tensor | None
     present: Tensor | None
 
     @staticmethod
     def of(routes: Routes | None, shape: tuple[int, int], *tables: Table | None) -> TileBits:
-        """The bits for edges in any of `tables` and ids `[B, S]` of this shape; none where a table is None."""
+        """The bits for edges in any of `tables`, and other than 1 in any, and ids `[B, S]` of this shape.
+
+        There are none where a table is None.
+        """
         if routes is None or any(table is None for table in tables):
-            return TileBits(None, None)
-        return routes.derived(("tile bits", shape, *tables), lambda: _tile_bits(routes, shape, tables))
+            return TileBits(None, None, None)
+        digests = [table.digest for table in tables if table is not None]
+        return routes.derived(("tile bits", shape, *digests), lambda: _tile_bits(routes, shape, tables))
 
 
 def _tile_bits(routes: Routes, shape: tuple[int, int], tables: tuple[Table | None, ...]) -> TileBits:
@@ -93,11 +101,6 @@ def _tile_bits(routes: Routes, shape: tuple[int, int], tables: tuple[Table | Non
     ids = ids.view(batch, tiles, TILE, 1)
     each_route = torch.arange(routes.num_routes, device=ids.device)
     present = (ids == each_route).any(2)  # [B, tiles, R]
-    has_edge = _any_edge([table.on(ids.device) for table in tables if table is not None])
-    reach = (present.float() @ has_edge.float()) > 0
-    return TileBits(_packed(reach), _packed(present))
-
-
-def _any_edge(tables: list[Tensor]) -> Tensor:
-    """Where any of the tables `[R, R]` is not 0."""
-    return torch.stack([table != 0 for table in tables]).any(0)
+    weights = torch.stack([table.on(ids.device) for table in tables if table is not None])
+    reach, partial = ((present.float() @ edges.any(0).float()) > 0 for edges in (weights != 0, weights != 1))
+    return TileBits(_packed(reach), _packed(partial), _packed(present))

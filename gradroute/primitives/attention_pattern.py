@@ -15,7 +15,8 @@ class Pattern(NamedTuple):
         window: key j is seen only if i - j < window (and j - i < window when not causal); None: no limit.
         scale: the factor of the scores.
         dropout: the share of P that is dropped.
-        cu_seqlens: `[documents + 1]` int32, where documents of a batch of one begin and end; or None.
+        cu_seqlens: `[documents + 1]` int32, where documents of a batch of one begin and end, ascending from 0 to S; or
+            None.
         key_mask: `[B, S_k]` bool, False where a key is padding; or None.
     """
 

@@ -39,13 +39,6 @@ def plus(total: Tensor, summand: Tensor) -> Tensor:
     return total.add_(summand) if may_overwrite(total) else (total + summand).to(total.dtype)
 
 
-def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, in the total where that may be overwritten; the product alone where there is no total yet."""
-    if total is None:
-        return a @ b
-    return total.addmm_(a, b) if may_overwrite(total) else torch.addmm(total, a, b)
-
-
 def with_part(whole: Tensor, part: Tensor, rows: slice = ALL, cols: slice = ALL) -> Tensor:
     """`whole` with `part` in these rows, and columns of a matrix, in a new tensor."""
     if cols != ALL:

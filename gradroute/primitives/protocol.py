@@ -11,6 +11,7 @@ exactly 0 where m is 0. None of these functions writes into an argument unless i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..routes import Routes
 from ..tables import Table
 from .arguments import ActivationMasks, AdamWOptions, NormArguments
+from .attention_kernels import AttentionKernels
 from .attention_pattern import Pattern
 
 
@@ -75,6 +77,24 @@ class Primitives(Protocol):
         self, g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None
     ) -> Tensor:
         """(m_rows ⊙ g)ᵀ (m_cols ⊙ x): g `[T, O]`, x `[T, I]` → `[O, I]`; of neither operand is a whole copy made."""
+
+    def activation_forward(
+        self, a: Tensor, up: Tensor | None, routes: Routes, table: Table | None, activation: str
+    ) -> Tensor:
+        """z = m ⊙ (act(a) * up), with the bits of eager PyTorch's operations on the same device.
+
+        Each operation is rounded to the dtype: act(a), then its product with up, then the masked product.
+
+        Args:
+            a: `[*tokens, F]`.
+            up: `[*tokens, F]` of a's dtype, or None: z = m ⊙ act(a).
+            routes: the batch's routes.
+            table: m_forward.
+            activation: a name of `gradroute.activations.ACTIVATIONS`.
+
+        Returns:
+            `[*tokens, F]`, which no one else has.
+        """
 
     def activation_backward(
         self,
@@ -197,7 +217,7 @@ class Primitives(Protocol):
         routes: Routes | None,
         sites: AttentionTables,
         pattern: Pattern,
-        vendor: str | None,
+        kernels: AttentionKernels,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """z = m_forward_heads ⊙ softmax(scale q kᵀ) v, and what its backward needs beside it.
 
@@ -208,11 +228,10 @@ class Primitives(Protocol):
             routes: of the tokens `[B, S_q]`; None: no masks.
             sites: effective sites.
             pattern: which keys a query sees.
-            vendor: the vendor's kernel that runs it, by its name in `gradroute.backends.vendor.VENDORS`; None: the
-                backend's own.
+            kernels: which kernels run it and its backward.
 
         Returns:
-            z `[B, H, S_q, D]`; the tensors to save: those of the kernel, its output first where that is not z.
+            z `[B, H, S_q, D]`; the tensors to save beside q, k, v and z: those that the kernels of the backward need.
         """
 
     def attention_backward(
@@ -226,7 +245,7 @@ class Primitives(Protocol):
         routes: Routes | None,
         sites: AttentionTables,
         pattern: Pattern,
-        vendor: str | None,
+        kernels: AttentionKernels,
         *,
         want_query: bool,
         want_key_value: bool,
@@ -243,7 +262,7 @@ class Primitives(Protocol):
             routes: of the tokens; None: no masks.
             sites: effective sites.
             pattern: which keys a query sees.
-            vendor: as for attention_forward.
+            kernels: as for attention_forward.
             want_query: compute dq.
             want_key_value: compute dk and dv.
 
@@ -251,29 +270,44 @@ class Primitives(Protocol):
             dq, dk, dv, in the shapes of q, k, v; None for what is not wanted.
         """
 
-    def adamw_step(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        max_exp_avg_sq: Tensor | None,
-        factors: Tensor,
-        by_column: bool,
-        options: AdamWOptions,
-    ) -> None:
-        """One step of `gradroute.optim.RoutedAdamW` on a parameter, in place: in fp32 (fp64 for fp64), rounded once.
+    def touched_blocks(self, gradients: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
+        """Which blocks of parameters have an element of their gradients that is not 0; NaN and infinity are not 0.
 
         Args:
-            parameter: θ `[N, M]`.
-            gradient: g `[N, M]`.
-            exp_avg: m `[N, M]`.
-            exp_avg_sq: v `[N, M]`.
-            max_exp_avg_sq: `[N, M]`, the largest v so far, with amsgrad; else None.
-            factors: `[4, n]`, of the dtype to compute in: 1 - lr λ, lr / (1 - β₁^t), 1 / √(1 - β₂^t), and 1 for blocks
-                that are touched, 0 for others.
-            by_column: blocks are columns, n = M; else rows, n = N. n = 1: there is one block.
-            options: β₁, β₂, ε, maximize.
+            gradients: of one dtype and device, each a matrix `[N, M]` or a vector `[M]`, which is a matrix of one row.
+            blocks: what a block of each is (`arguments.Blocks`).
+
+        Returns:
+            bool `[n]`: the blocks of the first one in order, then those of the second, and so on.
+        """
+
+    def adamw_step(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor],
+        factors: Tensor,
+        blocks: Sequence[int],
+        options: AdamWOptions,
+    ) -> None:
+        """One step of `gradroute.optim.RoutedAdamW` on parameters, in place: in fp32 (fp64 for fp64), rounded once.
+
+        What a parameter becomes does not depend on what other parameters there are. All tensors of one parameter have
+        one shape, `[N, M]` or `[M]`, which is a matrix of one row.
+
+        Args:
+            parameters: θ, of one dtype and device.
+            gradients: g, of the parameters' dtype.
+            exp_avgs: m, in fp32, bfloat16 or the parameters' dtype.
+            exp_avg_sqs: v, of the dtype of m.
+            max_exp_avg_sqs: the largest v so far, of the dtype of m, with amsgrad; else nothing.
+            factors: `[5, n]`, of the dtype to compute in, for the blocks of the first parameter, then those of the
+                second, and so on: 1 - lr λ, lr / (1 - β₁^t), 1 / √(1 - β₂^t), 1 for blocks that are touched, 0 for
+                others, and t.
+            blocks: what a block of each parameter is (`arguments.Blocks`).
+            options: β₁, β₂, ε, maximize, stochastic.
         """
 
 

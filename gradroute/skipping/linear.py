@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ..primitives.overwriting import plus_product
+from ..primitives.products import plus_product
 from ..primitives.protocol import Primitives
 from ..routes import Routes
 from ..tables import Table
+from .grouped_linear import LinearTilings, SideTiling, grouped_input_grad, grouped_weight_grad
 from .parts import Group, Part, Product, Rows, Spans, live, part_of, rectangles, width_of
-from .rule import decide
+from .rule import GROUPED, decide
+from .tiling import is_aligned
 from .totals import Total
 
 if TYPE_CHECKING:
@@ -32,12 +35,34 @@ class InputSpan(NamedTuple):
     inputs: MaskedRuns
 
 
-class InputProduct(Product[InputSpan]):
-    """dx = m_input ⊙ (g W), by its outputs and inputs."""
+class _LinearProduct(Product[Spans]):
+    """One of a linear layer's products, by its outputs and inputs.
+
+    Attributes:
+        sites: effective sites.
+        tiling: how it is grouped; None where that saves nothing.
+    """
 
     def __init__(self, sites: LinearSites, outputs: int, inputs: int) -> None:
         super().__init__(sites, outputs, inputs)
+        self.is_aligned = is_aligned(outputs, inputs)
         self.sites = sites
+        self.tiling = None if sites.tilings is None else self._tiling(sites.tilings)
+
+    @abstractmethod
+    def _tiling(self, tilings: LinearTilings) -> SideTiling | None:
+        """Its own of a layer's tilings."""
+
+    @property
+    def grouped_work(self) -> float:
+        return 1.0 if self.tiling is None else self.tiling.tiling.work
+
+
+class InputProduct(_LinearProduct[InputSpan]):
+    """dx = m_input ⊙ (g W)."""
+
+    def _tiling(self, tilings: LinearTilings) -> SideTiling | None:
+        return tilings.dx
 
     def live(self, route: int) -> tuple[tuple[slice, ...], ...]:
         outputs, inputs = self.widths
@@ -61,12 +86,11 @@ class WeightSpan(NamedTuple):
     cols: MaskedRuns
 
 
-class WeightProduct(Product[WeightSpan]):
-    """dW = (m_update_rows ⊙ g)ᵀ (m_update_cols ⊙ x), by its rows and columns."""
+class WeightProduct(_LinearProduct[WeightSpan]):
+    """dW = (m_update_rows ⊙ g)ᵀ (m_update_cols ⊙ x)."""
 
-    def __init__(self, sites: LinearSites, outputs: int, inputs: int) -> None:
-        super().__init__(sites, outputs, inputs)
-        self.sites = sites
+    def _tiling(self, tilings: LinearTilings) -> SideTiling | None:
+        return tilings.dweight
 
     def live(self, route: int) -> tuple[tuple[slice, ...], ...]:
         outputs, inputs = self.widths
@@ -96,9 +120,12 @@ def _group(product: Product[Spans], first: int, last: int, span: Spans, area: in
 # 1024 × 128 in fp32, 42 % of the tokens without updates, 2 cores).
 
 
-def _parts(product: Product[Spans], g: Tensor, routes: Routes) -> list[Part[Spans]]:
-    """The parts of one of a linear layer's products; none where it is made whole."""
-    return rectangles(product, routes, decide("linear", product, routes, g.dtype))
+def _decided(product: _LinearProduct[Spans], g: Tensor, routes: Routes) -> SideTiling | list[Part[Spans]]:
+    """How one of a linear layer's products is grouped, or its parts; none where it is made whole."""
+    decision = decide("linear", product, routes, g.dtype)
+    if decision.form == GROUPED and product.tiling is not None:
+        return product.tiling
+    return rectangles(product, routes, decision)
 
 
 def linear_input_grad(
@@ -116,7 +143,9 @@ def linear_input_grad(
     Returns:
         `[T, I]`; None where parts do not pay.
     """
-    parts = _parts(InputProduct(sites, *weight.shape), g, routes)
+    parts = _decided(InputProduct(sites, *weight.shape), g, routes)
+    if isinstance(parts, SideTiling):
+        return grouped_input_grad(g, weight, routes, sites, parts, primitives)
     if not parts:
         return None
     dx = g.new_zeros(g.shape[0], weight.shape[1])
@@ -149,7 +178,9 @@ def linear_weight_grad(
         `[O, I]`; None where parts do not pay.
     """
     shape = (g.shape[1], x.matrix.shape[1])
-    parts = _parts(WeightProduct(sites, *shape), g, routes)
+    parts = _decided(WeightProduct(sites, *shape), g, routes)
+    if isinstance(parts, SideTiling):
+        return grouped_weight_grad(g, x, routes, sites, parts, primitives)
     if not parts:
         return None
     spans = [span for part in parts for span in part.spans]

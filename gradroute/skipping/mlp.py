@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..primitives.arguments import ActivationMasks
-from ..primitives.overwriting import ALL, plus_product
+from ..primitives.overwriting import ALL
+from ..primitives.products import plus_product, product
 from ..primitives.protocol import Primitives
 from ..routes import Routes
 from ..tables import Table
+from .grouped_mlp import GroupedMLP, MLPTilings
 from .parts import Group, Part, Product, live, part_of, rectangles, runs, width_of
-from .rule import decide
+from .rule import GROUPED, Decision, decide
+from .tiling import is_aligned
 from .totals import Area, Total
 
 if TYPE_CHECKING:
@@ -39,11 +41,20 @@ class Span(NamedTuple):
 
 
 class MLPProduct(Product[Span]):
-    """The products of an MLP by its hidden features: dH, dx, and the weights' gradients."""
+    """The products of an MLP by its hidden features: dH, dx, and the weights' gradients.
 
-    def __init__(self, sites: MLPSites, d_ff: int) -> None:
+    `sides` are the widths of x and of the output, as far as the products need them.
+    """
+
+    def __init__(self, sites: MLPSites, d_ff: int, *sides: int) -> None:
         super().__init__(sites, d_ff)
+        self.is_aligned = is_aligned(d_ff, *sides)
         self.masks = sites.masks
+        self.tilings: MLPTilings | None = sites.tilings
+
+    @property
+    def grouped_work(self) -> float:
+        return 1.0 if self.tilings is None else self.tilings.work
 
     def live(self, route: int) -> tuple[tuple[slice, ...], ...]:
         """The runs of features with gradient, for the output weight, and for the input weights."""
@@ -102,19 +113,10 @@ def name_of(branches: int) -> str:
     return "mlp" if branches == 1 else "gated_mlp"
 
 
-def split(name: str, routes: Routes, sites: MLPSites, d_ff: int, dtype: torch.dtype) -> list[Part[Span]]:
-    """The parts of a batch; where they do not pay, all features of the tokens as they come, in runs.
-
-    Args:
-        name: what the rule for the products is called.
-        routes: the batch's routes.
-        sites: effective sites.
-        d_ff: the hidden width.
-        dtype: that of the products.
-    """
-    whole = (Span(ALL, sites.masks, True, ((ALL, ALL),), ((ALL, ALL, sites.masks.update),)),)
-    product = MLPProduct(sites, d_ff)
-    decision = decide(name, product, routes, dtype)
+def split(product: MLPProduct, routes: Routes, decision: Decision) -> list[Part[Span]]:
+    """The parts of a batch; where they do not pay, all features of the tokens as they come, in runs."""
+    masks = product.masks
+    whole = (Span(ALL, masks, True, ((ALL, ALL),), ((ALL, ALL, masks.update),)),)
     parts = rectangles(product, routes, decision)
     if parts:
         return parts
@@ -132,6 +134,8 @@ class Branch:
         weight: `[d_ff, d_model]`, where x's gradient is needed.
         need_weight: compute dW.
         need_bias: compute db.
+        weight_grad: dW `[d_ff, d_model]`, once it is made; None where it is not needed.
+        bias_grad: db `[d_ff]`, likewise.
     """
 
     def __init__(self, a: Tensor, weight: Tensor | None, need_weight: bool, need_bias: bool) -> None:
@@ -139,6 +143,8 @@ class Branch:
         self.weight = weight
         self.need_weight = need_weight
         self.need_bias = need_bias
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
         self._weight_total: Total | None = None
         self._bias_total: Total | None = None
 
@@ -174,13 +180,12 @@ class Branch:
                     updating = primitives.masked_product(updating, part.routes, table, overwrite=True)
                 self._weight_total.add_product(updating.T, x, rows, ALL)
 
-    def weight_grad(self) -> Tensor | None:
-        """dW `[d_ff, d_model]`; None where it is not needed."""
-        return None if self._weight_total is None else self._weight_total.result()
-
-    def bias_grad(self) -> Tensor | None:
-        """The gradient of the bias `[d_ff]`; None where it is not needed."""
-        return None if self._bias_total is None else self._bias_total.result()
+    def finish(self) -> None:
+        """Makes the gradients of their totals."""
+        if self._weight_total is not None:
+            self.weight_grad = self._weight_total.result()
+        if self._bias_total is not None:
+            self.bias_grad = self._bias_total.result()
 
 
 class MLPBackward:
@@ -227,7 +232,14 @@ class MLPBackward:
             dx `[T, d_model]`; dW_out `[d_out, d_ff]`.
         """
         g, (tokens, d_ff) = self.g, self.branches[0].a.shape
-        parts = split(name_of(len(self.branches)), self.routes, self.sites, d_ff, g.dtype)
+        weight = self.branches[0].weight
+        sides = [matrix.shape[1] for matrix in (g, x, weight) if matrix is not None]
+        products = MLPProduct(self.sites, d_ff, *sides)
+        decision = decide(name_of(len(self.branches)), products, self.routes, g.dtype)
+        if decision.form == GROUPED:
+            assert products.tilings is not None
+            return GroupedMLP(self, products.tilings, x, w_out).gradients(need_w_out)
+        parts = split(products, self.routes, decision)
         areas: list[Area] = [(cols,) for part in parts for span in part.spans for _, cols in span.outputs]
         dw_out = Total(g, (g.shape[1], d_ff), areas) if need_w_out else None
         for branch in self.branches:
@@ -235,12 +247,13 @@ class MLPBackward:
         if parts[0].tokens is None:
             dx = self._add(parts[0], x, w_out, dw_out)
         else:
-            weight = self.branches[0].weight
             dx = None if weight is None else g.new_empty(tokens, weight.shape[1])
             for part in parts:
                 part_dx = self._add(part, x, w_out, dw_out)
                 if dx is not None:
                     dx = part.put(part_dx, dx)
+        for branch in self.branches:
+            branch.finish()
         return dx, None if dw_out is None else dw_out.result()
 
     def _add(
@@ -250,11 +263,19 @@ class MLPBackward:
         g, part_x = part.of(self.g), None if x is None else part.of(x)
         dx: Tensor | None = None
         for span in part.spans:
-            dz = g @ w_out[:, span.features] if w_out is not None and span.has_grad else None
+            dz = product(g, w_out[:, span.features]) if w_out is not None and span.has_grad else None
             want_z = dw_out is not None and bool(span.outputs)
             if dz is None and not want_z:
                 continue
-            grads, z, biases = self._middle(dz, part, span, want_z)
+            grads, z, biases = self.middle(
+                dz,
+                [part.of(branch.a, span.features) for branch in self.branches],
+                part.routes,
+                span.masks,
+                want_z=want_z,
+                want_bias=self._need_bias and dz is not None,
+                overwrite=isinstance(part.tokens, Tensor),  # then a was gathered; dz is made for this alone
+            )
             if dw_out is not None and z is not None:
                 for inside, cols in span.outputs:
                     dw_out.add_product(g.T, z[:, inside], ALL, cols)
@@ -266,25 +287,44 @@ class MLPBackward:
                 branch.add(grad, bias, part_x, part, span, self.primitives)
         return dx
 
-    def _middle(
-        self, dz: Tensor | None, part: Part[Span], span: Span, want_z: bool
+    def middle(
+        self,
+        dz: Tensor | None,
+        a: list[Tensor],
+        routes: Routes,
+        masks: ActivationMasks,
+        *,
+        want_z: bool,
+        want_bias: bool,
+        overwrite: bool = False,
     ) -> tuple[tuple[Tensor | None, ...], Tensor | None, tuple[Tensor | None, ...]]:
-        """The middle's backward, of the activation of one branch or of the product of two.
+        """The middle's backward, of the activation of one branch or of the product of two; see `Primitives`.
 
         Returns:
             Each branch's gradient of its pre-activations; z; each branch's bias gradient.
         """
-        a = [part.of(branch.a, span.features) for branch in self.branches]
-        want_bias = self._need_bias and dz is not None
-        overwrite = isinstance(part.tokens, Tensor)  # then a was gathered; dz is made for this alone
-        routes, masks, activation = part.routes, span.masks, self.activation
         if len(a) == 1:
             da, z, db = self.primitives.activation_backward(
-                dz, a[0], routes, masks, activation, want_z=want_z, want_bias=want_bias, overwrite=overwrite
+                dz,
+                a[0],
+                routes,
+                masks,
+                self.activation,
+                want_z=want_z,
+                want_bias=want_bias,
+                overwrite=overwrite,
             )
             return (da,), z, (db,)
         gate, up = a
         dgate, dup, z, db_gate, db_up = self.primitives.glu_backward(
-            dz, gate, up, routes, masks, activation, want_z=want_z, want_bias=want_bias, overwrite=overwrite
+            dz,
+            gate,
+            up,
+            routes,
+            masks,
+            self.activation,
+            want_z=want_z,
+            want_bias=want_bias,
+            overwrite=overwrite,
         )
         return (dgate, dup), z, (db_gate, db_up)

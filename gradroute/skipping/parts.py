@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -100,18 +100,40 @@ class Rows:
 
     def of(self, part: Part[Any]) -> Tensor:
         """The part's rows."""
-        key = id(part.tokens)  # the batch keeps them alive
+        return self._gathered(part.tokens, lambda: part.of(self.matrix))
+
+    def at(self, tokens: Tensor) -> Tensor:
+        """The rows of these tokens, which are the batch's own."""
+        return self._gathered(tokens, lambda: self.matrix.index_select(0, tokens))
+
+    def _gathered(self, tokens: slice | Tensor | None, gather: Callable[[], Tensor]) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler removes what is the same
+            return gather()
+        key = id(tokens)  # the batch keeps them alive
         if key not in self._of_tokens:
-            self._of_tokens[key] = part.of(self.matrix)
+            self._of_tokens[key] = gather()
         return self._of_tokens[key]
 
 
 class Product(ABC, Generic[Spans]):
-    """A product of a backward whose features may vanish route by route, for some sites and widths."""
+    """A product of a backward whose features may vanish route by route, for some sites and widths.
+
+    Attributes:
+        groups: what was derived of the sites.
+        widths: of the features, operand by operand.
+        is_aligned: whether torch's grouped product on CUDA takes matrices of these widths.
+    """
+
+    is_aligned: bool
 
     def __init__(self, sites: Sites, *widths: int) -> None:
         self.groups = sites.groups
         self.widths = widths
+
+    @property
+    @abstractmethod
+    def grouped_work(self) -> float:
+        """The share of the work that grouped products do where every route has as many tokens; 1 where none is made."""
 
     @abstractmethod
     def live(self, route: int) -> tuple[tuple[slice, ...], ...]:

@@ -11,18 +11,21 @@ from .. import backends
 from ..machine.answers import SHIPPED
 from ..routes import Routes
 from .parts import Product
-from .rule import PRODUCTS, RECTANGLES, WHOLE, Decision, decide
+from .rule import PRODUCTS, WHOLE, Decision, decide
 
 
 class ProductPlan(NamedTuple):
     """How a backward makes a product, or several that have one form.
 
     Attributes:
-        form: "whole", or "rectangles": the tokens of a route × the features with its gradient.
+        form: "whole"; "rectangles": the tokens of a route × the features with its gradient, one product each;
+            "grouped": the same in one call, for tokens that the device alone has counted.
         reason: why.
-        work: the share of the whole product's work that is done; 1 where it is made whole.
+        work: the share of the whole product's work that is done, grouped as for routes with as many tokens; 1 where it
+            is made whole.
         run: how many tokens are taken at once; None: all.
-        evidence: what form and run rest on: "measured here" (by `python -m gradroute tune`) or "shipped estimate".
+        evidence: what the form rests on: "measured here" (by `python -m gradroute tune`) or "shipped estimate".
+        run_evidence: likewise what run rests on; None where all tokens are taken at once.
     """
 
     form: str
@@ -30,6 +33,7 @@ class ProductPlan(NamedTuple):
     work: float
     run: int | None
     evidence: str
+    run_evidence: str | None = None
 
 
 class Plan(NamedTuple):
@@ -74,7 +78,7 @@ def plan(
         return Plan(*choice, dict.fromkeys(products, whole))
     return Plan(
         *choice,
-        {key: _of(decide(name, product, routes, x.dtype)) for key, product in products.items()},
+        {key: _of(name, decide(name, product, routes, x.dtype)) for key, product in products.items()},
     )
 
 
@@ -86,7 +90,9 @@ def unmasked(products: tuple[str, ...], requested: str | None) -> Plan:
     return Plan("torch", why, SHIPPED, dict.fromkeys(products, whole))
 
 
-def _of(decision: Decision) -> ProductPlan:
-    work = decision.left if decision.form == RECTANGLES else 1.0
-    evidence = SHIPPED if decision.rule is None else decision.rule.evidence
-    return ProductPlan(decision.form, decision.reason, work, decision.run, evidence)
+def _of(name: str, decision: Decision) -> ProductPlan:
+    # A linear layer's whole products are single calls, whose tokens nothing holds in a cache for the next.
+    run = None if name == "linear" and decision.form == WHOLE else decision.run
+    work = 1.0 if decision.form == WHOLE else decision.left
+    run_evidence = None if decision.rule is None or run is None else decision.rule.run_evidence
+    return ProductPlan(decision.form, decision.reason, work, run, decision.evidence, run_evidence)

@@ -8,7 +8,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from ..primitives.arguments import as_dtype
 from ..primitives.overwriting import ALL, may_overwrite, plus, with_part
+from ..primitives.products import HALVES, by_onednn, product, wide_product
 
 # At most this many areas are compared pairwise; more are taken to overlap.
 MAX_AREAS = 16
@@ -40,25 +42,23 @@ class Total:
             self.value = self._product(a, b)
             return
         area = self._started()[rows, cols]
-        if a.is_cuda and self._is_wide(a):
+        if self._is_wide(a) or by_onednn(a, b):
             area = plus(area, self._product(a, b))
         elif may_overwrite(area):
-            area.addmm_(self._wide(a), self._wide(b), beta=int(self.is_sum))
+            area.addmm_(a, b, beta=int(self.is_sum))
         else:
-            area = torch.addmm(area, self._wide(a), self._wide(b), beta=int(self.is_sum))
+            area = torch.addmm(area, a, b, beta=int(self.is_sum))
         self._set(area, rows, cols)
 
     def result(self) -> Tensor:
         """The sum in the dtype of its parameter."""
-        return self._started().to(self.like.dtype)
+        return as_dtype(self._started(), self.like.dtype)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        if a.is_cuda and self._is_wide(a):  # tensor cores take half precision as it is, and sum up in fp32
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return self._wide(a) @ self._wide(b)
+        return wide_product(a, b) if self.is_sum else product(a, b)
 
     def _is_wide(self, summand: Tensor) -> bool:
-        return self.is_sum and summand.dtype in (torch.float16, torch.bfloat16)
+        return self.is_sum and summand.dtype in HALVES
 
     def _wide(self, summand: Tensor) -> Tensor:
         """In fp32 at least where there are several: rounded to half precision, one could overflow before the sum."""

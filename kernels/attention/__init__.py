@@ -5,10 +5,12 @@ the sequence. What has no weight is left out exactly: a tile of queries whose he
 from lists made on the device, pairs of tiles without an edge.
 
 Passes: forward; delta, dkdv and dq, which backward calls in this order. What they share: visibility (who sees whom),
-loads (heads and their weights), edges, softmax, tiles (the lists), configurations.
+documents (their bounds), loads (heads and their weights), edges, softmax, tiles (the lists), schedule (the order of
+programs), configurations.
 """
 
 from .backward import attention_backward
-from .forward import attention_forward
+from .documents import document_bounds
+from .forward import attention_forward, saved_with
 
-__all__ = ["attention_backward", "attention_forward"]
+__all__ = ["attention_backward", "attention_forward", "document_bounds", "saved_with"]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...primitives.attention_edges import EdgeBits, TileBits
 from ...primitives.attention_pattern import Pattern
 from ..masks import Routing, Weights
+from .configurations import constants
 from .edges import Edges
-from .loads import readable
+from .loads import Heads, readable
 from .visibility import Visibility, key_mask_of
 
 
@@ -31,7 +32,8 @@ class BackwardArguments(NamedTuple):
         query_tiles: the tiles with an edge of scores, for the queries' gradients.
         num_routes: R.
         is_binary: whether the weights of heads and forward_heads are 0 or 1.
-        pattern: which keys a query sees.
+        pattern: which keys a query sees; documents are those of `documents`.
+        documents: `[2, S]` int32 or None, where each position's document begins, and where it ends.
         want_query: whether dq is wanted.
         want_key_value: whether dk and dv are wanted.
     """
@@ -50,6 +52,7 @@ class BackwardArguments(NamedTuple):
     num_routes: int
     is_binary: bool
     pattern: Pattern
+    documents: Tensor | None
     want_query: bool
     want_key_value: bool
 
@@ -118,7 +121,7 @@ class Call(NamedTuple):
             Edges.of(*arguments.score_edges),
             Edges.of(*arguments.value_edges),
             arguments.num_routes,
-            Visibility.of(q, k, arguments.pattern),
+            Visibility.of(q, k, arguments.pattern, arguments.documents),
             key_mask_of(arguments.pattern),
             arguments.pattern.scale,
             arguments.is_binary,
@@ -137,3 +140,24 @@ class PerQuery(NamedTuple):
     lse: Tensor
     delta: Tensor
     weights: Tensor | None
+
+
+def shared_arguments(call: Call, per_query: PerQuery, lists: NamedTuple) -> dict[str, Any]:
+    """What the kernel of dK and dV and that of dQ are both given; lists: the TileLists of one launch."""
+    return {
+        "q": Heads.of(call.q),
+        "dz": Heads.of(call.dz),
+        "per_query": per_query,
+        "k": Heads.of(call.k),
+        "v": Heads.of(call.v),
+        "routing": call.routing,
+        "score_edges": call.score_edges,
+        "num_routes": call.num_routes,
+        "num_tokens": call.num_tokens,
+        "lists": lists,
+        "visibility": call.visibility,
+        "key_mask": call.key_mask,
+        "scale": call.scale,
+        "IS_BINARY": call.is_binary,
+        **constants(call.q),
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
@@ -10,12 +12,12 @@ from torch import Tensor
 from ..launch import launch
 from ..matrices import Matrix
 from ..rounding import dot, rounded
-from .arguments import Call, PerQuery
-from .configurations import attention_config, constants, edges_variant
+from .arguments import Call, PerQuery, shared_arguments
+from .configurations import attention_config, block_d, edges_variant
 from .edges import edged
 from .loads import Heads, head_weights, load_rows, masked_rows, of_head, store_rows
 from .softmax import LOG2_E
-from .tiles import TileLists
+from .tiles import TileLists, list_of, place_of
 from .visibility import is_key, seen_keys, tiles_of_keys
 
 
@@ -32,7 +34,7 @@ def attention_dq_kernel(
     score_edges,  # Edges
     num_routes,
     num_tokens,
-    lists,  # TileLists of tiles of queries, one for all heads, or None
+    lists,  # TileLists of tiles of queries, one for all heads
     visibility,  # Visibility
     key_mask,  # [B, S] int8 or None
     scale,
@@ -48,8 +50,10 @@ def attention_dq_kernel(
     """dq = m_query ⊙ scale (E_score ⊙ dS) k of one tile of queries, over the keys it sees."""
     num_queries, num_keys = visibility.num_queries, visibility.num_keys
     num_tiles = tl.cdiv(num_queries, BLOCK_Q)
-    entry = tl.program_id(0) // num_tiles
-    start = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_Q
+    owner, entry = place_of(lists.order, num_tiles, lists.num_shared)
+    if lists.order is None:  # the last queries see most keys, so they begin
+        owner = num_tiles - 1 - owner
+    start = owner * BLOCK_Q
     batch = (entry // num_heads).to(tl.int64)
     head = (entry % num_heads).to(tl.int64)
     rows = start + tl.arange(0, BLOCK_Q)
@@ -66,6 +70,16 @@ def attention_dq_kernel(
         whole = end
         rest = end
     is_live = (tl.max(tl.abs(m)) > 0.0) & (tl.max(tl.abs(weight)) > 0.0)
+    tiles = lists.tiles
+    if tiles is not None:
+        first, slot = list_of(lists)
+        tiles += first
+        begin = 0
+        end = tl.load(lists.counts + slot)
+        whole = 0
+        rest = 0
+        if score_edges.weights is None:
+            rest = tl.load(lists.whole_counts + slot)
     end = tl.where(is_live, end, begin)
     whole = tl.where(is_live, whole, begin)
     rest = tl.where(is_live, rest, begin)
@@ -91,11 +105,13 @@ def attention_dq_kernel(
     )
     counts = (num_routes, num_tokens)
     dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    if lists is None:
-        for tile in range(whole, rest):
+    if (
+        score_edges.weights is None
+    ):  # else every tile with an edge is tested: a second loop would spill registers
+        for place in range(whole, rest):
             dq_tile = _add_keys(
                 dq_tile,
-                tile * BLOCK_K,
+                _tile_at(tiles, place) * BLOCK_K,
                 own,
                 other,
                 score_edges,
@@ -108,22 +124,12 @@ def attention_dq_kernel(
                 BLOCK_K,
                 BLOCK_D,
             )
-        before = whole - begin
-        steps = before + end - rest
-        listed = 0
-    else:
-        listed = batch * num_tiles + start // BLOCK_Q
-        before = 0
-        steps = tl.where(is_live, tl.load(lists.counts + listed), 0)
-        listed *= tl.cdiv(num_keys, BLOCK_K)
-    for index in range(steps):
-        if lists is None:
-            tile = tl.where(index < before, begin + index, rest + index - before)
-        else:
-            tile = tl.load(lists.tiles + listed + index).to(tl.int32)
+    before = whole - begin
+    for index in range(before + end - rest):
+        place = tl.where(index < before, begin + index, rest + index - before)
         dq_tile = _add_keys(
             dq_tile,
-            tile * BLOCK_K,
+            _tile_at(tiles, place) * BLOCK_K,
             own,
             other,
             score_edges,
@@ -141,6 +147,15 @@ def attention_dq_kernel(
 
 
 @triton.jit
+def _tile_at(tiles, place):
+    """The tile at a place of a list, or the place itself where there is none (tiles is None)."""
+    tile = place
+    if tiles is not None:
+        tile = tl.load(tiles + place).to(tl.int32)
+    return tile
+
+
+@triton.jit
 def _add_keys(
     dq,  # [BLOCK_Q, BLOCK_D] fp32, the sum so far
     start,
@@ -149,7 +164,7 @@ def _add_keys(
     score_edges,  # Edges
     counts,  # R and B * S
     scale,
-    PARTIAL: tl.constexpr,  # whether some query may not see some key of the tile
+    PARTIAL: tl.constexpr,  # whether some query may not see some key of the tile, or have an edge other than 1 to it
     HEAD_DIM: tl.constexpr,
     IS_BINARY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -171,45 +186,40 @@ def _add_keys(
     if not IS_BINARY:
         dp *= weight[:, None]
     ds = p * (dp - delta[:, None])
-    if score_edges.bits is not None:
+    if PARTIAL and (score_edges.bits is not None):
         key_routes = tl.load(ids + first_token + keys, mask=keys < num_keys, other=0)
         ds = edged(ds, score_edges, counts, tokens, present, key_routes, False)
     return dot(rounded(ds, k_tile.dtype), k_tile, dq, PRECISION)
 
 
 def query_gradients(
-    call: Call, per_query: PerQuery, lists: TileLists | None, config: dict[str, int]
+    call: Call, per_query: PerQuery, all_lists: Iterable[TileLists], config: dict[str, int]
 ) -> Tensor:
     """dQ `[B, H, S, D]`."""
-    batch, heads, length, _ = call.q.shape
+    batch, heads = call.q.shape[:2]
     dq = torch.empty_like(call.q)
-    launch(
-        attention_dq_kernel,
-        (triton.cdiv(length, config["BLOCK_Q"]) * batch * heads,),
-        config,
-        q=Heads.of(call.q),
-        dz=Heads.of(call.dz),
-        per_query=per_query,
-        k=Heads.of(call.k),
-        v=Heads.of(call.v),
-        dq=Heads.of(dq),
-        routing=call.routing,
-        query=call.query,
-        score_edges=call.score_edges,
-        num_routes=call.num_routes,
-        num_tokens=call.num_tokens,
-        lists=lists,
-        visibility=call.visibility,
-        key_mask=call.key_mask,
-        scale=call.scale,
-        num_heads=heads,
-        group=heads // call.k.shape[1],
-        IS_BINARY=call.is_binary,
-        **constants(call.q),
-    )
+    for lists in all_lists:
+        launch(
+            attention_dq_kernel,
+            (lists.num_programs(batch * heads),),
+            config,
+            **shared_arguments(call, per_query, lists),
+            dq=Heads.of(dq),
+            query=call.query,
+            num_heads=heads,
+            group=heads // call.k.shape[1],
+        )
     return dq
 
 
 def dq_config(call: Call) -> dict[str, int]:
-    """The configuration of dQ, which the scores' edges alone decide."""
-    return attention_config(attention_dq_kernel, call.q, edges_variant(call.score_edges))
+    """The configuration of dQ.
+
+    Masks beside documents or a window need more registers than the plain call leaves at a head dimension of 128.
+    """
+    variant = edges_variant(call.score_edges)
+    is_bounded = call.visibility.starts is not None or call.visibility.window is not None
+    is_masked = any(mask is not None for mask in (call.heads, call.forward_heads, call.query, call.key_mask))
+    if not variant and is_bounded and is_masked and block_d(call.q) == 128 and call.q.element_size() == 2:
+        variant = ".bounded"
+    return attention_config(attention_dq_kernel, call.q, variant)

@@ -32,14 +32,9 @@ class Visibility(NamedTuple):
     num_keys: int
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, pattern: Pattern) -> Visibility:
-        """The argument for q `[B, H, S_q, D]` and k `[B, G, S_k, D]`."""
-        starts = stops = None
-        if pattern.cu_seqlens is not None:
-            positions = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
-            ends = torch.nn.functional.pad(pattern.cu_seqlens, (0, 1), value=k.shape[2]).to(torch.int32)
-            document = torch.searchsorted(ends[1:], positions, right=True)
-            starts, stops = ends[document], ends[document + 1]
+    def of(q: Tensor, k: Tensor, pattern: Pattern, documents: Tensor | None) -> Visibility:
+        """The argument for q `[B, H, S_q, D]`, k `[B, G, S_k, D]`, and the bounds of documents `[2, S]` or None."""
+        starts, stops = (None, None) if documents is None else documents
         return Visibility(starts, stops, pattern.window, tl.constexpr(pattern.causal), q.shape[2], k.shape[2])
 
 
@@ -111,12 +106,15 @@ def tiles_of_keys(start, visibility, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexp
 
 @triton.jit
 def tiles_of_queries(start, visibility, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The tiles of queries [begin, end) that see any key of a tile."""
-    first_start, _ = seeing_queries(start, visibility)
+    """The tiles of queries [begin, end) that see any key of a tile, and [whole, rest) that see all of them."""
     last = tl.minimum(start + BLOCK_K, visibility.num_keys) - 1
-    _, last_stop = seeing_queries(last, visibility)
+    first_start, first_stop = seeing_queries(start, visibility)
+    last_start, last_stop = seeing_queries(last, visibility)
     begin = first_start // BLOCK_Q
-    return begin, tl.maximum(tl.cdiv(last_stop, BLOCK_Q), begin)
+    end = tl.maximum(tl.cdiv(last_stop, BLOCK_Q), begin)
+    whole = tl.minimum(tl.maximum(tl.cdiv(last_start, BLOCK_Q), begin), end)
+    rest = tl.maximum(tl.minimum(first_stop // BLOCK_Q, end), whole)
+    return begin, end, whole, rest
 
 
 @triton.jit

@@ -4,6 +4,7 @@ The tensors' device selects the backend. The module takes addresses, shapes and 
 which are added in order: results do not depend on the number of threads.
 """
 
+from .activation_forward import activation_forward
 from .attention import (
     attention_backward,
     attention_forward,
@@ -17,7 +18,7 @@ from .linear import bias_grad, input_grad, weight_grad
 from .loading import load_error, module, why_not, why_not_on
 from .mlp import activation_backward
 from .norm import norm_backward
-from .optim import adamw_step
+from .optim import adamw_step, touched_blocks
 from .route_grad import masked_product
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "bias_grad",
     "input_grad",
     "weight_grad",
+    "activation_forward",
     "activation_backward",
     "glu_backward",
     "norm_backward",
@@ -34,6 +36,7 @@ __all__ = [
     "attention_output_grad",
     "attention_backward",
     "adamw_step",
+    "touched_blocks",
     "launch",
     "load_error",
     "module",

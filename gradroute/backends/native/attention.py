@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...primitives.arguments import product_dtype, tokens_of, weights_on
+from ...primitives.attention_kernels import AttentionKernels
 from ...primitives.attention_pattern import Pattern
 from ...primitives.overwriting import may_overwrite
 from ...primitives.protocol import AttentionTables
@@ -50,9 +51,9 @@ def attention_forward(
     routes: Routes | None,
     sites: AttentionTables,
     pattern: Pattern,
-    vendor: str | None,
+    kernels: AttentionKernels,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return attention.forward(q, k, v, routes, sites, pattern, vendor, primitives)
+    return attention.forward(q, k, v, routes, sites, pattern, kernels, primitives)
 
 
 def attention_output_grad(
@@ -102,7 +103,7 @@ def attention_backward(
     routes: Routes | None,
     sites: AttentionTables,
     pattern: Pattern,
-    vendor: str | None,
+    kernels: AttentionKernels,
     *,
     want_query: bool,
     want_key_value: bool,
@@ -117,7 +118,7 @@ def attention_backward(
         routes,
         sites,
         pattern,
-        vendor,
+        kernels,
         primitives,
         want_query=want_query,
         want_key_value=want_key_value,

@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, ActivationMasks, wanted
+from ...primitives.arguments import (
+    ACTIVATION_SCHEMA,
+    ActivationArguments,
+    ActivationMasks,
+    as_dtype,
+    wanted,
+)
 from ...primitives.overwriting import may_overwrite
 from ...primitives.registration import kernel_op
 from ...routes import Routes
@@ -27,7 +33,7 @@ def glu_backward(
     want_bias: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    dz = None if dz is None else dz.to(gate.dtype)
+    dz = None if dz is None else as_dtype(dz, gate.dtype)
     arguments = ActivationArguments.of(gate, routes, masks, activation, want_z, want_bias)
     has_grad = dz is not None
     dgate, dup, z = dz, up, gate
@@ -84,4 +90,4 @@ def _glu_backward(
         "glu_backward",
         GluOperands(dz, gate, up, *outputs, gate_sums, up_sums, masks_of(arguments), arguments.activation),
     )
-    return summed(gate_sums, gate).to(gate.dtype), summed(up_sums, gate).to(gate.dtype)
+    return as_dtype(summed(gate_sums, gate), gate.dtype), as_dtype(summed(up_sums, gate), gate.dtype)

@@ -27,7 +27,11 @@ def launch(name: str, operands: NamedTuple) -> None:
     first = next(operand for operand in operands if isinstance(operand, Tensor))
     if not has_data(first) or first.numel() == 0:
         return
-    device = first.device
+    call(name, first.device, operands)
+
+
+def call(name: str, device: torch.device, operands: NamedTuple) -> None:
+    """`launch` on a device, for operands that have memory."""
     given = taken(operands, device)
     if device.type == "cpu":
         getattr(getattr(loading.module, f"cpu_{loading.instruction_set}"), name)(given, (0, 0))

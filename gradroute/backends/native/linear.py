@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...primitives import shared
-from ...primitives.arguments import tokens_of
+from ...primitives.arguments import as_dtype, tokens_of
 from ...primitives.registration import kernel_op
 from ...routes import Routes
 from ...tables import Table
-from .. import native as primitives  # this backend, as shared algorithms take it
 from .launch import launch, new_sums, summed
 from .operands import BiasOperands, Mask
+from .route_grad import masked_product
 
 
 def bias_grad(g: Tensor, routes: Routes, table: Table | None) -> Tensor:
@@ -25,12 +25,12 @@ def bias_grad_op(g: Tensor, ids: Tensor, strength: Tensor | None, weights: Tenso
     """The op behind `bias_grad`."""
     sums = new_sums(g)
     launch("bias_grad", BiasOperands(g, sums, Mask.of(ids, strength, weights)))
-    return summed(sums, g).to(g.dtype)
+    return as_dtype(summed(sums, g), g.dtype)
 
 
 def input_grad(g: Tensor, weight: Tensor, routes: Routes, table: Table | None) -> Tensor:
-    return shared.input_grad(g, weight, routes, table, primitives)
+    return shared.input_grad(g, weight, routes, table, masked_product)
 
 
 def weight_grad(g: Tensor, x: Tensor, routes: Routes, rows: Table | None, cols: Table | None) -> Tensor:
-    return shared.weight_grad(g, x, routes, rows, cols, primitives)
+    return shared.weight_grad(g, x, routes, rows, cols, masked_product)

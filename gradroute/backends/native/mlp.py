@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...primitives.arguments import ACTIVATION_SCHEMA, ActivationArguments, ActivationMasks, wanted
+from ...primitives.arguments import (
+    ACTIVATION_SCHEMA,
+    ActivationArguments,
+    ActivationMasks,
+    as_dtype,
+    wanted,
+)
 from ...primitives.overwriting import may_overwrite
 from ...primitives.registration import kernel_op
 from ...routes import Routes
@@ -25,7 +31,7 @@ def activation_backward(
     want_bias: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dz = None if dz is None else dz.to(a.dtype)
+    dz = None if dz is None else as_dtype(dz, a.dtype)
     arguments = ActivationArguments.of(a, routes, masks, activation, want_z, want_bias)
     if overwrite and may_overwrite(a):
         db = activation_backward_in_place_op(dz, a, *arguments)
@@ -69,7 +75,7 @@ def _activation_backward(
         "activation_backward",
         ActivationOperands(dz, a, *outputs, sums, masks_of(arguments), arguments.activation),
     )
-    return summed(sums, a).to(a.dtype)
+    return as_dtype(summed(sums, a), a.dtype)
 
 
 def masks_of(arguments: ActivationArguments) -> MLPMasks:

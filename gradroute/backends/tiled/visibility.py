@@ -122,9 +122,8 @@ def _intervals(
         first = position - pattern.window + 1
         end = torch.minimum(end, position + pattern.window)
     if cu_seqlens is not None:
-        ends = cu_seqlens[1:].long()
-        document = torch.searchsorted(ends.contiguous(), position, right=True)
-        bounds = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), keys)])
+        bounds = cu_seqlens.long()
+        document = torch.searchsorted(bounds[1:], position, right=True)
         first = torch.maximum(first, bounds[document])
         end = torch.minimum(end, bounds[document + 1])
     first = first.clamp(0, keys)
