@@ -184,7 +184,8 @@ class RoutedAttention(LinearsModule):
             routes: the routes of the tokens `[B, S]`; None: the ordinary layer.
             rotate: what positions do to q `[B, H, S, D]` and k `[B, G, S, D]`, such as RoPE.
             cache: for inference: turns the new k and v `[B, G, S, D]` into all of them, `[B, G, S_k, D]`.
-            cu_seqlens: `[documents + 1]` int32, for a batch of one: attention stays inside documents.
+            cu_seqlens: `[documents + 1]` int32, ascending from 0 to S, for a batch of one: attention stays inside
+                documents.
             key_mask: `[B, S_k]` bool; False keys are padding.
         """
         self._check_linears(type(self).__name__)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..checks import is_plain, unrouted
 from ..sites import Sites
+from ..skipping.rule import groups_products
+from ..skipping.tiling import tables_in
 from .lora_sites import sites_around
 
 if TYPE_CHECKING:
@@ -60,8 +62,9 @@ class RoutedModule(nn.Module):
         devices = {parameter.device for parameter in self.parameters() if not parameter.is_meta}
         for sites in filter(None, self._op_sites):
             for one in (sites, *filter(None, sites_around(sites))):
-                for table in one.effective.tables.values():
-                    for device in devices:
+                of_groups = tuple(tables_in(getattr(one, "tilings", None)))
+                for device in devices:
+                    for table in (*one.effective.tables.values(), *of_groups * groups_products(device)):
                         table.on(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

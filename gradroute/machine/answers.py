@@ -35,7 +35,16 @@ MEASURED: str = "measured here"
 SHIPPED: str = "shipped estimate"
 
 #: The kinds of questions, in the order in which they are worth asking.
-KINDS: tuple[str, ...] = ("backends", "vendors", "skip_below", "rectangles", "run", "tiles", "launch")
+KINDS: tuple[str, ...] = (
+    "backends",
+    "vendors",
+    "skip_below",
+    "rectangles",
+    "grouped",
+    "run",
+    "tiles",
+    "launch",
+)
 
 #: The dtypes that questions may be about.
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -149,6 +158,11 @@ def tiles(device: torch.device, dtype: torch.dtype) -> Tiles | None:
 def rectangles(product: str, device: torch.device, dtype: torch.dtype) -> Rectangles | None:
     """When a product ("linear", "mlp" or "gated_mlp") is made as rectangles."""
     return answer(device, "rectangles", product, dtype)
+
+
+def grouped(product: str, device: torch.device, dtype: torch.dtype) -> float | None:
+    """The least share of the work that a grouped product must leave out; products are those of `rectangles`."""
+    return answer(device, "grouped", product, dtype)
 
 
 def run(product: str, device: torch.device, dtype: torch.dtype) -> int | None:

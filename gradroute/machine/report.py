@@ -17,7 +17,9 @@ import torch
 
 from .. import backends, testing
 from ..backends import native
+from ..backends.attention_plan import FA4
 from . import verdicts
+from .check.cases import why_not
 from .identity import TOOLS, cpu, cuda, versions
 from .records import TUNING, Record
 
@@ -71,6 +73,7 @@ def findings() -> dict[str, dict[str, Any]]:
             )  # the report has a line for it
             checks = verdicts.of(device)
         able = [name for name in backends.BACKENDS if name not in backends.unavailable_backends(None, device)]
+        able += [FA4] * (why_not(FA4, device) is None)
         found[str(device)] = {
             "checks": {name: checks[name]._asdict() if name in checks else None for name in able},
             "tuned": sorted(Record(TUNING, device).read()),

@@ -18,7 +18,7 @@ LOG = logging.getLogger("gradroute")
 
 
 class Verdict(NamedTuple):
-    """What a check found about a backend on a device.
+    """What a check found about a backend on a device, or about FlashAttention-4's backward, by the name "fa4".
 
     Attributes:
         passed: whether it was right.

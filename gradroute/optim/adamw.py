@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,9 +16,19 @@ from .arithmetic import factor_dtype
 from .gradients import Gradient, touched_blocks
 from .norms import total_norm
 from .options import check_group, checked_parameters, fused_backend
-from .shards import local_part
-from .state import MOMENTS, adopt_group, check_state, loaded_steps, new_steps
-from .update import Corrections, Factors, Update, apply_fused
+from .quantised import CODES, SCALES, Quantised, is_quantised, require_torchao
+from .shards import is_distributed, local_part
+from .state import (
+    MOMENTS,
+    adopt_group,
+    block_shape,
+    check_state,
+    loaded_moments,
+    loaded_steps,
+    new_moments,
+    new_steps,
+)
+from .update import Corrections, Factors, Update, step_by_primitive
 
 
 class RoutedAdamW(Optimizer):
@@ -47,9 +57,10 @@ class RoutedAdamW(Optimizer):
 
     Nothing here waits for the device or branches on values, so steps can be compiled, and captured in a CUDA graph.
 
-    The state of a parameter is "exp_avg", "exp_avg_sq" and, with amsgrad, "max_exp_avg_sq", all of its shape and dtype;
-    and "step", t(b), fp32 (exact up to 2²⁴) of shape `[n, 1, ...]`, `[1, m, ...]` or `[]`, which broadcasts against the
-    parameter. They are DTensors where the parameter is one.
+    The state of a parameter is "exp_avg", "exp_avg_sq" and, with amsgrad, "max_exp_avg_sq", all of its shape, and of
+    its dtype or `state_dtype`; and "step", t(b), fp32 (exact up to 2²⁴) of shape `[n, 1, ...]`, `[1, m, ...]` or `[]`,
+    which broadcasts against the parameter. They are DTensors where the parameter is one. With `state_dtype="8bit"` a
+    moment is "exp_avg_codes" and "exp_avg_scales", and the others likewise.
 
     Args:
         params: parameters, or dicts of parameters with options of their own, as every optimizer takes them.
@@ -62,14 +73,31 @@ class RoutedAdamW(Optimizer):
             None: the whole parameter is one block.
         amsgrad: divide by the largest v so far (Reddi et al. 2018).
         maximize: ascend instead of descending.
-        fused: take a step by one kernel a parameter, of backend cpu, triton or cuda, instead of a dozen operations. The
-            kernel computes in fp32 (fp64 for fp64) and rounds once, so that its results differ from those of the
+        fused: take a step by kernels of backend cpu, triton or cuda instead of a dozen operations a parameter: all
+            parameters of a group in one call on the CPU, 24 in a launch on backend cuda, and on backend triton 8 of
+            one shape. They compute in fp32 (fp64 for fp64) and round once, so that results differ from those of the
             operations, and of `torch.optim.AdamW`, in the last places, as those of torch's `fused=True` do. The
             operations are taken, with a warning, for parameters of three dimensions or more that are not contiguous,
-            and for moments of another dtype.
+            and for moments of another dtype than `state_dtype` says.
+        state_dtype: the dtype of the moments, torch.float32 or torch.bfloat16; None: the parameter's, which rounds as
+            torch does; "8bit": codes of one byte. Any other than None has every step computed in fp32 and rounded once,
+            also without `fused`.
+            Moments in bfloat16 are rounded up or down at random, so that their expectation is right: to the nearest,
+            exp_avg_sq could not fade at all, because β₂ = 0.999 takes a thousandth off and half a unit in the last
+            place is two. The random bits are a hash of an element's gradient, value and moments and of its block's
+            count of steps: the same run has the same bits.
+            "8bit" is the blockwise 8-bit quantisation with dynamic maps of Dettmers et al. 2022 (arXiv 2110.02861), by
+            the package torchao: a uint8 code for each element, and an fp32 scale for up to 256 of them, so 1 + 4/256
+            bytes an element. Elements that share a scale lie along one dimension of the parameter, within one row or
+            one column where those are the blocks: as many as divide its size, at least 16. What is not touched keeps
+            codes and scales. Moments are rounded to the nearest code, which is within 0.7 % of the largest value
+            beside it, and exp_avg_sq never to 0 where it is not. Parameters of fewer than 4096 elements, or
+            whose sizes have no such divisor, and those of one dimension in rows, have moments in fp32. A step copies
+            the moments of one parameter at a time in fp32.
 
     Raises:
         TypeError: complex parameters.
+        ImportError: `state_dtype="8bit"`, and no package torchao (`pip install 'gradroute[torchao]'`).
         ValueError: an option out of its range; `block_dim=1` for a parameter of fewer than two dimensions.
         gradroute.BackendError: `fused`, and no backend has a kernel for a parameter's device and dtype.
     """
@@ -86,6 +114,7 @@ class RoutedAdamW(Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         fused: bool = False,
+        state_dtype: torch.dtype | Literal["8bit"] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -96,6 +125,7 @@ class RoutedAdamW(Optimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
             "fused": fused,
+            "state_dtype": state_dtype,
         }
         super().__init__(checked_parameters("params", params), defaults)
 
@@ -109,7 +139,7 @@ class RoutedAdamW(Optimizer):
         super().add_param_group({**param_group, "params": params})
         try:
             check_group(self.param_groups[-1])
-        except (TypeError, ValueError, backends.BackendError):
+        except (TypeError, ValueError, ImportError, backends.BackendError):
             self.param_groups.pop()
             raise
 
@@ -128,7 +158,9 @@ class RoutedAdamW(Optimizer):
 
         Raises:
             RuntimeError: sparse gradients.
-            ValueError: a group's `block_dim`, or a parameter's shape, has changed since its first step.
+            ImportError: moments are codes, and there is no package torchao.
+            ValueError: a group's `block_dim`, or a parameter's shape, has changed since its first step, or its shape
+                since its gradient was computed.
             gradroute.BackendError: as the constructor raises it, where parameters have moved since.
         """
         loss = None
@@ -137,23 +169,25 @@ class RoutedAdamW(Optimizer):
                 raise TypeError(f"closure: got {shown(closure)}, expected a function or None")
             with torch.enable_grad():
                 loss = closure()
-        alike: dict[tuple[int, torch.device, torch.dtype, bool], list[Update]] = {}
         gradients = self._gradients()
-        for device, dtype in {(g.local.device, g.parameter.dtype) for g in gradients if g.group["fused"]}:
-            fused_backend(device, dtype)  # raises before anything is counted
-        for gradient, touched in zip(gradients, touched_blocks(gradients), strict=True):
+        backends_of: dict[tuple[torch.device, torch.dtype], str] = {}
+        for kind in {(g.local.device, g.parameter.dtype) for g in gradients if g.group["fused"]}:
+            backends_of[kind] = fused_backend(*kind)  # raises before anything is counted
+        alike: dict[tuple[Any, ...], list[Update]] = {}
+        for index, (gradient, touched) in enumerate(zip(gradients, touched_blocks(gradients), strict=True)):
             update = self._update_of(gradient, touched)
-            # Not id(): Dynamo of torch 2.11 knows no id of a dict.
-            number = [group is update.group for group in self.param_groups].index(True)
-            key = number, update.parameter.device, update.parameter.dtype, update.is_fused()
-            alike.setdefault(key, []).append(update)
-        for (*_, is_fused), updates in alike.items():
+            parameter = update.parameter
+            key = gradient.number, parameter.device, parameter.dtype, update.moment_dtype(), update.way()
+            # Quantised moments are copied in fp32, and so one parameter's at a time.
+            alike.setdefault((*key, index if update.quantised else None), []).append(update)
+        for (_, device, dtype, _, way, _), updates in alike.items():
             corrections = Corrections.of(updates)
-            if is_fused:
-                apply_fused(updates, corrections)
-                continue
-            for update, factors in zip(updates, Factors.of(updates, corrections), strict=True):
-                update.apply(factors)
+            if way == "loop":
+                for update, factors in zip(updates, Factors.of(updates, corrections), strict=True):
+                    update.apply(factors)
+            else:
+                backend = backends_of[device, dtype] if way == "kernel" else "torch"
+                step_by_primitive(updates, corrections, backend)
         return loss
 
     @torch.no_grad()
@@ -189,21 +223,31 @@ class RoutedAdamW(Optimizer):
             )
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for gradient, touched in zip(gradients, touched_blocks(gradients), strict=True):
+            touched = touched.view(block_shape(gradient.local.shape, gradient.group["block_dim"]))
             factor = torch.where(touched, scale.to(touched.device), 1.0)
             gradient.local.mul_(factor.to(factor_dtype(gradient.local)))
         return norm
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for options in (self.defaults, *self.param_groups):  # copies from before this option existed lack it
+        for options in (
+            self.defaults,
+            *self.param_groups,
+        ):  # copies from before these options existed lack them
             options.setdefault("fused", False)
+            options.setdefault("state_dtype", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state of this class or of `torch.optim.AdamW`, whose step count becomes that of every block.
 
+        Moments are converted to the `state_dtype` of this optimizer. Codes of "8bit" are copied bit for bit if this
+        optimizer stores such codes for the same elements. The states of torchao's `AdamW8bit` are taken over too.
+
         Raises:
+            ImportError: codes have to be converted, and there is no package torchao.
             ValueError: step counts that are not those of a parameter's blocks, or moments of another shape; the state
-                of an Adam that adds weight decay to the gradient; groups that do not fit. Nothing is then taken over.
+                of an Adam that adds weight decay to the gradient; groups that do not fit; codes that are sharded
+                otherwise than their parameter. Nothing is then taken over.
         """
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise TypeError(f"state_dict: got {shown(state_dict)}, expected a dict of state and param_groups")
@@ -213,44 +257,75 @@ class RoutedAdamW(Optimizer):
             # torch's load_state_dict refuses another number of groups or parameters, before it takes anything over.
             for index, parameter in zip(theirs["params"], own["params"], strict=False):
                 check_state(parameter, theirs["block_dim"], state_dict["state"].get(index, {}))
-        super().load_state_dict({**state_dict, "param_groups": adopted + saved[len(adopted) :]})
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        rest = dict(state_dict["state"])  # torch's load_state_dict would round to the parameter's dtype
+        moments: dict[Any, dict[str, Tensor]] = {}
+        for theirs, own in zip(adopted, self.param_groups, strict=False):
+            for index, parameter in zip(theirs["params"], own["params"], strict=False):
+                of_parameter = rest.get(index, {})
+                converted = loaded_moments(parameter, theirs, of_parameter)
+                if converted is not None:
+                    moments[index] = converted
+                    names = {name + end for name in MOMENTS for end in ("", CODES, SCALES)}
+                    rest[index] = {key: value for key, value in of_parameter.items() if key not in names}
+        groups = adopted + saved[len(adopted) :]
+        super().load_state_dict({**state_dict, "state": rest, "param_groups": groups})
+        for theirs, group in zip(adopted, self.param_groups, strict=True):
+            for index, parameter in zip(theirs["params"], group["params"], strict=True):
                 state = self.state.get(parameter, {})
                 if "step" in state:
                     state["step"] = loaded_steps(parameter, group["block_dim"], state["step"])
+                state.update(moments.get(index, {}))
 
     def _gradients(self) -> list[Gradient]:
         """The gradient of every parameter that has one."""
         return [
-            Gradient.of(group, parameter)
-            for group in self.param_groups
+            Gradient.of(number, group, parameter)
+            for number, group in enumerate(self.param_groups)
             for parameter in group["params"]
             if parameter.grad is not None
         ]
 
     def _update_of(self, gradient: Gradient, touched: Tensor) -> Update:
-        """The update of a parameter. Makes the parameter's state where there is none, and counts the step."""
+        """The update of a parameter. Makes the parameter's state where there is none."""
         group, parameter = gradient.group, gradient.parameter
+        own = local_part(parameter)
+        shape = own.shape
+        if gradient.local.shape != shape:  # the parameter's data have been replaced since backward
+            raise ValueError(
+                f"params: got a parameter of shape {list(shape)} whose gradient is of shape "
+                f"{list(gradient.local.shape)}, expected the parameter's"
+            )
         state = self.state[parameter]
         if not state:
             state["step"] = new_steps(parameter, group["block_dim"])
-            for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        local = {name: local_part(value) for name, value in state.items()}
-        if local["step"].shape != touched.shape:
+            state.update(new_moments(parameter, group))
+        local = state
+        if is_distributed(parameter):
+            local = {name: local_part(value) for name, value in state.items()}
+        names = MOMENTS[: 3 if group["amsgrad"] else 2]
+        if is_quantised(state):
+            if not torch.compiler.is_compiling():  # an unpickled optimizer may be the first that needs it
+                require_torchao()
+            names = tuple(name + CODES for name in names)
+        moments = [local[name] for name in names]
+        if local["step"].shape != block_shape(shape, group["block_dim"]):
             raise ValueError(
                 f"block_dim: got {group['block_dim']} for a parameter of shape {list(parameter.shape)} whose steps "
                 f"are counted in blocks of shape {list(state['step'].shape)}, expected it not to change"
             )
-        for name in MOMENTS:
-            if name in local and local[name].shape != gradient.local.shape:
+        for name, moment in zip(names, moments, strict=True):
+            if moment.shape != shape:
                 raise ValueError(
                     f"params: got a parameter of shape {list(parameter.shape)} whose {name} is of shape "
                     f"{list(state[name].shape)}, expected it not to change"
                 )
-        local["step"].add_(touched)
-        return Update(group, local_part(parameter), gradient.local, local, touched)
+        quantised: list[Quantised] = []
+        if is_quantised(state):
+            quantised = [Quantised.of(state, name.removesuffix(CODES)) for name in names]
+            moments = []
+        return Update(
+            group, own, gradient.local, gradient.division, local["step"], moments, touched, state, quantised
+        )
 
 
 def _check_norm(name: str, value: Any, above: bool = False) -> None:

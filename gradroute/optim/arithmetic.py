@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from ..fake_tensors import has_data
 
 #: The integer dtype whose elements have so many bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,7 +36,49 @@ def quotient(lr: float | Tensor, divisor: Tensor) -> Tensor:
 
 def where_touched(touched: Tensor, value: float | Tensor, dtype: torch.dtype) -> Tensor:
     """`value` where a block is touched, else 1; rounded to `dtype` once."""
-    return torch.ones_like(touched, dtype=torch.float64).masked_fill_(touched, value).to(dtype)
+    return torch.ones_like(touched, dtype=dtype).masked_fill_(touched, value)
+
+
+def bias_corrections(
+    counts: Tensor, betas: tuple[float | Tensor, float | Tensor], lr: float | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """lr / (1 - β₁^t) and √(1 - β₂^t) for every count t of steps `[blocks]`, rounded to `dtype` once.
+
+    On the CPU each t that occurs is computed with once: blocks mostly have taken equally many steps, and two powers for
+    each of the 270,000 rows of a language model were a tenth of its step.
+    """
+    if counts.numel() > 0 and is_on_the_host(counts):
+        lowest, highest = (int(count) for count in counts.aminmax())
+        if lowest == highest > 0 and not any(isinstance(value, Tensor) for value in (*betas, lr)):
+            # By Python's floats themselves: so few numbers take torch 0.1 ms, whatever they are for.
+            first, second = (1 - beta**lowest for beta in betas)
+            of_all = counts.new_tensor([lr / first, second**0.5], dtype=torch.float64).to(dtype)
+            return of_all[0].expand(len(counts)), of_all[1].expand(len(counts))
+        if highest - lowest < counts.numel():
+            steps = torch.arange(lowest, highest + 1, dtype=torch.float64, device=counts.device)
+            of_steps = _bias_corrections(steps, betas, lr, dtype, exact=True)
+            if lowest == highest:
+                return of_steps[0].expand(len(counts)), of_steps[1].expand(len(counts))
+            places = (counts - lowest).long()
+            return of_steps[0][places], of_steps[1][places]
+    return _bias_corrections(counts.double(), betas, lr, dtype, exact=dtype == torch.float64)
+
+
+def is_on_the_host(tensor: Tensor) -> bool:
+    """Whether to read a tensor's values waits for nothing."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and has_data(tensor)
+
+
+def _bias_corrections(
+    steps: Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    lr: float | Tensor,
+    dtype: torch.dtype,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    first, second = (1 - power(beta, steps, exact) for beta in betas)
+    root = power(second, torch.full_like(second, 0.5), exact)
+    return quotient(lr, first).to(dtype), root.to(dtype)
 
 
 def factor_dtype(tensor: Tensor) -> torch.dtype:
@@ -73,10 +118,27 @@ def bits(tensor: Tensor) -> Tensor:
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """All elements of some tensors, one after the other."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return _flatten_dense_tensors(tensors)
 
 
-def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
+    """All elements of some tensors in their own memory, if they lie there one after the other; else None.
+
+    To join and to part the counts of 272 parameters took 2 of the 85 ms of a step.
+    """
+    if torch.compiler.is_compiling() or not has_data(tensors[0]):
+        return None
+    storage, address = tensors[0].untyped_storage().data_ptr(), tensors[0].data_ptr()
+    first, total = address, 0
+    for tensor in tensors:
+        if tensor.data_ptr() != first + total * tensor.itemsize or not tensor.is_contiguous():
+            return None
+        if tensor.untyped_storage().data_ptr() != storage:
+            return None
+        total += tensor.numel()
+    return tensors[0].as_strided((total,), (1,))
+
+
+def split(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The parts of a flat tensor, in the shapes of `like`."""
-    parts = flat.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+    return _unflatten_dense_tensors(flat, like)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backends
 from .arithmetic import flat, split
+from .matrices import Division, as_matrices, division_of
+from .options import fused_backend
 from .shards import Ranks, is_distributed, local_part, reduced, shards
-from .state import block_shape
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -20,27 +22,35 @@ class Gradient(NamedTuple):
     """The gradient of one parameter.
 
     Attributes:
+        number: the number of the parameter's group.
         group: the parameter's options.
         parameter: the parameter, which may be a DTensor.
         local: this rank's part of the gradient.
+        division: how that is divided into blocks.
     """
 
+    number: int
     group: Mapping[str, Any]
     parameter: Tensor
     local: Tensor
+    division: Division
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], parameter: Tensor) -> Gradient:
+    def of(cls, number: int, group: Mapping[str, Any], parameter: Tensor) -> Gradient:
         """The gradient of a parameter whose `grad` is not None, placed as the parameter is."""
-        assert parameter.grad is not None
-        if parameter.grad.layout != torch.strided:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.layout != torch.strided:
             raise RuntimeError(
                 f"params: got a sparse gradient for a parameter of shape {list(parameter.shape)}, expected a dense "
                 "one, whose zeros say what is not touched"
             )
         if is_distributed(parameter):
             _place_gradient(parameter)
-        return cls(group, parameter, local_part(parameter.grad))
+            gradient = parameter.grad
+            assert gradient is not None
+        local = local_part(gradient)
+        return cls(number, group, parameter, local, division_of(local.shape, group["block_dim"]))
 
 
 def _place_gradient(parameter: DTensor) -> None:
@@ -52,13 +62,14 @@ def _place_gradient(parameter: DTensor) -> None:
 
 
 def touched_blocks(gradients: Sequence[Gradient]) -> list[Tensor]:
-    """Which blocks of this rank's part have an element on any rank that is not 0; for each gradient a bool tensor."""
-    touched = [_touched_here(gradient.local, gradient.group["block_dim"]) for gradient in gradients]
+    """Which blocks of this rank's part have an element on any rank that is not 0; for each gradient bool `[blocks]`."""
+    touched = _touched_here(gradients)
     shared: dict[Ranks, list[int]] = {}  # processes → the gradients of whose blocks each of them has a part
     for index, gradient in enumerate(gradients):
-        for dim, group in shards(gradient.parameter):
-            if dim != gradient.group["block_dim"]:
-                shared.setdefault(group, []).append(index)
+        if is_distributed(gradient.parameter):
+            for dim, group in shards(gradient.parameter):
+                if dim != gradient.group["block_dim"]:
+                    shared.setdefault(group, []).append(index)
     for group, indices in shared.items():
         parts = [touched[index] for index in indices]
         on_any = reduced(flat(parts).to(torch.uint8), "max", group).bool()
@@ -67,15 +78,19 @@ def touched_blocks(gradients: Sequence[Gradient]) -> list[Tensor]:
     return touched
 
 
-def _touched_here(gradient: Tensor, block_dim: int | None) -> Tensor:
-    """Which blocks of a gradient have an element that is not 0, bool."""
-    shape = block_shape(gradient.shape, block_dim)
-    if gradient.numel() == 0:
-        return torch.zeros(shape, dtype=torch.bool, device=gradient.device)
-    if shape == gradient.shape:
-        return gradient != 0
-    # On the CPU amin and amax took 0.04 ms for 2¹⁸ elements, and `(gradient != 0).any(...)` 0.37. Both hand on NaN,
-    # which is true.
-    within = [dim for dim in range(gradient.dim()) if not shape or dim != block_dim]
-    least, most = (reduce(gradient, within, keepdim=bool(shape)) for reduce in (torch.amin, torch.amax))
-    return torch.logical_or(least, most)
+def _touched_here(gradients: Sequence[Gradient]) -> list[Tensor]:
+    """Which blocks of this rank's gradients have an element that is not 0; for each gradient bool `[blocks]`."""
+    touched: list[Any] = [None] * len(gradients)
+    alike: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        local = gradient.local
+        alike.setdefault((local.device, local.dtype, gradient.group["fused"]), []).append(index)
+    for (device, dtype, is_fused), indices in alike.items():
+        primitives = backends.primitives(fused_backend(device, dtype) if is_fused else "torch")
+        divisions = [gradients[index].division for index in indices]
+        matrices = as_matrices([gradients[index].local for index in indices], divisions)
+        found = primitives.touched_blocks(matrices, [division.blocks for division in divisions])
+        parts = found.split([division.number for division in divisions])
+        for index, part, division in zip(indices, parts, divisions, strict=True):
+            touched[index] = part if division.width == 1 else part.view(-1, division.width).any(1)
+    return touched

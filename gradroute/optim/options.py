@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import backends
 from ..arguments import check_bool, check_number, is_int, is_number, shown
+from .quantised import EIGHT_BITS, prepare
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raises unless a group's options are in their ranges and its parameters can have them."""
+    """Raises unless a group's options are in their ranges, its parameters can have them, and packages are there."""
     lr, betas, block_dim = group["lr"], group["betas"], group["block_dim"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -35,10 +36,22 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"block_dim: got {block_dim}, expected 0, 1 or None")
     for name in ("amsgrad", "maximize", "fused"):
         check_bool(name, group[name])
+    state_dtype = group["state_dtype"]
+    if state_dtype not in (None, torch.float32, torch.bfloat16, EIGHT_BITS):
+        raise ValueError(
+            f"state_dtype: got {shown(state_dtype)}, expected None, torch.float32, torch.bfloat16 or {EIGHT_BITS!r}"
+        )
     for parameter in group["params"]:
         _check_parameter(parameter, block_dim)
+        if state_dtype is not None and parameter.dtype == torch.float64:
+            raise ValueError(
+                f"state_dtype: got {state_dtype} for a parameter of torch.float64, expected None: moments of fewer "
+                "bits would be what the step is made of"
+            )
         if group["fused"]:
             fused_backend(parameter.device, parameter.dtype)
+    if state_dtype == EIGHT_BITS:
+        prepare(group["params"])
 
 
 def checked_parameters(name: str, params: Any) -> list[Any]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import backends, testing
-from . import larger
+from ...backends.attention_plan import FA4
+from . import around_vendors, larger
 
 #: The kinds of checks, and what each asks.
 KINDS = {
@@ -92,7 +93,9 @@ class Selection(NamedTuple):
 
 
 def ops_of(backend: str) -> tuple[str, ...]:
-    """The ops that a backend has, and the optimizer's step where it has primitives."""
+    """The ops that a backend has, and the optimizer's step where it has primitives; FA4 has attention alone."""
+    if backend == FA4:
+        return (around_vendors.OP,)
     named = tuple(op for op, row in backends.OPS.items() if backend in row)
     return named if backend == "reference" else (*named, STEP)
 
@@ -102,29 +105,49 @@ def dtypes_of(backend: str, device: torch.device) -> tuple[str, ...]:
     return tuple(name for name in DTYPES if why_not(backend, device, name) is None)
 
 
-def why_not(backend: str, device: torch.device, dtype: str = "float32") -> str | None:
-    """Why a backend cannot run on a device; None where it can."""
+def why_not(backend: str, device: torch.device, dtype: str | None = None) -> str | None:
+    """Why a backend, or FA4, cannot run on a device in a dtype (None: in any); None where it can."""
+    if backend == FA4:
+        return around_vendors.why_not_fa4(device, getattr(torch, dtype or "bfloat16"))
+    named = getattr(torch, dtype or "float32")
     try:
-        backends.choose("route_grad", backend, torch.empty(0, dtype=getattr(torch, dtype), device=device))
+        backends.choose("route_grad", backend, torch.empty(0, dtype=named, device=device))
     except backends.BackendError as refusal:
         return str(refusal).partition("cannot run it: ")[2]
     return None
 
 
 def cases(backend: str, device: torch.device, selection: Selection) -> list[Case]:
-    """What is to be checked of a backend on a device."""
+    """What is to be checked of a backend, or of FA4, on a device."""
     dtypes = dtypes_of(backend, device)
     # Triton compiles, or interprets, for a second a kernel; everything else takes milliseconds.
     rounds = ROUNDS if device.type == "cpu" and backend != "triton" else 1
     found: list[Case] = []
-    for op in ops_of(backend):
-        every = (
-            _of_step(dtypes, device, selection)
-            if op == STEP
-            else _of_op(op, dtypes, device, selection, rounds)
-        )
+    for op in ops_of(backend) if dtypes else ():
+        if op == STEP:
+            every = _of_step(dtypes, device, selection)
+        elif backend == FA4:
+            every = _of_covers(op, around_vendors.covers_of_fa4(device), dtypes, selection)
+        else:
+            every = _of_op(op, dtypes, device, selection, rounds)
         found += [case for case in every if selection.has(case)]
+        if (backend, op) == ("triton", around_vendors.OP):
+            under = _of_covers(op, around_vendors.covers_under_vendors(device), dtypes, selection)
+            found += [case for case in under if selection.has(case)]
     return found
+
+
+def _of_covers(
+    op: str, covers: Iterator[larger.Cover], dtypes: Sequence[str], selection: Selection
+) -> Iterator[Case]:
+    """The cases of covers; in a quick check every value is there."""
+    for cover in covers:
+        if selection.quick and not cover.is_quick:
+            continue
+        axes = {"dtype": dtypes} | dict(cover.axes)
+        meeting = 1 if selection.quick else cover.meeting
+        for options in testing.covering(axes, meeting, ROUNDS * selection.seed):
+            yield Case(cover.kind, op, options.pop("dtype"), options | dict(cover.common))
 
 
 def _of_op(
@@ -154,9 +177,7 @@ def _of_op(
         yield from covered("numbers", {"strength": ("token", None)}, tokens=many, **WIDE)
         if not is_attention:
             yield from covered("numbers", {}, **(LONG_ON_CUDA if device.type == "cuda" else LONG))
-    for cover in larger.covers(op):
-        if cover.is_quick or not quick:
-            yield from covered(cover.kind, cover.axes, 1 if quick else cover.meeting, **cover.common)
+    yield from _of_covers(op, larger.covers(op, device), dtypes, selection)
     yield from covered("determinism", few, tokens=many)
     layouts = {"inputs": ("contiguous", "sliced", "transposed"), "gradient": ("contiguous", "sliced")}
     yield from covered("bounds", few | layouts | {"tokens": (37, 1, 130)[: 2 if is_attention else 3]})

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import backends
+from ...backends.attention_plan import FA4
 from .. import identity
 from ..progress import Progress
 from ..records import CHECK, Record
+from .around_vendors import CHECKED
 from .cases import DTYPES, KINDS, STEP, Case, Selection, cases, why_not
 from .findings import Findings
 from .keeping import against, verdict
@@ -85,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         **several,
         help="cpu, cuda or cuda:N; may be repeated; default: the CPU and every model of GPU",
     )
-    parser.add_argument("--backend", **several, choices=backends.BACKENDS, help=", ".join(backends.BACKENDS))
+    parser.add_argument("--backend", **several, choices=CHECKED, help=", ".join(CHECKED))
     parser.add_argument("--op", **several, choices=(*backends.OPS, STEP), help="one op; clears nothing")
     parser.add_argument("--dtype", **several, choices=DTYPES, help=f"{', '.join(DTYPES)}; clears nothing")
     parser.add_argument("--kind", **several, choices=tuple(KINDS), help=f"{', '.join(KINDS)}; clears nothing")
@@ -101,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--processes",
         type=int,
-        help="how many at once; default 1, and for Triton on a GPU half of the cores, up to 8",
+        help="how many at once; default 1, and for triton and fa4 on a GPU half of the cores, up to 8",
     )
     return parser
 
@@ -120,7 +122,7 @@ def _jobs(options: argparse.Namespace, selection: Selection) -> list[Job]:
         raise ValueError(f"processes: got {options.processes}, expected 1 or more")
     jobs, reasons = [], []
     for device in _devices(options.device):
-        for backend in options.backend or backends.BACKENDS:
+        for backend in options.backend or CHECKED:
             reason = why_not(backend, device)
             if reason is not None:
                 reasons.append(f"{backend} on {device}: {reason}")
@@ -154,8 +156,8 @@ def _devices(named: Sequence[str] | None) -> list[torch.device]:
 
 
 def _processes(backend: str, device: torch.device) -> int:
-    """Triton compiles for minutes in one process; everything else is quick."""
-    if backend != "triton" or device.type != "cuda":
+    """Triton and FlashAttention-4 compile for minutes in one process; everything else is quick."""
+    if backend not in ("triton", FA4) or device.type != "cuda":
         return 1
     return max(1, min(8, (os.cpu_count() or 1) // 2))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from ... import testing
 
 Sizes = testing.Sizes
@@ -36,12 +38,19 @@ MANY = 4099
 LONG_SEQUENCE = 1100
 HEAD_DIMENSIONS = (64, 80, 128)
 NUMBERS_OF_ROUTES = (2, 3, 33, 70)
+#: Routes whose tokens the device alone has counted, and widths that torch's grouped product takes.
+UNCOUNTED: dict[str, Any] = {
+    "tokens": 130,
+    "tables": "blocks",
+    "sizes": Sizes(d_model=96, d_ff=192),
+    "uncounted": True,
+}
 #: The ops whose backward leaves out what masks zero.
 WITH_RECTANGLES = ("routed_linear", "routed_mlp", "routed_gated_mlp")
 
 
-def covers(op: str) -> Iterator[Cover]:
-    """The covers of an op, on the CPU and on CUDA alike."""
+def covers(op: str, device: torch.device) -> Iterator[Cover]:
+    """The covers of an op on a device."""
     is_attention = op == "routed_attention"
     yield Cover("numbers", {"frozen": _frozen(op)}, {"tokens": 37}, is_quick=True)
     yield Cover("numbers", {"num_routes": NUMBERS_OF_ROUTES}, {"tokens": 37, "strength": "token"}, True, 2)
@@ -59,6 +68,9 @@ def covers(op: str) -> Iterator[Cover]:
     if op in WITH_RECTANGLES:
         sites = {"sites": ("all", *testing.site_names(op)), "used": (3, 4)}
         yield Cover("numbers", sites, {"tokens": 1501, "tables": "blocks", "on_host": True})
+        yield Cover("numbers", sites, UNCOUNTED, True, 2)
+        for kind in ("determinism", "bounds", *(("graphs", "streams") if device.type == "cuda" else ())):
+            yield Cover(kind, {}, UNCOUNTED, is_quick=True)
 
 
 def _of_attention() -> Iterator[Cover]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -11,16 +12,21 @@ import torch
 from torch import Tensor
 
 from ... import attention, backends, testing
-from ...primitives.arguments import AdamWOptions, product_dtype
+from ...attention import AttentionSites
+from ...backends.attention_plan import FA4
+from ...primitives.arguments import AdamWOptions, Blocks, product_dtype
 from ...routes import Routes
 from ...sites import Sites
 from ...tables import Table
 from ...testing import Result, Sample, assert_result_within_budget
+from .around_vendors import backend_around, explain_under_vendor, output_under_vendor
 from .cases import STEP, Case
 
 #: The name of a tensor of a call, and the tensor → a tensor of the same values, which the call is given instead.
 Place = Callable[[str, Tensor], Tensor]
 
+#: The options that change a sample's routes.
+CHANGES = ("used", "ordinary", "exact_strength", "uncounted")
 EDGES = ("score_edges", "value_edges")
 MOST_ROUTES_OF_EDGES = 64
 
@@ -83,7 +89,8 @@ def made(case: Case, backend: str, device: torch.device, seed: int) -> Trial:
     if case.op == STEP:
         return StepTrial.of(backend, device, dtype, seed, **options)
     variant, on_host = options.pop("variant", {}), options.pop("on_host", False)
-    changes = {name: options.pop(name) for name in ("used", "ordinary", "exact_strength") if name in options}
+    changes = {name: options.pop(name) for name in CHANGES if name in options}
+    under_vendor, same_edges = options.pop("under_vendor", False), options.pop("same_edges", False)
     frozen, twice = options.pop("frozen", ()), options.pop("twice", False)
     tokens = options.pop("tokens")
     if case.op == "routed_attention":
@@ -98,17 +105,34 @@ def made(case: Case, backend: str, device: torch.device, seed: int) -> Trial:
     if on_host and call.routes is not None:
         ids = call.routes.ids.cpu().reshape(call.routes.shape)
         call = call.with_routes(Routes.of(ids, call.routes.num_routes).to(device))
-    return CallTrial(fitting(call, backend), backend, frozen, twice)
+    if same_edges:
+        score_edges = call.tables["score_edges"]
+        call = call.with_sites(AttentionSites(**call.tables | {"value_edges": score_edges}))
+    if under_vendor:
+        return UnderVendor(under_a_vendor(call, backend), backend)
+    return CallTrial(fitting(call, backend), backend_around(backend, device), frozen, twice)
 
 
 def _with_other_routes(
-    call: Sample, used: int | None = None, ordinary: bool = False, exact_strength: bool = False
+    call: Sample,
+    used: int | None = None,
+    ordinary: bool = False,
+    exact_strength: bool = False,
+    uncounted: bool = False,
 ) -> Sample:
-    """The call with its tokens on fewer routes and rows of an embedding, without routes, or with an fp64 strength."""
+    """The call with its tokens on fewer routes and rows of an embedding, without routes, or with an fp64 strength.
+
+    Uncounted routes are those whose tokens the host has not counted, as where ids came from a device.
+    """
     if ordinary:
         return call.with_routes(None)
     routes = call.routes
     assert routes is not None
+    if uncounted:
+        call = _with_other_routes(call, used)
+        assert call.routes is not None
+        call.routes.host_counts = None
+        return call
     shaped = routes.ids.reshape(routes.shape)
     if used is not None:
         tensors = dict(call.tensors)
@@ -123,7 +147,7 @@ def _with_other_routes(
 
 
 def fitting(call: Sample, backend: str) -> Sample:
-    """The call, without edges where the backend's attention refuses them.
+    """The call, without edges where the backend's attention refuses them, or another's kernels would run them.
 
     Raises:
         Refused: it refuses the rest too.
@@ -132,15 +156,31 @@ def fitting(call: Sample, backend: str) -> Sample:
         return call
     others = {site: table for site, table in call.tables.items() if site not in EDGES}
     without_edges = call.with_sites(testing.OPS[call.op].make_sites(others))
-    for candidate in (call, without_edges):
+    around = backend_around(backend, call.upstream.device)
+    for candidate in (call,) if backend == FA4 else (call, without_edges):
         try:
             given: dict[str, Any] = {"routes": candidate.routes, "sites": candidate.sites}
-            attention.explain(**candidate.leaves(), **candidate.keywords, **given, backend=backend)  # type: ignore[arg-type]
+            plan = attention.explain(**candidate.leaves(), **candidate.keywords, **given, backend=around)  # type: ignore[arg-type]
         except backends.BackendError as refusal:
             reason = str(refusal)
         else:
-            return candidate
+            if (plan.backward == FA4) == (backend == FA4):
+                return candidate
+            reason = plan.reason
     raise Refused(reason)
+
+
+def under_a_vendor(call: Sample, backend: str) -> Sample:
+    """The call, where a vendor's kernel runs its forward.
+
+    Raises:
+        Refused: none can, or the backend refuses the call.
+    """
+    try:
+        explain_under_vendor(call, backend)
+    except backends.BackendError as refusal:
+        raise Refused(str(refusal)) from None
+    return call
 
 
 class CallTrial:
@@ -153,15 +193,19 @@ class CallTrial:
 
     def _run(self, call: Sample) -> Result:
         """Forward and backward; backward a second time where it was asked for; nothing of what is frozen."""
-        result = call.run(self.backend, self.frozen) if not self.twice else self._run_twice(call)
+        by = functools.partial(self._output, call)
+        result = call.run_by(by, self.frozen) if not self.twice else self._run_twice(call)
         given = [name for name in self.frozen if result.gradients[name] is not None]
         assert not given, f"got gradients of {', '.join(given)}, which need none"
         kept = {name: found for name, found in result.gradients.items() if name not in self.frozen}
         return Result(result.output, kept)
 
+    def _output(self, call: Sample, leaves: dict[str, Tensor | None]) -> Tensor:
+        return call.call(leaves, self.backend)
+
     def _run_twice(self, call: Sample) -> Result:
         leaves = call.leaves(self.frozen)
-        output = call.call(leaves, self.backend)
+        output = self._output(call, leaves)
         wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
         inputs = list(wanted.values())
         torch.autograd.grad(output, inputs, call.upstream, retain_graph=True)
@@ -207,7 +251,14 @@ class CallTrial:
 
     def like(self, other: CallTrial) -> CallTrial:
         """See `Trial`."""
-        return CallTrial(self.call.with_sites(other.call.sites), self.backend, self.frozen, self.twice)
+        return type(self)(self.call.with_sites(other.call.sites), self.backend, self.frozen, self.twice)
+
+
+class UnderVendor(CallTrial):
+    """A call of attention whose forward is a vendor's, and whose backward the backend's own."""
+
+    def _output(self, call: Sample, leaves: dict[str, Tensor | None]) -> Tensor:
+        return output_under_vendor(call, leaves, self.backend)
 
 
 def _placed_tables(sites: Sites | Table | None, place: Place, device: torch.device) -> Any:
@@ -239,9 +290,9 @@ class StepTrial:
     """A step of RoutedAdamW by the primitive `adamw_step`, on copies of its tensors."""
 
     def __init__(
-        self, backend: str, tensors: dict[str, Tensor], by_column: bool, options: AdamWOptions
+        self, backend: str, tensors: dict[str, Tensor], blocks: Blocks, options: AdamWOptions
     ) -> None:
-        self.backend, self.tensors, self.by_column, self.options = backend, tensors, by_column, options
+        self.backend, self.tensors, self.blocks, self.options = backend, tensors, blocks, options
         self.changing = tuple(name for name in tensors if name not in ("gradient", "factors"))
 
     @classmethod
@@ -273,13 +324,13 @@ class StepTrial:
             (normal(number) < 0.5).double().index_fill(0, torch.zeros(1, dtype=torch.int64, device="cpu"), 1)
         )
         factors = torch.stack(
-            [torch.full_like(steps, 0.97), 0.1 / (1 - 0.9**steps), (1 - 0.99**steps).rsqrt(), touched]
+            [torch.full_like(steps, 0.97), 0.1 / (1 - 0.9**steps), (1 - 0.99**steps).rsqrt(), touched, steps]
         )
         tensors = {
             name: (value.T if transposed else value).to(device, dtype) for name, value in values.items()
         }
         tensors["factors"] = factors.to(device, product_dtype(dtype))
-        return cls(backend, tensors, blocks == "columns", AdamWOptions(0.9, 0.99, 1e-3, maximize))
+        return cls(backend, tensors, Blocks[blocks.upper()], AdamWOptions(0.9, 0.99, 1e-3, maximize))
 
     def prepared(self, place: Place, *, makes_routes: bool = False) -> Callable[[], Result]:
         """See `Trial`. Every call goes on from where the one before ended."""
@@ -287,8 +338,11 @@ class StepTrial:
         kernel = backends.primitives(self.backend).adamw_step
 
         def run() -> Result:
-            given: dict[str, Any] = {"max_exp_avg_sq": None} | placed
-            kernel(**given, by_column=self.by_column, options=self.options)
+            given: dict[str, Any] = {
+                f"{name}s": [tensor] for name, tensor in placed.items() if name != "factors"
+            }
+            given = {"max_exp_avg_sqs": []} | given | {"factors": placed["factors"]}
+            kernel(**given, blocks=[int(self.blocks)], options=self.options)
             return _state({name: placed[name] for name in self.changing})
 
         return run
@@ -303,8 +357,8 @@ class StepTrial:
     def _computed(self, dtype: torch.dtype, rounded: torch.dtype) -> Result:
         """The step's formula in one dtype, rounded to another."""
         old = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        beta1, beta2, eps, maximize = self.options
-        decay, size, scale, touched = old["factors"].unsqueeze(1 if self.by_column else 2)
+        beta1, beta2, eps, maximize, _ = self.options
+        decay, size, scale, touched, _ = old["factors"].unsqueeze(1 if self.blocks == Blocks.COLUMNS else 2)
         g = -old["gradient"] if maximize else old["gradient"]
         new = dict(old)
         new["exp_avg"] = beta1 * old["exp_avg"] + (1 - beta1) * g

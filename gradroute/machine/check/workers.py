@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     """How the cases of a backend are run.
 
     Attributes:
-        backend: a name of `gradroute.backends.BACKENDS`.
+        backend: a name of `around_vendors.CHECKED`.
         device: where.
         seed: of all numbers.
         processes: how many at once.

@@ -117,8 +117,10 @@ class Measuring:
     def _of_running(self) -> timing.Clock:
         return timing.clock_of(self.device)
 
-    def contest(self, candidates: Mapping[str, Sequence[Trial]]) -> Contest:
+    def contest(self, candidates: Mapping[str, Sequence[Trial]], points: int = 1) -> Contest:
         """Times those of the candidates that are right, the shipped one first.
+
+        `points`: how many contests decide one answer together.
 
         Raises:
             AssertionError: none is.
@@ -131,7 +133,7 @@ class Measuring:
         right = {name: trials for name, trials in candidates.items() if name not in left_out}
         if not right:
             raise AssertionError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
-        rounds = self._rounds(least_rounds(len(right) - 1))
+        rounds = self._rounds(least_rounds(points * (len(right) - 1)))
         return Contest(timing.interleaved(right, rounds, self.seconds), left_out)
 
     def seconds(self, trial: Trial) -> float:
@@ -195,9 +197,12 @@ def is_faster(own: Sequence[float], incumbent: Sequence[float], others: int = 1)
     return not is_chance and statistics.median(found) <= 1 - LEAST_GAIN
 
 
-def ranking(milliseconds: Mapping[str, Sequence[float]]) -> list[str]:
-    """The candidates, fastest first; where none is faster by more than the noise, in the order in which they come."""
-    left, ranked, others = list(milliseconds), [], len(milliseconds) - 1
+def ranking(milliseconds: Mapping[str, Sequence[float]], points: int = 1) -> list[str]:
+    """The candidates, fastest first; where none is faster by more than the noise, in the order in which they come.
+
+    `points`: of how many contests, which decide one answer together, this is one.
+    """
+    left, ranked, others = list(milliseconds), [], points * (len(milliseconds) - 1)
     while left:
         first = milliseconds[left[0]]
         faster = [name for name in left if is_faster(milliseconds[name], first, others)]

@@ -23,6 +23,7 @@ OP = "routed_attention"
 # Shares of a backward's work that masks leave, at which own kernels and vendors' are timed.
 SHARES = (0.9, 0.75, 0.5, 0.25, 0.125)
 NEVER = 0.0
+ALWAYS = 1.0
 
 # Rows × keys of a tile.
 TILES = ((128, 256), (256, 256), (256, 512), (384, 512), (512, 512), (512, 1024))
@@ -66,7 +67,10 @@ class Vendors(Question):
 
 
 class SkipBelow(Question):
-    """Below which share of a backward's work own kernels, which leave out what has no weight, beat vendors'."""
+    """Below which share of a backward's work own kernels, which leave out what has no weight, beat vendors'.
+
+    Own kernels are timed as the automatic choice takes them: in the backward, under the forward of a vendor's kernel.
+    """
 
     decides = (
         "the share of attention's work below which own kernels, which make no more, are taken before vendors'"
@@ -81,7 +85,7 @@ class SkipBelow(Question):
     def measure(self, measuring: Measuring) -> Outcome:
         """Both kinds of kernels, over how many heads masks leave."""
         shares = SHARES[::2] if measuring.effort.is_quick else SHARES
-        points = {share: self._contest(measuring, share) for share in shares}
+        points = {share: self._contest(measuring, share, len(shares)) for share in shares}
         outcome = Outcome()
         for share, contest in points.items():
             outcome.add(contest, f"{share:.0%} left: ")
@@ -92,7 +96,7 @@ class SkipBelow(Question):
     def _takes_own(self, share: float) -> bool:
         return share < self.shipped
 
-    def _contest(self, measuring: Measuring, share: float) -> Contest:
+    def _contest(self, measuring: Measuring, share: float, points: int) -> Contest:
         size = largest(measuring.device, measuring.effort)
         names = [self.own, self.around_vendors]
         candidates: dict[str, list[Trial]] = {
@@ -101,9 +105,10 @@ class SkipBelow(Question):
         for seed in range(measuring.effort.sets):
             judged = Judged(with_share(share, size, self.dtype, measuring.device, seed))
             for name, trials in candidates.items():
-                check = partial(judged.check, name, is_deterministic=name == self.own)
-                trials.append(Trial(partial(judged.call.run, name), check))
-        return measuring.contest(candidates)
+                backend, answered = (None, {self.name: ALWAYS}) if name == self.own else (name, {})
+                check = partial(judged.check, backend, is_deterministic=name == self.own)
+                trials.append(Trial(partial(judged.call.run, backend), check, answered))
+        return measuring.contest(candidates, points)
 
 
 class Tiles(Question):

@@ -69,15 +69,20 @@ def threshold(
 ) -> Any:
     """From which point on a form of computation is the faster of two.
 
+    Chance has as many occasions to move the threshold as there are points: contests are corrected for their number.
+
     Args:
         points: contests of both forms, from where the form asked about pays least to where it pays most. The first of
-            a contest is the one that the shipped threshold takes.
+            a contest is the one that the shipped threshold takes; its rounds are those of `Measuring.contest` with
+            the number of points.
         form: the form.
         takes: whether the shipped threshold takes the form at a point.
         shipped: the shipped threshold, which stays unless a contest says otherwise.
         never: the threshold by which the form is never taken.
     """
-    is_faster = {point: ranking(contest.milliseconds)[0] == form for point, contest in points.items()}
+    is_faster = {
+        point: ranking(contest.milliseconds, len(points))[0] == form for point, contest in points.items()
+    }
     if all(found == takes(point) for point, found in is_faster.items()):
         return shipped
     first = never

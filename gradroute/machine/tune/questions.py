@@ -44,6 +44,7 @@ def _of_kind(kind: str, device: torch.device, dtype: torch.dtype, effort: Effort
         "vendors": of_attention.vendors,
         "skip_below": of_attention.skip_below,
         "rectangles": of_products.rectangles,
+        "grouped": of_products.grouped,
         "run": of_products.runs,
         "tiles": of_attention.tiles,
     }[kind]

@@ -117,14 +117,18 @@ def routed_product(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
+    is_counted: bool,
 ) -> Sample:
     """A call of a linear layer or an MLP with one table at the sites that make parts of its products vanish.
 
-    Its routes are counted on the host, and the tokens of every route are as many, in any order.
+    The tokens of every route are as many, in any order, and the host knows how many where they are to be counted.
     """
     call = sample(op, dtype=dtype, tokens=tokens, sites=(), sizes=widths, seed=seed, device=device)
     generator = torch.Generator("cpu").manual_seed(seed)
     ids = torch.randperm(tokens, generator=generator, device="cpu") % table.num_routes
     names = ("output",) if op == "routed_linear" else ("hidden", "update")
     sites: Sites = OPS[op].sites_class()(**dict.fromkeys(names, table))
-    return call.with_routes(Routes.of(ids, table.num_routes).to(device)).with_sites(sites)
+    routes = Routes.of(ids, table.num_routes).to(device)
+    if not is_counted:
+        routes.host_counts = None
+    return call.with_routes(routes).with_sites(sites)
