@@ -2,7 +2,10 @@
 
 `expand` adds hidden units and heads and says which they are, as a `Block`; a plan (`gradroute.models.era`) routes
 tokens to them; `ablate` takes the block's influence away, `contract` the block itself. `gate` scales a block instead,
-to steer. All of them change parameters in place, and an optimizer's state with them where it is given.
+to steer. All of them change parameters in place, and an optimizer's state with them where it is given, one parameter
+after the other: memory is never more than that of the model and of its largest parameter, and of what a standard
+deviation copies, 16 MB at most. Parameters may be offloaded by accelerate, or sharded by FSDP2 (all ranks must call
+alike then, and each has shards and a whole parameter or two); on the meta device shapes change, and nothing is drawn.
 
     block = era.expand(model, units=64, optimizer=optimizer)
     route(model, gradroute.models.era(units=64))

@@ -10,9 +10,10 @@ from ..blocks import Block
 from ..checks import check_optimizer
 from ..models.inspection import inner_model, ordinary_model
 from .checks import check_block, check_parameters
-from .contraction import take_out
-from .drawing import draw, write
-from .optimizer_state import zero_state
+from .contraction import is_empty, take_out
+from .drawing import draw, is_drawn, scale_of_rest
+from .optimizer_state import check_zeros, zero_state
+from .surgery import homes
 
 #: The ways to ablate a block.
 HOW = ("zero", "slice", "resample")
@@ -42,7 +43,8 @@ def ablate(
         generator: the random numbers of "resample", on the CPU; default: torch's.
 
     Raises:
-        TypeError: sharded parameters.
+        TypeError: quantised parameters or moments; offloaded parameters that cannot be written to; with "slice" those
+            that something else than fully_shard shards.
         ValueError: the block has no influence (it was ablated, or expanded and never trained); another `how`; the model
             is not of the block's shape.
     """
@@ -52,7 +54,10 @@ def ablate(
     check_optimizer(optimizer, inner)
     if generator is not None:
         check_is("generator", generator, torch.Generator, "a torch.Generator or None")
-    check_parameters(block, inner)
+    check_parameters(block, inner, shape=how == "slice")
+    if how == "slice" and block.is_whole and is_empty(block, inner):
+        take_out(ordinary_model(model), block, optimizer)
+        return
     if block.is_whole and not block.has_influence(inner):
         raise ValueError(
             f"block: got {block}, which has no influence on the model: its output weights are 0, as it was ablated "
@@ -61,11 +66,18 @@ def ablate(
     if how == "slice":
         take_out(ordinary_model(model), block, optimizer)
         return
-    pieces = block.parameters(inner)
-    drawn = draw(inner, block.pieces, generator=generator) if how == "resample" else []
-    for piece, parameter in pieces:
-        piece.write(parameter, 0.0)
+    block.parameters(inner)  # raises where the model is not of its shape
+    pieces = list(homes(inner, block.pieces))
+    check_zeros(optimizer, {piece.parameter: home.parameter for piece, home in pieces})
+    scales = [
+        scale_of_rest(piece, home) if how == "resample" and is_drawn(piece, home) else None
+        for piece, home in pieces
+    ]
+    for (piece, home), scale in zip(pieces, scales, strict=True):
+        home.write(piece, 0.0)
+        if scale is not None:
+            draw(piece, home, scale, generator)
+        parameter = home.parameter
         if parameter.grad is not None:  # it would bring the block back in the next step
             piece.write(parameter.grad, 0.0)
         zero_state(parameter, piece, optimizer)
-    write(inner, drawn)

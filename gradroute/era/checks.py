@@ -11,7 +11,7 @@ from ..arguments import check_int, check_is, check_number
 from ..blocks import Block, check_state
 from ..checks import check_optimizer, is_plain
 from ..layers import RoutedModule
-from ..models.inspection import is_dtensor
+from ..models.inspection import is_dtensor, stored
 from ..models.plan import Shape
 from .configuration import changes_of, config_of, new_numbers
 from .optimizer_state import check_states
@@ -37,24 +37,33 @@ def check_block(block: Block) -> None:
     check_is("block", block, Block, "a gradroute.blocks.Block")
 
 
-def check_parameters(block: Block, model: nn.Module) -> None:
-    """Raises unless those of a block's parameters that are in the model are whole and have values."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+def check_parameters(block: Block, model: nn.Module, *, shape: bool = False) -> None:
+    """Raises unless those of a block's parameters that are in the model are ordinary ones that can be changed.
+
+    Args:
+        block: the block.
+        model: the model.
+        shape: whether their shape changes, and not only their values; then they need have none (meta).
+    """
+    named = stored(model)
     for piece in block.pieces:
-        parameter = named.get(piece.parameter)
-        if is_dtensor(parameter):
-            raise TypeError(
-                f"{piece.parameter}: got a sharded parameter, expected a whole one: do this before sharding"
-            )
-        if parameter is not None and not (is_plain(parameter) and parameter.is_floating_point()):
+        if piece.parameter not in named:
+            continue
+        home = named[piece.parameter]
+        parameter = home.parameter
+        if not (is_plain(parameter) or is_dtensor(parameter)) or not parameter.is_floating_point():
             raise TypeError(
                 f"{piece.parameter}: got a {type(parameter).__name__} of {parameter.dtype}, expected an ordinary "
                 "tensor of floating point: do this before quantising"
             )
-        if parameter is not None and parameter.is_meta:
+        if home.is_empty and not shape:
             raise ValueError(
-                f"{piece.parameter}: got a parameter on the meta device, expected one with values"
+                f"{piece.parameter}: got a parameter on the meta device, expected one with values: what is written "
+                "now would be lost when they are loaded"
             )
+        why = home.why_fixed(shape=shape)
+        if why is not None:
+            raise TypeError(f"{piece.parameter}: got a parameter that is {why}")
 
 
 def check_change(inner: nn.Module, block: Block, sign: int, optimizer: torch.optim.Optimizer | None) -> None:
@@ -84,20 +93,23 @@ def check_change(inner: nn.Module, block: Block, sign: int, optimizer: torch.opt
     _check_ties(inner, block)
     check_optimizer(optimizer, inner)
     if optimizer is not None:
-        named = dict(inner.named_parameters(remove_duplicate=False))
-        check_states(optimizer, {piece.parameter: named[piece.parameter] for piece in block.pieces})
+        named = stored(inner)
+        check_states(optimizer, {piece.parameter: named[piece.parameter].parameter for piece in block.pieces})
 
 
 def _check_ties(inner: nn.Module, block: Block) -> None:
-    """Raises where a parameter of a block has more than one name in the model."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in inner.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    named = dict(inner.named_parameters(remove_duplicate=False))
+    """Raises where a parameter of a block also belongs to a module of which the block has not the same part."""
+    named = stored(inner)
+    pieces = {piece.parameter: piece for piece in block.pieces}
     for piece in block.pieces:
-        tied = names[named[piece.parameter]]
-        if len(tied) > 1:
-            raise ValueError(f"model: got {' and '.join(tied)} tied, expected parameters of their own")
+        home = named[piece.parameter]
+        mine = {name: pieces[name] for name in home.names if name in pieces}
+        same = all(one.dim == piece.dim and torch.equal(one.index, piece.index) for one in mine.values())
+        if not same or any(place not in map(home.names.get, mine) for place in home.places):
+            raise ValueError(
+                f"model: got {' and '.join(home.names)} tied, of which the block has not the same part, expected "
+                "parameters of their own"
+            )
 
 
 def check_removed(block: Block, inner: nn.Module) -> None:
@@ -106,6 +118,11 @@ def check_removed(block: Block, inner: nn.Module) -> None:
         if part.what == "parameters":
             raise ValueError(
                 "block: got one of parameters, expected one of units or heads (Block.units, Block.heads)"
+            )
+        if part.what == "experts":
+            raise ValueError(
+                f"block: got experts of {part.module}, whose router goes on choosing among all of them, expected units "
+                "or heads; ablate(model, block) takes away what experts add"
             )
         if len(part.index) == part.size:
             raise ValueError(f"{part.what}: got all {part.size} of {part.module}, expected some to remain")
@@ -137,9 +154,9 @@ def check_fits(inner: nn.Module, block: Block, state: Mapping[str, Tensor]) -> N
     check_state(state, keys)
     for key in keys:
         check_is(f"state[{key!r}]", state[key], Tensor, "a tensor")
-    named = dict(inner.named_parameters())
+    named = stored(inner)
     for key, piece in zip(keys, block.pieces, strict=True):
-        got = list(named[piece.parameter].shape) if piece.parameter in named else None
+        got = list(named[piece.parameter].parameter.shape) if piece.parameter in named else None
         expected = list(state[key].shape)
         if len(expected) <= piece.dim or expected[piece.dim] != len(piece.index):
             raise ValueError(
@@ -149,4 +166,9 @@ def check_fits(inner: nn.Module, block: Block, state: Mapping[str, Tensor]) -> N
         if got != expected:
             raise ValueError(
                 f"model: got {piece.parameter} of shape {got}, expected {expected}, what the block leaves of it"
+            )
+        if named[piece.parameter].is_empty and not state[key].is_meta:
+            raise ValueError(
+                f"{piece.parameter}: got a parameter on the meta device, expected one with values, or a state on the "
+                "meta device too: the state's values would be lost when the model's are loaded"
             )

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_int, check_is, ordinary_tensors
-from ..blocks import Block
+from ..blocks import Block, stored_pieces
 from ..checks import check_optimizer
 from ..models.architectures import Architecture
 from ..models.inspection import ordinary_model
 from .checks import check_block, check_change, check_fits, check_parameters, check_removed
 from .configuration import resize
-from .surgery import insert, remove
+from .surgery import homes, insert, remove
 
 
 @ordinary_tensors()
@@ -35,7 +35,7 @@ def contract(
         architecture: see `expand`.
 
     Raises:
-        TypeError: linear layers with adapters, or sharded ones.
+        TypeError: linear layers with adapters, or sharded by something else than fully_shard.
         ValueError: the block still has influence (`ablate` it first, or at once with how="slice"); the model is routed;
             the block is not one of units and heads, or not as large in every layer; none would remain.
     """
@@ -46,9 +46,9 @@ def contract(
     if not isinstance(block, Block):
         check_int("block", block, 1)
         block = Block.units(model, block, architecture=architecture)
-    check_parameters(block, inner)
+    check_parameters(block, inner, shape=True)
     check_removed(block, inner)
-    if block.has_influence(inner):
+    if not is_empty(block, inner) and block.has_influence(inner):
         raise ValueError(
             f"block: got {block}, which still has influence on the model: its output weights are not 0; "
             'ablate() it first, or take it out with ablate(model, block, how="slice")'
@@ -80,19 +80,21 @@ def merge(
         optimizer: see `expand`.
 
     Raises:
-        TypeError: sharded parameters.
+        TypeError: parameters that something else than fully_shard shards, or offloaded ones that cannot be written to.
         ValueError: the model is routed, or has not the shape that the block was taken out of; the state is another
             block's. Nothing has changed then.
     """
     inner = ordinary_model(model)
     check_block(block)
     check_optimizer(optimizer, inner)
-    check_parameters(block, inner)
+    check_parameters(block, inner, shape=True)
     check_fits(inner, block, state)
     check_change(inner, block, 1, optimizer)
-    for piece in block.pieces:
-        insert(inner, piece, optimizer)
-    block.load_state_dict(inner, state)
+    values = dict(zip(block.pieces, (state[key] for key in block.keys), strict=True))
+    for piece, home in homes(inner, block.pieces):
+        insert(home, piece, optimizer)
+        if not home.is_empty:
+            home.write(piece, values[piece])
     resize(inner, block.parts, 1)
 
 
@@ -100,7 +102,13 @@ def take_out(model: nn.Module, block: Block, optimizer: torch.optim.Optimizer | 
     """Takes a block out of an ordinary model, whether it has influence or not."""
     check_removed(block, model)
     block.parameters(model)  # raises where the model is not of its shape
+    check_parameters(block, model, shape=True)
     check_change(model, block, -1, optimizer)
-    for piece in block.pieces:
-        remove(model, piece, optimizer)
+    for piece, home in homes(model, block.pieces):
+        remove(home, piece, optimizer)
     resize(model, block.parts, -1)
+
+
+def is_empty(block: Block, model: nn.Module) -> bool:
+    """Whether some of a block's parameters have no values (meta), so that nothing of its influence is known."""
+    return any(home.is_empty for _, home in stored_pieces(block, model))

@@ -2,59 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..blocks import Piece
+from ..models.inspection import Stored, on_all_ranks
 from .surgery import others
 
+#: How many elements are read at once where a standard deviation needs a copy of them.
+_AT_ONCE = 1 << 22
 
-def draw(
-    model: nn.Module,
-    pieces: Sequence[Piece],
-    std: float | None = None,
-    *,
-    with_outputs: bool = True,
-    generator: torch.Generator | None = None,
-) -> list[tuple[Piece, Tensor]]:
-    """New normal values for those pieces that are of weights; biases and norms get none.
 
-    Args:
-        model: the model whose parameters the pieces are of.
-        pieces: the pieces of a block, which may be in the parameters or yet to be added.
-        std: the standard deviation; default: that of the rest of each parameter.
-        with_outputs: whether pieces that read the block's units get values.
-        generator: the random numbers, on the CPU; default: torch's.
+def is_drawn(piece: Piece, home: Stored) -> bool:
+    """Whether a piece gets random values: it is of weights, not of biases or norms, and there is memory for them."""
+    return home.parameter.dim() >= 2 and not home.is_empty
+
+
+def scale_of_rest(piece: Piece, home: Stored) -> float:
+    """The standard deviation of a parameter's elements outside of a piece, which may have yet to be added.
+
+    Raises:
+        ValueError: there are none.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    drawn = []
-    for piece in pieces:
-        parameter = named[piece.parameter].detach()
-        if parameter.dim() < 2 or (piece.role == "output" and not with_outputs):
-            continue
-        scale = float(_rest(piece, parameter).float().std(correction=0)) if std is None else std
-        shape = [*parameter.shape]
-        shape[piece.dim] = len(piece.index)
-        values = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(std=scale, generator=generator)
-        drawn.append((piece, values))
-    return drawn
-
-
-def _rest(piece: Piece, parameter: Tensor) -> Tensor:
-    """The elements of a parameter outside of a piece: all of them where the piece has yet to be added."""
-    if parameter.shape[piece.dim] < piece.size:
-        return parameter
-    if len(piece.index) == piece.size:
+    if len(piece.index) == home.parameter.shape[piece.dim] == piece.size:
         raise ValueError(
             f"block: got all of {piece.parameter}, expected a rest whose standard deviation new values could have"
         )
-    return parameter.index_select(piece.dim, others(piece).to(parameter.device))
+    return _std(_rest(piece, home.values()))
 
 
-def write(model: nn.Module, drawn: Sequence[tuple[Piece, Tensor]]) -> None:
-    """Writes what `draw` returned into the model's parameters."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for piece, values in drawn:
-        piece.write(named[piece.parameter], values)
+def draw(piece: Piece, home: Stored, std: float, generator: torch.Generator | None = None) -> None:
+    """Writes normal values into a piece; every rank that has a share of it gets those of the first rank."""
+    shape = [*home.parameter.shape]
+    shape[piece.dim] = 1
+    for index in piece.index.split(max(1, _AT_ONCE // math.prod(shape))):
+        shape[piece.dim] = len(index)
+        values = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(std=std, generator=generator)
+        home.write(replace(piece, index=index), on_all_ranks(values, home.parameter))
+
+
+def _rest(piece: Piece, values: Tensor) -> Iterator[Tensor]:
+    """A parameter's elements outside of a piece, in fp32 and a part at a time: a copy of each part is made."""
+    most = max(1, _AT_ONCE * values.shape[piece.dim] // values.numel())
+    if values.shape[piece.dim] == piece.size:
+        for index in others(piece).split(most):
+            yield values.index_select(piece.dim, index.to(values.device)).float()
+    elif values.dtype == torch.float32:
+        yield values
+    else:
+        for part in values.split(most, piece.dim):
+            yield part.float()
+
+
+def _std(parts: Iterator[Tensor]) -> float:
+    """The standard deviation of all elements of some parts together (Chan, Golub and LeVeque 1979)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for part in parts:
+        variance, its_mean = (float(one) for one in torch.var_mean(part, correction=0))
+        n, apart = part.numel(), its_mean - mean
+        squares += variance * n + apart**2 * count * n / (count + n)
+        mean += apart * n / (count + n)
+        count += n
+    return math.sqrt(squares / count)

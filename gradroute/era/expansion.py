@@ -15,8 +15,8 @@ from ..models.architectures import Architecture
 from ..models.inspection import Width, find_widths, inner_model, ordinary_model
 from .checks import check_added, check_change, check_parameters, check_std
 from .configuration import resize
-from .drawing import draw, write
-from .surgery import insert
+from .drawing import draw, is_drawn, scale_of_rest
+from .surgery import homes, insert
 
 
 class _Growth(NamedTuple):
@@ -79,7 +79,8 @@ def expand(
         The block that was added.
 
     Raises:
-        TypeError: linear layers with adapters, or sharded ones; heads that the architecture cannot have.
+        TypeError: linear layers with adapters, or sharded by something else than fully_shard; heads that the
+            architecture cannot have.
         ValueError: the model is routed; a number is negative, no multiple of a group of heads, or nothing is added; or
             transformers refuses the numbers (Llama's d_model must be a multiple of the number of heads). Nothing has
             changed then.
@@ -91,12 +92,15 @@ def expand(
     check_std(std)
     zero_output = check_bool("zero_output", zero_output)
     block = Block([growth.part() for growth in growths])
-    check_parameters(block, inner)
+    check_parameters(block, inner, shape=True)
     check_change(inner, block, 1, optimizer)
-    drawn = draw(inner, block.pieces, std, with_outputs=not zero_output)
-    for piece in block.pieces:
-        insert(inner, piece, optimizer)
-    write(inner, drawn)
+    for piece, home in homes(inner, block.pieces):
+        scale = None
+        if is_drawn(piece, home) and (piece.role != "output" or not zero_output):
+            scale = scale_of_rest(piece, home) if std is None else std
+        insert(home, piece, optimizer)
+        if scale is not None:
+            draw(piece, home, scale)
     resize(inner, block.parts, 1)
     return block
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import check_number
 from ..blocks import Block
-from ..models.inspection import inner_model
+from ..models.inspection import inner_model, stored
 from .checks import check_block, check_parameters
+from .surgery import homes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,7 +21,8 @@ def gate(model: nn.Module, block: Block, scale: float) -> Gate:
     """Scales what a block adds to the model, for inference: 0 takes it out, more than 1 steers toward what it learnt.
 
     The output weights are scaled in place, so that nothing is computed twice and any code that reads the weights sees
-    the scaled ones; the gate keeps the original weights. In a `with` statement they are put back at its end:
+    the scaled ones; the gate keeps the block's original output weights, and nothing else of the model. In a `with`
+    statement they are put back at its end:
 
         with era.gate(model, block, 3.0):
             model.generate(...)
@@ -31,8 +33,9 @@ def gate(model: nn.Module, block: Block, scale: float) -> Gate:
         scale: the factor, any finite number.
 
     Raises:
-        TypeError: sharded parameters.
-        ValueError: the block is not one of units and heads; the scale is not finite; the model is not of its shape.
+        TypeError: quantised parameters, or offloaded ones that cannot be written to.
+        ValueError: the block is not one of units and heads; the scale is not finite; the model is not of its shape, or
+            on the meta device.
     """
     check_block(block)
     if not block.is_whole:
@@ -49,9 +52,10 @@ class Gate:
         check_block(block)
         check_number("scale", scale)
         self._model = model
-        self._outputs = [pair for pair in block.parameters(model) if pair[0].role == "output"]
-        self._original = [piece.of(parameter) for piece, parameter in self._outputs]
-        self._written = self._original
+        block.parameters(model)  # raises where the model is not of its shape
+        outputs = [pair for pair in homes(inner_model(model), block.pieces) if pair[0].role == "output"]
+        self._outputs = [(piece, home, home.parameter) for piece, home in outputs]
+        self._original = [piece.of(home.values()) for piece, home in outputs]
         self._scale = 1.0
         self.scale = scale
 
@@ -64,16 +68,14 @@ class Gate:
     def scale(self, scale: float) -> None:
         scale = check_number("scale", scale)
         self._check_unchanged()
-        scaled = [values if scale == 1 else values * scale for values in self._original]
-        for (piece, _), values in zip(self._outputs, scaled, strict=True):
-            if scale != 1 and not torch.isfinite(values).all():
+        for (piece, _, _), values in zip(self._outputs, self._original, strict=True):
+            if scale != 1 and not torch.isfinite(values * scale).all():
                 raise ValueError(
                     f"scale: got {scale}, by which {piece.parameter} is not finite in {values.dtype}, expected a "
                     "smaller one"
                 )
-        self._written = scaled
-        for (piece, parameter), values in zip(self._outputs, self._written, strict=True):
-            piece.write(parameter, values)
+        for (piece, home, _), values in zip(self._outputs, self._original, strict=True):
+            home.write(piece, _scaled(values, scale))
         self._scale = float(scale)
 
     def remove(self) -> None:
@@ -83,12 +85,18 @@ class Gate:
     def merge(self) -> None:
         """Makes the scale permanent: the scaled weights are the original ones from now on."""
         self._check_unchanged()
-        self._original, self._scale = self._written, 1.0
+        for i, values in enumerate(self._original):
+            self._original[i] = _scaled(values, self._scale)
+        self._scale = 1.0
 
     def _check_unchanged(self) -> None:
-        named = dict(inner_model(self._model).named_parameters(remove_duplicate=False))
-        for (piece, parameter), values in zip(self._outputs, self._written, strict=True):
-            if named.get(piece.parameter) is not parameter or not torch.equal(piece.of(parameter), values):
+        named = stored(inner_model(self._model))
+        for (piece, home, parameter), values in zip(self._outputs, self._original, strict=True):
+            now = named[piece.parameter].parameter if piece.parameter in named else None
+            same = now is parameter or (
+                home.is_offloaded and now is not None and now.shape == parameter.shape
+            )
+            if not same or not torch.equal(piece.of(home.values()), _scaled(values, self._scale)):
                 raise RuntimeError(
                     f"scale: {piece.parameter} was changed by something else since, by training or another gate, which "
                     "would be undone; remove gates in reverse order, and merge() one before training"
@@ -102,3 +110,7 @@ class Gate:
 
     def __repr__(self) -> str:
         return f"Gate({self._scale}, {len(self._outputs)} modules)"
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    return values if scale == 1 else values * scale

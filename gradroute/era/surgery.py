@@ -1,17 +1,22 @@
-"""Parameters of another shape in the place of the old ones, in a model and in its optimizer."""
+"""Parameters of another shape in the place of the old ones, in a model and in its optimizer, one at a time.
+
+Beside the model there is never more than one parameter, old and new: the old one is freed before the next one changes,
+and before the optimizer's state of it does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Piece
-from .optimizer_state import hand_over
+from ..models.inspection import Stored, is_dtensor, sharded_like, stored, whole
+from .optimizer_state import change_state, hand_over
 
 
-def insert(model: nn.Module, piece: Piece, optimizer: torch.optim.Optimizer | None) -> None:
+def insert(home: Stored, piece: Piece, optimizer: torch.optim.Optimizer | None) -> None:
     """Makes room for a piece in its parameter: zeros at the piece's indices, and the old values around them."""
     kept = others(piece)
 
@@ -20,13 +25,13 @@ def insert(model: nn.Module, piece: Piece, optimizer: torch.optim.Optimizer | No
         shape[piece.dim] = piece.size
         return old.new_zeros(shape).index_copy_(piece.dim, kept.to(old.device), old)
 
-    _replace(model, piece, grown, optimizer)
+    _replace(home, piece, grown, optimizer)
 
 
-def remove(model: nn.Module, piece: Piece, optimizer: torch.optim.Optimizer | None) -> None:
+def remove(home: Stored, piece: Piece, optimizer: torch.optim.Optimizer | None) -> None:
     """Takes a piece out of its parameter."""
     kept = others(piece)
-    _replace(model, piece, lambda old: old.index_select(piece.dim, kept.to(old.device)), optimizer)
+    _replace(home, piece, lambda old: old.index_select(piece.dim, kept.to(old.device)), optimizer)
 
 
 def others(piece: Piece) -> Tensor:
@@ -35,22 +40,37 @@ def others(piece: Piece) -> Tensor:
     return (~mine).nonzero().flatten()
 
 
+def homes(model: nn.Module, pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, Stored]]:
+    """The pieces with their parameters; one that is tied comes once, by the first of its names."""
+    named: Mapping[str, Stored] = stored(model)
+    done: set[tuple[int, int, tuple[int, ...]]] = set()
+    for piece in pieces:
+        key = id(named[piece.parameter]), piece.dim, tuple(piece.index.tolist())
+        if key not in done:
+            done.add(key)
+            yield piece, named[piece.parameter]
+
+
 def _replace(
-    model: nn.Module,
-    piece: Piece,
-    change: Callable[[Tensor], Tensor],
-    optimizer: torch.optim.Optimizer | None,
+    home: Stored, piece: Piece, change: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Puts a changed parameter in the place of a piece's, in its module and in the optimizer."""
-    path, _, name = piece.parameter.rpartition(".")
-    module = model.get_submodule(path)
-    old = getattr(module, name)
-    new = nn.Parameter(change(old.detach()).contiguous(), old.requires_grad)
-    setattr(module, name, new)
-    if name == "weight":
-        _update_widths(module)
-    if optimizer is not None:
-        hand_over(optimizer, old, new, piece.dim, change)
+    """Puts a changed parameter in the place of a piece's, in its modules and in the optimizer."""
+    old = home.parameter
+    new = home.replace(change)
+    for module, name in home.places:
+        if name == "weight":
+            _update_widths(module)
+    if optimizer is None:
+        return
+    state, shape = hand_over(optimizer, old, new), old.shape
+    del old  # its memory is free now, if nobody else has it
+    change_state(state, shape, piece.dim, lambda value: _changed(value, change))
+
+
+def _changed(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A state's value with another shape, sharded as it was."""
+    changed = change(whole(value))
+    return sharded_like(changed, value) if is_dtensor(value) else changed  # type: ignore[arg-type]
 
 
 def _update_widths(linear: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Existing models, routed by one call: `route(model, plan)`, and ordinary again by `unroute(model)`.
 
-They are models of transformers 5 (Llama, Mistral, Qwen2, Qwen3, Gemma 3, GPT-2, GPT-Neo, GPT-NeoX and Pythia, Phi-3),
-and modules of the form of nanoGPT.
+They are models of transformers 5 (`ARCHITECTURES` lists them; mixtures of experts among them), and modules of the form
+of nanoGPT.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .ablation import ablate
 from .architectures import ARCHITECTURES, NANO_GPT, Architecture
 from .collator import RouteCollator
+from .expert_presets import localize_experts
+from .moe_sites import MoESites
 from .plan import ResidualSites, RoutingPlan, Shape
 from .presets import era, localize_mlp, sgtm, steering
 from .routing import route, routing, unroute, unrouted
@@ -19,6 +21,7 @@ __all__ = [
     "ARCHITECTURES",
     "NANO_GPT",
     "Architecture",
+    "MoESites",
     "ResidualSites",
     "RouteCollator",
     "RoutedAttentionParallel",
@@ -30,6 +33,7 @@ __all__ = [
     "contract",
     "era",
     "expand",
+    "localize_experts",
     "localize_mlp",
     "route",
     "routed_trainer",

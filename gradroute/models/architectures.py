@@ -3,17 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
-from .attention import Attention, ConfiguredWindowAttention, NeoAttention
+from .attention import (
+    Attention,
+    ConfiguredWindowAttention,
+    NeoAttention,
+    SinkAttention,
+    WideNormAttention,
+)
 from .decoder_layer import DecoderLayer, NeoLayer, NeoXLayer, SandwichLayer
 from .embedding import Embedding, ScaledEmbedding
+from .families import (
+    ApertusLayer,
+    ArceeLayer,
+    Cohere2Layer,
+    Exaone4Layer,
+    Gemma2Layer,
+    GemmaOneLayer,
+    Glm4Layer,
+    GlmLayer,
+    HeliumLayer,
+    HunYuanLayer,
+    JaisLayer,
+    Ministral3Layer,
+    NemotronLayer,
+    Olmo2Layer,
+    OlmoLayer,
+    ParallelLayer,
+    PhiOneLayer,
+    RMSLayer,
+    ScaledLayer,
+    SeedOssLayer,
+    SmolLM3Layer,
+    StableLmLayer,
+    Starcoder2Layer,
+    VaultGemmaLayer,
+)
 from .fused_attention import FusedAttention, GPT2Attention, NanoGPTAttention, NeoXAttention
 from .gated_mlp import GatedMLP, PhiMLP
 from .mlp import MLP, NeoXMLP
 from .modules import AnyModule
-from .norm import GemmaNorm, LayerNorm, LlamaNorm
+from .moe import GptOssMoE, MixtralMoE, MoE, SharedMoE
+from .moe_families import (
+    DeepseekLayer,
+    DeepseekV2Layer,
+    GlmMoELayer,
+    GraniteMoELayer,
+    GraniteSharedLayer,
+    LatentLayer,
+    PhiMoELayer,
+)
+from .norm import GemmaNorm, LayerNorm, LlamaNorm, Norm, WideLlamaNorm
 
 
 @dataclass(frozen=True)
@@ -62,7 +105,7 @@ def inner_model(model: nn.Module) -> nn.Module:
 class LlamaLayer(DecoderLayer):
     """The decoder layer of Llama, Qwen2 and Qwen3."""
 
-    norm_mixin = LlamaNorm
+    norm_mixin: ClassVar[type[Norm]] = LlamaNorm
     attention_mixin = Attention
     mlp_mixin = GatedMLP
 
@@ -71,6 +114,39 @@ class MistralLayer(LlamaLayer):
     """The decoder layer of Mistral."""
 
     attention_mixin = ConfiguredWindowAttention
+
+
+class MixtralLayer(MistralLayer):
+    """The decoder layer of Mixtral."""
+
+    moe_mixin = MixtralMoE
+
+
+class QwenMoELayer(LlamaLayer):
+    """The decoder layer of Qwen3-MoE, which has a mixture of experts or an MLP."""
+
+    moe_mixin = MoE
+
+
+class Qwen2MoELayer(LlamaLayer):
+    """The decoder layer of Qwen2-MoE."""
+
+    moe_mixin = SharedMoE
+
+
+class OlmoeLayer(LlamaLayer):
+    """The decoder layer of OLMoE."""
+
+    attention_mixin = WideNormAttention
+    moe_mixin = MoE
+
+
+class GptOssLayer(LlamaLayer):
+    """The decoder layer of gpt-oss."""
+
+    norm_mixin = WideLlamaNorm
+    attention_mixin = SinkAttention
+    moe_mixin = GptOssMoE
 
 
 class PhiLayer(LlamaLayer):
@@ -161,16 +237,66 @@ def _gpt_like(layer: type[DecoderLayer], passes_routes: bool) -> Architecture:
 #: The architectures by the model_type of a transformers configuration.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _llama_like(LlamaLayer),
+    "internlm3": _llama_like(LlamaLayer),
+    "iquestcoder": _llama_like(LlamaLayer),
     "mistral": _llama_like(MistralLayer),
     "qwen2": _llama_like(LlamaLayer),
     "qwen3": _llama_like(LlamaLayer),
+    "mixtral": _llama_like(MixtralLayer),
+    "qwen2_moe": _llama_like(Qwen2MoELayer),
+    "qwen3_moe": _llama_like(QwenMoELayer),
+    "olmoe": _llama_like(OlmoeLayer),
+    "gpt_oss": _llama_like(GptOssLayer),
+    "deepseek_v2": _llama_like(DeepseekV2Layer),
+    "deepseek_v3": _llama_like(DeepseekLayer),
+    "dots1": _llama_like(GlmMoELayer),
+    "glm4_moe": _llama_like(GlmMoELayer),
+    "glm4_moe_lite": _llama_like(DeepseekLayer),
+    "solar_open": _llama_like(GlmMoELayer),
+    "granitemoe": _llama_like(GraniteMoELayer),
+    "granitemoeshared": _llama_like(GraniteSharedLayer),
+    "phimoe": _llama_like(PhiMoELayer),
+    "youtu": _llama_like(LatentLayer),
     "gemma3_text": _llama_like(GemmaLayer, ScaledEmbedding),
     "phi3": _llama_like(PhiLayer),
+    "gemma": _llama_like(GemmaOneLayer, ScaledEmbedding),
+    "gemma2": _llama_like(Gemma2Layer, ScaledEmbedding),
+    "vaultgemma": _llama_like(VaultGemmaLayer, ScaledEmbedding),
+    "granite": _llama_like(ScaledLayer),
+    "olmo": _llama_like(OlmoLayer),
+    "olmo2": _llama_like(Olmo2Layer),
+    "olmo3": _llama_like(Olmo2Layer),
+    "smollm3": _llama_like(SmolLM3Layer),
+    "glm": _llama_like(GlmLayer),
+    "glm4": _llama_like(Glm4Layer),
+    "stablelm": _llama_like(StableLmLayer),
+    "starcoder2": _llama_like(Starcoder2Layer),
+    "cohere": _llama_like(ParallelLayer),
+    "cohere2": _llama_like(Cohere2Layer),
+    "nemotron": _llama_like(NemotronLayer),
+    "helium": _llama_like(HeliumLayer),
+    "exaone4": _llama_like(Exaone4Layer),
+    "ministral": _llama_like(RMSLayer),
+    "ministral3": _llama_like(Ministral3Layer),
+    "cwm": _llama_like(RMSLayer),
+    "ernie4_5": _llama_like(RMSLayer),
+    "seed_oss": _llama_like(SeedOssLayer),
+    "hunyuan_v1_dense": _llama_like(HunYuanLayer),
+    "arcee": _llama_like(ArceeLayer),
+    "jais2": _llama_like(JaisLayer),
+    "apertus": _llama_like(ApertusLayer),
+    "phi": Architecture("model.layers", "model.embed_tokens", "model.final_layernorm", PhiOneLayer),
     "gpt2": _gpt_like(GPT2Layer, passes_routes=True),
     "gpt_neo": _gpt_like(GPTNeoLayer, passes_routes=False),
     "gpt_neox": Architecture(
         "gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", GPTNeoXLayer
     ),
+}
+
+#: What is known of architectures that have none, by the same name: why not.
+REFUSED = {
+    "llama4": "its experts are handed every token, scaled by its score",
+    "llama4_text": "its experts are handed every token, scaled by its score",
 }
 
 #: karpathy/nanoGPT's GPT, and modules of the same names: `route(model, plan, architecture=NANO_GPT)`.
@@ -184,6 +310,11 @@ def architecture_of(model: nn.Module) -> Architecture:
         TypeError: the model's configuration names none of ARCHITECTURES.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in REFUSED:
+        raise TypeError(
+            f"model: got a {type(model).__name__} of model_type {model_type!r}, which is not routed: "
+            f"{REFUSED[model_type]}; expected one of {', '.join(ARCHITECTURES)}"
+        )
     if model_type not in ARCHITECTURES:
         raise TypeError(
             f"model: got a {type(model).__name__} of model_type {model_type!r}, expected one of "

@@ -165,9 +165,12 @@ class Attention(Swapped):
         else:
             sites, backend = self._linear_sites(), repeat(self.backend)
             outputs = tuple(map(call_linear, linears, repeat(x), repeat(routes), sites, backend))
-        q, k, v = (y.unflatten(-1, (-1, head_dim)) for y in outputs)  # each [B, S, heads, D]
-        q, k = self._normed("q_norm", q, routes), self._normed("k_norm", k, routes)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return tuple(y.transpose(1, 2) for y in self._by_head(outputs, head_dim, routes))
+
+    def _by_head(self, outputs: tuple[Tensor, ...], head_dim: int, routes: Routes) -> tuple[Tensor, ...]:
+        """The linear layers' outputs as q, k and v, normed: each [B, S, heads, D]."""
+        q, k, v = (y.unflatten(-1, (-1, head_dim)) for y in outputs)
+        return self._normed("q_norm", q, routes), self._normed("k_norm", k, routes), v
 
     def _normed(self, name: str, x: Tensor, routes: Routes) -> Tensor:
         norm = getattr(self, name, None)
@@ -175,7 +178,7 @@ class Attention(Swapped):
 
     def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """RoPE, by the function of the module that defines the model."""
-        return _module_of(self).apply_rotary_pos_emb(q, k, cos, sin)
+        return module_of(self).apply_rotary_pos_emb(q, k, cos, sin)
 
     def forward_table(self) -> Table | None:
         """The heads that tokens of each route see; None: all."""
@@ -229,13 +232,13 @@ class Attention(Swapped):
         return options
 
     def _own_attention(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        module = _module_of(self)
+        module = module_of(self)
         functions = module.ALL_ATTENTION_FUNCTIONS
         return functions.get_interface(self.config._attn_implementation, module.eager_attention_forward)
 
     def _refuse_own_attention(self) -> None:
         """Raises where the model has an attention of somebody else, in whose place gradroute's would stand."""
-        if not hasattr(_module_of(self), "ALL_ATTENTION_FUNCTIONS"):
+        if not hasattr(module_of(self), "ALL_ATTENTION_FUNCTIONS"):
             return
         function = self._own_attention()
         if not is_known(function, self.original.__module__.partition(".")[0]):
@@ -256,7 +259,7 @@ class Attention(Swapped):
         return getattr(self, "sliding_window", None)
 
 
-def _module_of(module: Swapped) -> Argument:
+def module_of(module: Swapped) -> Argument:
     """The Python module that defines a model, with its rotary embedding and its eager attention."""
     return sys.modules[module.original.__module__]
 
@@ -266,6 +269,33 @@ class ConfiguredWindowAttention(Attention):
 
     def _window(self) -> int | None:
         return getattr(self.config, "sliding_window", None)
+
+
+class WideNormAttention(ConfiguredWindowAttention):
+    """The attention of OLMo 2, OLMo 3 and OLMoE: q and k are normalised over all heads together, then clipped."""
+
+    def _by_head(self, outputs: tuple[Tensor, ...], head_dim: int, routes: Routes) -> tuple[Tensor, ...]:
+        q, k, v = outputs  # each [B, S, heads * D]
+        whole = [self._normed("q_norm", q, routes), self._normed("k_norm", k, routes), v]
+        limit = getattr(self.config, "clip_qkv", None)
+        if limit is not None:
+            whole = [x.clamp(min=-limit, max=limit) for x in whole]
+        return tuple(x.unflatten(-1, (-1, head_dim)) for x in whole)
+
+
+class SinkAttention(Attention):
+    """The attention of gpt-oss, whose heads have sinks: routed attention has none, so its own attention stays."""
+
+    def swap_children(self) -> None:
+        if self._routing.everywhere:
+            raise TypeError(
+                f"got a {type(self).__name__} with attention sinks, which routed attention does not have, expected a "
+                "plan that masks no attention itself: update sites alone (update_q, update_kv, update_out)"
+            )
+        super().swap_children()
+
+    def _options(self) -> dict[str, Argument]:
+        return super()._options() | {"s_aux": self.sinks}
 
 
 class NeoAttention(Attention):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from .calls import Call
 from .linear import features
 from .mlp import MLP
 from .modules import AnyModule, Argument, call
+from .moe import MoE
 from .norm import Norm
 from .plan import LayerSites, ResidualSites, Shape
 from .swapped import Swapped, check_children, errors_name, swap
@@ -42,6 +43,7 @@ class DecoderLayer(Swapped):
         norm_mixin: what routes those norms.
         attention_mixin: what routes the attention.
         mlp_mixin: what routes the MLP.
+        moe_mixin: what routes a mixture of experts in the place of the MLP, where the architecture has some.
         dropout_names: the submodules that drop out of the outputs of attention and of the MLP, where those do not
             themselves.
         positional: the arguments that may come without their names, after the hidden states.
@@ -56,22 +58,53 @@ class DecoderLayer(Swapped):
     norm_mixin: ClassVar[type[Norm]]
     attention_mixin: ClassVar[type[Attention]]
     mlp_mixin: ClassVar[type[MLP]]
+    moe_mixin: ClassVar[type[MoE] | None] = None
     _routing: LayerRouting
 
     @classmethod
     def check_module(cls, module: nn.Module) -> None:
-        check_children(module, (cls.attention_name, cls.mlp_name, *cls.norm_names))
+        check_children(module, (cls.attention_name, cls.mlp_name, *cls.norms_of(module)))
+
+    @classmethod
+    def norms_of(cls, layer: nn.Module) -> tuple[str, ...]:
+        """The names of the norms of width d_model that a layer has, in the order of their calls."""
+        return cls.norm_names
 
     def swap_children(self) -> None:
         sites, everywhere = self._routing
         if self._attention_is_routed():
             routing = AttentionRouting(sites.qk_norm, everywhere)
             self._swap("attention", self._attention(), self.attention_mixin, sites.attention, routing)
+        mlp = getattr(self, self.mlp_name)
         if sites.mlp is not None:
-            self._swap("mlp", getattr(self, self.mlp_name), self.mlp_mixin, sites.mlp)
+            self._refuse_experts(mlp)
+            self._swap("mlp", mlp, self.mlp_mixin, sites.mlp)
+        if sites.moe is not None:
+            self._swap("moe", mlp, self._experts_mixin(mlp), sites.moe)
         if sites.norm is not None:
-            for name in self.norm_names:
+            for name in self.norms_of(self):
                 self._swap("norm", getattr(self, name), self.norm_mixin, sites.norm)
+
+    @classmethod
+    def has_experts(cls, layer: nn.Module) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        mlp = getattr(layer, cls.mlp_name, None)
+        return mlp is not None and cls.moe_mixin is not None and cls.moe_mixin.has_experts(mlp)
+
+    def _refuse_experts(self, mlp: nn.Module) -> None:
+        if self.has_experts(self):
+            raise TypeError(
+                f"RoutingPlan.mlp: got MLPSites for a {type(mlp).__name__}, which is a mixture of experts, expected "
+                "None there, and MoESites in RoutingPlan.moe"
+            )
+
+    def _experts_mixin(self, mlp: nn.Module) -> type[MoE]:
+        if self.moe_mixin is None or not self.has_experts(self):
+            raise TypeError(
+                f"RoutingPlan.moe: got MoESites for a {type(mlp).__name__}, which has no experts, expected None there, "
+                "and MLPSites in RoutingPlan.mlp"
+            )
+        return self.moe_mixin
 
     def _swap(
         self,
@@ -92,7 +125,7 @@ class DecoderLayer(Swapped):
         return Shape(len(layers), d_model, d_ff, *cls.attention_mixin.heads_of(attention))
 
     @classmethod
-    def output_biases(cls, layer: nn.Module) -> dict[str, bool]:
+    def output_biases(cls, layer: nn.Module) -> dict[str, Any]:
         """Whether the output projections of attention and of the MLP have a bias, for a Shape."""
         attention, mlp = cls.attention_of(layer), getattr(layer, cls.mlp_name, None)
         outputs = (
@@ -101,6 +134,21 @@ class DecoderLayer(Swapped):
         )
         has_bias = (getattr(output, "bias", None) is not None for output in outputs)
         return dict(zip(("attention_output_bias", "mlp_output_bias"), has_bias, strict=True))
+
+    @classmethod
+    def experts_of(cls, layers: nn.ModuleList) -> dict[str, Any]:
+        """What a model's layers say of experts, for a Shape."""
+        indices = tuple(i for i, layer in enumerate(layers) if cls.has_experts(layer))
+        if cls.moe_mixin is None or not indices:
+            return {"experts": 0, "d_expert": 0, "experts_per_token": 0, "expert_layers": ()}
+        extents = cls.moe_mixin.extents_of(getattr(layers[indices[0]], cls.mlp_name))
+        return {
+            "experts": extents.count,
+            "d_expert": extents.units,
+            "experts_per_token": extents.chosen,
+            "expert_layers": indices,
+            "expert_output_bias": extents.has_output_bias,
+        }
 
     @classmethod
     def attention_of(cls, layer: nn.Module) -> AnyModule:
@@ -138,7 +186,7 @@ class DecoderLayer(Swapped):
             )
 
     def _body(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
-        first, second = self.norm_names
+        first, second = self.norms_of(self)
         attended, probabilities = self._attend(self._normed(first, x, routes), routes, kwargs)
         x = self._masked_sum("mid", x + self._dropped(0, attended), routes)
         return x + self._dropped(1, self._mlp(self._normed(second, x, routes), routes)), probabilities
@@ -159,7 +207,11 @@ class DecoderLayer(Swapped):
         return call(getattr(self, name), x, routes, self._routing.sites.norm)
 
     def _mlp(self, x: Tensor, routes: Routes) -> Tensor:
-        return call(getattr(self, self.mlp_name), x, routes, self._routing.sites.mlp)
+        sites = self._routing.sites
+        y: Argument = call(
+            getattr(self, self.mlp_name), x, routes, sites.moe if sites.mlp is None else sites.mlp
+        )
+        return y[0] if isinstance(y, tuple) else y  # some mixtures give the router's weights too
 
     def _attend(self, x: Tensor, routes: Routes, kwargs: dict[str, Argument]) -> tuple[Tensor, Tensor | None]:
         if self._attention_is_routed():

@@ -27,8 +27,14 @@ class FusedAttention(ConfiguredWindowAttention):
         config = module.config
         return Heads(config.num_attention_heads, config.num_key_value_heads, module.head_dim)
 
-    def _splits(self) -> list[int]:
-        heads = self.heads_of(self)
+    @classmethod
+    def parts_of(cls, module: AnyModule) -> list[int]:
+        """How many outputs the one linear layer makes of each part before it makes the next: of q, of k and of v."""
+        return cls._splits(module)
+
+    @classmethod
+    def _splits(cls, module: AnyModule) -> list[int]:
+        heads = cls.heads_of(module)
         return [heads.queries * heads.dim, heads.groups * heads.dim, heads.groups * heads.dim]
 
     def _by_linear(self, projections: ProjectionSites) -> tuple[LinearSites | None, ...]:
@@ -41,7 +47,7 @@ class FusedAttention(ConfiguredWindowAttention):
     @ordinary_tensors()
     def _row_table(self, tables: list[Table | None]) -> Table | None:
         """The tables of q, k and v as one for the rows of the one linear layer."""
-        table = concatenate(tables, self._splits())
+        table = concatenate(tables, self._splits(self))
         return None if table is None else Table(self._lay_out(table.weights, self.heads_of(self).dim))
 
     @classmethod
@@ -55,10 +61,10 @@ class FusedAttention(ConfiguredWindowAttention):
 
     def _project(self, x: Tensor, routes: Routes) -> tuple[Tensor, ...]:
         qkv = call_linear(getattr(self, self.names[0]), x, routes, self._linear_sites()[0], self.backend)
-        head_dim = self.heads_of(self).dim
-        return tuple(
-            x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in qkv.split(self._splits(), dim=-1)
-        )
+        head_dim, splits = self.heads_of(self).dim, self._splits(self)
+        ranks = sum(splits) // qkv.shape[-1]  # under tensor parallelism a rank makes its share of each
+        parts = qkv.split([width // ranks for width in splits], dim=-1)
+        return tuple(x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in parts)
 
 
 class GPT2Attention(FusedAttention):
@@ -117,6 +123,10 @@ class NeoXAttention(FusedAttention):
     def heads_of(cls, module: AnyModule) -> Heads:
         heads = module.config.num_attention_heads
         return Heads(heads, heads, module.head_size)
+
+    @classmethod
+    def parts_of(cls, module: AnyModule) -> list[int]:
+        return [sum(cls._splits(module))]
 
     @classmethod
     def _lay_out(cls, features: Tensor, head_dim: int) -> Tensor:

@@ -18,14 +18,19 @@ from ..layers import RoutedAttention, RoutedGatedMLP, RoutedMLP
 from ..layers.reading import is_dtensor
 from .architectures import ARCHITECTURES, Architecture, architecture_of, inner_model, submodule
 from .attention import Attention, head_features
+from .dtensors import on_all_ranks, sharded_like, whole, write
+from .fsdp import reshard
 from .linear import is_transposed, matrix
 from .lora import refuse_unreadable
 from .mlp import MLP
 from .modules import AnyModule
+from .offloaded import offloaded
+from .stored import Stored, stored
 from .swapped import Swapped
 
 __all__ = [
     "Piece",
+    "Stored",
     "Units",
     "Width",
     "added_units",
@@ -33,8 +38,14 @@ __all__ = [
     "find_widths",
     "inner_model",
     "is_dtensor",
+    "offloaded",
+    "on_all_ranks",
     "ordinary_model",
     "record_added_units",
+    "reshard",
+    "sharded_like",
+    "stored",
+    "whole",
 ]
 
 
@@ -80,14 +91,17 @@ class Piece:
     role: str = "other"
 
     def of(self, parameter: Tensor) -> Tensor:
-        """A copy of the piece, detached."""
-        return parameter.detach().index_select(self.dim, self.index.to(parameter.device))
+        """A copy of the piece, detached; of a DTensor on every rank, and all of them must call this."""
+        parameter = whole(parameter)
+        return parameter.index_select(self.dim, self.index.to(parameter.device))
 
     def write(self, parameter: Tensor, values: Tensor | float) -> None:
-        """Overwrites the piece, in place."""
+        """Overwrites the piece, in place; of a DTensor every rank its share, of values that every rank has."""
         index = self.index.to(parameter.device)
         with torch.no_grad():
-            if isinstance(values, Tensor):
+            if is_dtensor(parameter):
+                write(parameter, self.dim, index, values)  # type: ignore[arg-type]
+            elif isinstance(values, Tensor):
                 parameter.index_copy_(self.dim, index, values.to(parameter))
             else:
                 parameter.index_fill_(self.dim, index, values)
@@ -255,7 +269,12 @@ def _decoder_widths(model: nn.Module, what: str, architecture: Architecture) -> 
     paths = {module: path for path, module in model.named_modules()}
     is_free = what == "units" or layer.attention_mixin.has_free_heads
     widths = []
-    for decoder in submodule(model, architecture.layers):
+    for i, decoder in enumerate(submodule(model, architecture.layers)):
+        if what == "units" and layer.has_experts(decoder):
+            raise TypeError(
+                f"model: got a {type(model).__name__} with a mixture of experts in layer {i}, whose hidden units are "
+                "in three-dimensional weights, expected layers with an MLP alone; Block.experts is for whole experts"
+            )
         module = getattr(decoder, layer.mlp_name) if what == "units" else layer.attention_of(decoder)
         mixin.check_module(module)
         *inputs, output = mixin.names

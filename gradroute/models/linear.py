@@ -13,6 +13,7 @@ from ..route_grad import route_grad
 from ..routes import Routes
 from ..tables import Table
 from .computed import unknown_forward
+from .dtensors import replicated
 from .modules import AnyModule, Argument, refuse_dtensors, refuse_replaced, special_parameters
 from .swapped import Swapped
 
@@ -177,6 +178,7 @@ def is_readable(linear: AnyModule) -> bool:
     swapped = getattr(made, "mixin", None) in (Linear, Conv1D) and "mixin" in made.__dict__
     return (
         (plain or swapped)
+        and not getattr(type(linear), "is_called", False)
         and not is_patched()
         and not is_watched(linear)
         and not is_dtensor(linear.weight)
@@ -191,13 +193,13 @@ def _is_known(conv1d: type[nn.Module]) -> bool:
 def scale_rows(linear: AnyModule, weights: Tensor) -> None:
     """Scales a linear layer's outputs, in place, by weights `[O]`."""
     rows = matrix(linear)
-    weights = weights.to(rows)
-    rows.mul_(weights[:, None])
+    weights = weights.to(rows.dtype).to(rows.device)
+    rows.mul_(replicated(weights[:, None], rows))
     if linear.bias is not None:
-        linear.bias.mul_(weights)
+        linear.bias.mul_(replicated(weights, linear.bias))
 
 
 def scale_columns(linear: AnyModule, weights: Tensor) -> None:
     """Scales what a linear layer reads, in place, by weights `[I]`."""
     columns = matrix(linear)
-    columns.mul_(weights.to(columns))
+    columns.mul_(replicated(weights.to(columns.dtype).to(columns.device), columns))

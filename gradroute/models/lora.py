@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..layers.lora import is_adapter as is_adapter
 from ..layers.lora import is_lora
 from ..layers.lora_sites import anything, product
-from ..layers.reading import full_name, is_dtensor
+from ..layers.reading import full_name
 from ..linear import LinearSites
 from ..route_grad import route_grad
 from ..routes import Routes
@@ -266,7 +266,10 @@ def holds_adapters(module: nn.Module, adapters: Mapping[str, Table]) -> bool:
 
 
 def refuse_unreadable(path: str, linear: nn.Module) -> None:
-    """Raises where a linear layer's own parameters are not all that it computes with, or are no ordinary tensors."""
+    """Raises where a linear layer's own parameters are not all that it computes with, or are quantised.
+
+    Those that FSDP2 shards pass: they are ordinary tensors when the layer computes.
+    """
     special = special_parameters(linear)
     if special:
         raise TypeError(f"{path}: got {special}, expected ordinary tensors: do this before quantising")
@@ -275,8 +278,12 @@ def refuse_unreadable(path: str, linear: nn.Module) -> None:
         raise TypeError(
             f"{path}: got a weight of dtype {weight.dtype}, expected floating point: do this before quantising"
         )
-    if is_adapter(linear) or any(map(is_dtensor, linear.parameters(recurse=False))):
+    if is_adapter(linear):
         raise TypeError(
-            f"{path}: got adapters or sharded parameters, expected a plain linear layer: merge adapters first "
-            "(merge_and_unload), and do this before sharding"
+            f"{path}: got adapters, expected a plain linear layer: merge adapters first (merge_and_unload)"
+        )
+    if hasattr(linear, "sharded_widths"):
+        raise TypeError(
+            f"{path}: got a tensor-parallel layer, expected a whole one, or shards of fully_shard: do this before "
+            "tensor_parallel"
         )

@@ -59,6 +59,16 @@ class LlamaNorm(Norm):
         )
 
 
+class WideLlamaNorm(Norm):
+    """The RMS norm of gpt-oss and OLMo 2, whose product with the weight is made in fp32 and rounded last."""
+
+    variance_epsilon: float
+
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+        eps = self.variance_epsilon
+        return routed_rms_norm(x, self.weight, routes, self._sites, eps, 0.0, "gemma", backend=self.backend)
+
+
 class GemmaNorm(Norm):
     """The RMS norm of Gemma 3, which stores its weight less one, or Liger's in its place."""
 
@@ -84,3 +94,21 @@ class LayerNorm(Norm):
         return routed_layer_norm(
             x, self.weight, self.bias, routes, self._sites, self.eps, backend=self.backend
         )
+
+
+class CohereNorm(Norm):
+    """The LayerNorm of Cohere, which has no bias and spells its formula out."""
+
+    variance_epsilon: float
+
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+        eps = self.variance_epsilon
+        return routed_layer_norm(x, self.weight, None, routes, self._sites, eps, backend=self.backend)
+
+
+class NemotronNorm(LayerNorm):
+    """The LayerNorm of Nemotron, which stores its weight less one."""
+
+    def _routed(self, x: Tensor, routes: Routes) -> Tensor:
+        weight = self.weight + 1
+        return routed_layer_norm(x, weight, self.bias, routes, self._sites, self.eps, backend=self.backend)

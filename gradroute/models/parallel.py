@@ -1,20 +1,26 @@
-"""Tensor parallelism on torch's own engine: styles of parallelize_module for MLPs and attention of Llama's family.
+"""Tensor parallelism on torch's own engine: styles of parallelize_module for MLPs and attention of some families.
 
-Linear layers become DTensors as under torch's ColwiseParallel and RowwiseParallel: gate, up, q, k and v by rows, down
-and o by columns. The ops take plain tensors (a custom op has no sharding strategy), so a sharded layer's `weight` and
-`bias` *read* as this rank's part, while `parameters()`, optimizers, state_dict and torch.distributed.checkpoint see
-the DTensors. Tables are sliced alike, so that a rank masks its own hidden units and heads.
+Linear layers become DTensors as under torch's ColwiseParallel and RowwiseParallel: those that make hidden units, q, k
+and v by rows, those that read hidden units and heads by columns. The ops take plain tensors (a custom op has no
+sharding strategy), so a sharded layer's `weight` and `bias` *read* as this rank's part, while `parameters()`,
+optimizers, state_dict and torch.distributed.checkpoint see the DTensors. Tables are sliced alike, so that a rank masks
+its own hidden units and heads.
 
 Inputs and outputs of attention and of the MLP are plain tensors that are the same on every rank. Forward sums the
 outputs of all ranks and backward the gradients of the inputs: two all-reduces for each. A parameter that every rank
 reads whole gets its gradient summed too: norms of the query and the key, whose heads are on several ranks. The bias of
 an output is read on the first rank, and as zeros on the others, so that it counts once.
+
+Where one linear layer makes q, k and v head by head, as in GPT-NeoX, a rank's rows are whole heads. Where it makes all
+of q, then k, then v, as in Phi-3 and GPT-2, or all of gate, then up, they are not. A DTensor could not say that a rank
+has the others: torch's private `_StridedShard` needs parts of one size, and torch.distributed.checkpoint saves a shard
+as one block. So the rows stay consecutive, and the ranks exchange outputs: an all-to-all in forward and in backward.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,41 +29,48 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from ..arguments import shown
 from ..layers.module import names_of
-from .architectures import ARCHITECTURES, inner_model
-from .attention import Attention
+from .architectures import ARCHITECTURES, inner_model, submodule
+from .attention import Attention, NeoAttention
+from .fused_attention import FusedAttention, GPT2Attention
 from .gated_mlp import GatedMLP
-from .linear import Linear
+from .linear import Conv1D, Linear, is_conv1d, is_transposed
+from .mlp import MLP
 from .modules import AnyModule
 from .routing import Model
 from .sharded import (
     ColumnShard,
+    Conv1DColumnShard,
+    Conv1DExchangingRowShard,
+    Conv1DRowShard,
+    Exchange,
+    ExchangingRowShard,
     ParallelAttention,
     ParallelMLP,
     Rank,
+    RankConfig,
     RowShard,
     ShardedLinear,
     WholeNorm,
 )
 
-_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-# The reason why another architecture, which can be routed, cannot be sharded by the styles below.
-_REFUSED = {
-    "phi3": "one linear layer makes q, k and v, another gate and up: a rank's rows would not be whole heads of each",
-    "gpt_neox": "one linear layer makes q, k and v",
-    "gpt2": "a Conv1D makes q, k and v, and its weight is stored transposed",
-    "gpt_neo": "its attention reshapes by the configured number of heads, not by those of a rank",
-}
+_FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma3_text"),
+    *("phi3", "gpt2", "gpt_neo", "gpt_neox"),
+)
 
 
 def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
     """Shards the MLPs and the attention of a model over a mesh, in place, by torch's parallelize_module.
 
-    For Llama, Mistral, Qwen2, Qwen3 and Gemma 3, routed or not. Call it after `route`, and before `fully_shard` (over
-    another dimension of the mesh) and torch.compile. All ranks of the mesh are given the same batch. Embeddings, norms
-    and the head stay as they are, so every rank must have made the same ones: seed before the model is made. Their
-    parameters are ordinary tensors beside DTensors, which `torch.nn.utils.clip_grad_norm_` cannot mix, but
-    `gradroute.optim.RoutedAdamW.clip_grad_norm_` can.
+    For Llama, Mistral, Qwen2, Qwen3, Gemma 3, Phi-3, GPT-2, GPT-Neo and GPT-NeoX (Pythia), routed or not. Call it after
+    `route`, and before `fully_shard` (over another dimension of the mesh) and torch.compile. All ranks of the mesh are
+    given the same batch. Embeddings, norms and the head stay as they are, so every rank must have made the same ones:
+    seed before the model is made. Their parameters are ordinary tensors beside DTensors, which
+    `torch.nn.utils.clip_grad_norm_` cannot mix, but `gradroute.optim.RoutedAdamW.clip_grad_norm_` can. Dropout of the
+    residual stream must be the same on every rank, so seed all ranks alike where a configuration asks for it.
     Where eager attention returns probabilities, they are those of this rank's heads.
 
     Args:
@@ -68,18 +81,21 @@ def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
         The same model.
 
     Raises:
-        TypeError: a model of another family; linear layers that are not torch.nn.Linear; a sharded model.
+        TypeError: a model of another family; linear layers that are not torch.nn.Linear, or GPT-2's Conv1D; a sharded
+            model.
         ValueError: heads or hidden units that cannot be divided by the mesh, or a mesh of several dimensions.
     """
     inner = inner_model(model)
     if not hasattr(mesh, "ndim") or not hasattr(mesh, "get_group"):
         raise TypeError(f"mesh: got {shown(mesh)}, expected a torch.distributed.device_mesh.DeviceMesh")
     architecture = ARCHITECTURES[_checked_model_type(inner)]
-    layers = next(path for path in (architecture.layers, "layers") if _has(inner, path))
+    paths = {module: path for path, module in inner.named_modules()}
     plan: dict[str, ParallelStyle] = {}
-    for i in range(len(inner.get_submodule(layers))):  # type: ignore[arg-type]
-        plan[f"{layers}.{i}.{architecture.layer.attention_name}"] = RoutedAttentionParallel()
-        plan[f"{layers}.{i}.{architecture.layer.mlp_name}"] = RoutedMLPParallel()
+    for layer in submodule(inner, architecture.layers):
+        mixins = architecture.layer
+        attention, mlp = mixins.attention_of(layer), getattr(layer, mixins.mlp_name)
+        plan[paths[attention]] = RoutedAttentionParallel.of(mixins.attention_mixin)
+        plan[paths[mlp]] = RoutedMLPParallel.of(mixins.mlp_mixin)
     for path, style in plan.items():  # all of it before anything changes
         style.check(inner.get_submodule(path), mesh)  # type: ignore[attr-defined]
     parallelize_module(inner, mesh, plan)
@@ -88,33 +104,30 @@ def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
 
 def _checked_model_type(model: nn.Module) -> str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _FAMILY:
-        why = f" ({_REFUSED[model_type]})" if model_type in _REFUSED else ""
+    if model_type not in _FAMILIES:
         raise TypeError(
-            f"model: got a {type(model).__name__} of model_type {model_type!r}{why}, expected one of "
-            f"{', '.join(_FAMILY)}"
+            f"model: got a {type(model).__name__} of model_type {model_type!r}, expected one of {', '.join(_FAMILIES)}"
         )
     return model_type
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 class _RoutedParallel(ParallelStyle):
     """Base of both styles: shards the linear layers of attention or of an MLP, and makes it serve its rank.
 
     Attributes:
-        names: the linear submodules, the outer one last.
+        routed_by: the mixin that routes such a module; it names the linear submodules, the outer one last.
         mixin: the class that makes the module serve its rank.
     """
 
-    names: ClassVar[tuple[str, ...]]
+    routed_by: type[Attention] | type[MLP]
     mixin: ClassVar[type]
+
+    @classmethod
+    def of(cls, routed_by: type[Attention] | type[MLP]) -> Self:
+        """The style of the modules that a mixin routes."""
+        style = cls()
+        style.routed_by = routed_by
+        return style
 
     def check(self, module: nn.Module, mesh: DeviceMesh) -> None:
         """Raises unless this style can shard a module over a mesh."""
@@ -124,24 +137,32 @@ class _RoutedParallel(ParallelStyle):
                 f"mesh: got {mesh.ndim} dimensions, expected one; take it by its name, mesh['tp']"
             )
         children = dict(module.named_children())
-        for name in self.names:
+        for name in self.routed_by.names:
             linear = children.get(name)
-            if type(linear) is not nn.Linear and getattr(type(linear), "mixin", None) is not Linear:
-                raise TypeError(f"{what}.{name}: got a {type(linear).__name__}, expected a torch.nn.Linear")
-            if isinstance(linear.weight, DTensor) or isinstance(linear, ShardedLinear):  # type: ignore[union-attr]
+            if isinstance(linear, ShardedLinear) or isinstance(getattr(linear, "weight", None), DTensor):
                 raise TypeError(
                     f"{what}.{name}: got a sharded weight, expected tensor parallelism to come first, and once"
                 )
+            if not _is_plain(linear):
+                raise TypeError(f"{what}.{name}: got a {type(linear).__name__}, expected a torch.nn.Linear")
         self._check_sizes(module, mesh.size())
 
     def _check_sizes(self, module: nn.Module, ranks: int) -> None:
         raise NotImplementedError
 
+    def _parts_of(self, module: nn.Module) -> list[int]:
+        """How many outputs an inner linear layer makes of each part before it makes the next."""
+        raise NotImplementedError
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.check(module, device_mesh)
-        *inner, outer = (getattr(module, name) for name in self.names)
+        parts = self._parts_of(module)
+        *inner, outer = (getattr(module, name) for name in self.routed_by.names)
         for linear in inner:
-            self._shard(linear, device_mesh, RowShard)
+            mixin = RowShard if len(parts) == 1 else ExchangingRowShard
+            self._shard(linear, device_mesh, mixin)
+            if mixin is ExchangingRowShard:
+                linear._exchange = Exchange.of(parts, linear._rank)
         self._shard(outer, device_mesh, ColumnShard)
         for norm in (getattr(module, name, None) for name in ("q_norm", "k_norm")):
             if norm is not None:
@@ -150,6 +171,7 @@ class _RoutedParallel(ParallelStyle):
         return module
 
     def _shard(self, linear: AnyModule, mesh: DeviceMesh, mixin: type[ShardedLinear]) -> None:
+        mixin = _OF_CONV1D[mixin] if is_transposed(linear) else mixin
         for name, parameter in list(linear.named_parameters(recurse=False)):
             placements = [mixin.placements[name]]
             sharded = distribute_tensor(parameter, mesh, placements, src_data_rank=self.src_data_rank)
@@ -158,33 +180,74 @@ class _RoutedParallel(ParallelStyle):
 
 
 class RoutedMLPParallel(_RoutedParallel):
-    """The ParallelStyle of a gated MLP: a rank has d_ff / ranks hidden units, and their columns of the tables."""
+    """The ParallelStyle of a gated MLP: a rank has d_ff / ranks hidden units, and their columns of the tables.
 
-    names = GatedMLP.names
+    Of the MLPs of other models by `of`.
+    """
+
+    routed_by: type[MLP] = GatedMLP
     mixin = ParallelMLP
 
     def _check_sizes(self, module: nn.Module, ranks: int) -> None:
-        d_ff = getattr(module, self.names[-1]).in_features
+        d_ff = self.routed_by.size_of(module)[0]
         if d_ff % ranks:
             raise ValueError(
                 f"{type(module).__name__}: got {d_ff} hidden units, expected a multiple of the mesh's {ranks} ranks"
             )
 
+    def _parts_of(self, module: nn.Module) -> list[int]:
+        return [self.routed_by.size_of(module)[0]] * self.routed_by.fused_branches
+
 
 class RoutedAttentionParallel(_RoutedParallel):
-    """The ParallelStyle of attention: a rank has heads / ranks query heads with their key and value heads."""
+    """The ParallelStyle of attention: a rank has heads / ranks query heads with their key and value heads.
 
-    names = Attention.names
+    For submodules q_proj, k_proj, v_proj and o_proj; of the attention of other models by `of`.
+    """
+
+    routed_by: type[Attention] = Attention
     mixin = ParallelAttention
 
     def _check_sizes(self, module: nn.Module, ranks: int) -> None:
-        head_dim = cast(int, module.head_dim)
-        for name, what in (("q_proj", "query heads"), ("k_proj", "key and value heads")):
-            heads = getattr(module, name).out_features // head_dim
-            if heads % ranks:
+        heads = self.routed_by.heads_of(module)
+        for number, what in ((heads.queries, "query heads"), (heads.groups, "key and value heads")):
+            if number % ranks:
                 raise ValueError(
-                    f"{type(module).__name__}: got {heads} {what}, expected a multiple of the mesh's {ranks} ranks"
+                    f"{type(module).__name__}: got {number} {what}, expected a multiple of the mesh's {ranks} ranks"
                 )
+
+    def _parts_of(self, module: nn.Module) -> list[int]:
+        routed_by: type[Attention] | type[FusedAttention] = self.routed_by
+        return routed_by.parts_of(module) if issubclass(routed_by, FusedAttention) else [1]
+
+    def _apply(self, module: AnyModule, device_mesh: DeviceMesh) -> nn.Module:
+        super()._apply(module, device_mesh)
+        ranks = device_mesh.size()
+        # What the modules' own forwards split q, k and v by.
+        if self.routed_by is NeoAttention:
+            module.num_heads //= ranks
+        elif self.routed_by is GPT2Attention:
+            module.split_size //= ranks
+        elif self.routed_by is FusedAttention:
+            module.config = RankConfig(module.config, ranks)
+            module.num_key_value_heads //= ranks
+        return module
+
+
+def _is_plain(linear: AnyModule) -> bool:
+    """Whether a module is a linear layer itself, routed or not."""
+    return (
+        type(linear) is nn.Linear
+        or getattr(type(linear), "mixin", None) in (Linear, Conv1D)
+        or (is_conv1d(linear) and not hasattr(type(linear), "mixin"))
+    )
+
+
+_OF_CONV1D: dict[type[ShardedLinear], type[ShardedLinear]] = {
+    RowShard: Conv1DRowShard,
+    ExchangingRowShard: Conv1DExchangingRowShard,
+    ColumnShard: Conv1DColumnShard,
+}
 
 
 def _swap(module: AnyModule, mixin: type, mesh: DeviceMesh) -> None:

@@ -17,6 +17,7 @@ from ..norm import NormSites
 from ..routes import check_num_routes
 from ..sites import Site, Sites, site
 from ..tables import Table
+from .moe_sites import MoESites
 
 # A configuration of transformers, of any class.
 Configuration = Any
@@ -53,6 +54,11 @@ class Shape(NamedTuple):
         attention_output_bias: whether attention's output projection has a bias, where that is known.
         mlp_output_bias: whether the MLP's has one, where that is known.
         added_units: how many of the hidden units `gradroute.era.expand` added, where that is known.
+        experts: E, the number of experts of a mixture; 0: there are none.
+        d_expert: hidden units of each expert.
+        experts_per_token: how many of them a token visits.
+        expert_layers: the indices of the layers whose MLP is a mixture of experts.
+        expert_output_bias: whether the experts' outputs have biases, where that is known.
     """
 
     layers: int
@@ -64,6 +70,11 @@ class Shape(NamedTuple):
     attention_output_bias: bool = False
     mlp_output_bias: bool = False
     added_units: int | None = None
+    experts: int = 0
+    d_expert: int = 0
+    experts_per_token: int = 0
+    expert_layers: tuple[int, ...] = ()
+    expert_output_bias: bool = False
 
     @classmethod
     def of(cls, config: Configuration) -> Shape:
@@ -81,11 +92,28 @@ class Shape(NamedTuple):
             )
             kv_heads = getattr(config, "num_key_value_heads", None) or heads
             head_dim = getattr(config, "head_dim", None) or d_model // heads
-            return cls(config.num_hidden_layers, d_model, d_ff, heads, kv_heads, head_dim)
+            layers = config.num_hidden_layers
+            return cls(layers, d_model, d_ff, heads, kv_heads, head_dim, **_experts_of(config, layers, d_ff))
         except (AttributeError, TypeError) as error:
             raise TypeError(
                 f"config: got a {type(config).__name__}, expected a transformers configuration: {error}"
             ) from None
+
+
+def _experts_of(config: Configuration, layers: int, d_ff: int) -> dict[str, Any]:
+    """What a configuration says of experts, as fields of a Shape."""
+    names = ("num_local_experts", "num_experts")
+    count = next((n for n in (getattr(config, name, None) for name in names) if n), 0)
+    if not count:
+        return {}
+    dense, step = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+    first = getattr(config, "first_k_dense_replace", None) or 0
+    return {
+        "experts": count,
+        "d_expert": getattr(config, "moe_intermediate_size", None) or d_ff,
+        "experts_per_token": config.num_experts_per_tok,
+        "expert_layers": tuple(i for i in range(first, layers) if i not in dense and (i + 1) % step == 0),
+    }
 
 
 # Sites of the layers: the same for all, by index, a list of all, or what a function makes of an index (and the Shape).
@@ -100,6 +128,7 @@ class LayerSites(NamedTuple):
     residual: ResidualSites | None
     norm: NormSites | None
     qk_norm: NormSites | None
+    moe: MoESites | None = None
 
 
 _PER_LAYER: dict[str, type[Sites]] = {
@@ -108,6 +137,7 @@ _PER_LAYER: dict[str, type[Sites]] = {
     "residual": ResidualSites,
     "norm": NormSites,
     "qk_norm": NormSites,
+    "moe": MoESites,
 }
 _ONCE: dict[str, type[Sites]] = {
     "final_norm": NormSites,
@@ -120,8 +150,9 @@ _ONCE: dict[str, type[Sites]] = {
 class RoutingPlan:
     """The sites of a model that mask, with their tables: the second argument of `gradroute.models.route`.
 
-    The first five are per layer: one Sites for all layers, a dict {index: sites}, a sequence with one entry (or None)
-    for each layer, or a function of the index, or of the index and the model's `Shape`, that returns one or None.
+    The first five, and `moe`, are per layer: one Sites for all layers, a dict {index: sites}, a sequence with one entry
+    (or None) for each layer, or a function of the index, or of the index and the model's `Shape`, that returns one or
+    None.
 
     Attributes:
         num_routes: R, the number of routes; every table has as many rows.
@@ -136,6 +167,7 @@ class RoutingPlan:
         adapters: by the name of a LoRA adapter the routes that may train it, such as `{"retain": [0], "forget": [1]}`;
             tokens of others leave no gradient in its A and B, and nothing else changes. See
             `gradroute.models.lora.LoRALinear`.
+        moe: MoESites of the layers whose MLP is a mixture of experts; `mlp` is for the others.
 
     Raises:
         TypeError: an entry is not of the sites' type.
@@ -152,6 +184,7 @@ class RoutingPlan:
     embedding: EmbeddingSites | None = None
     lm_head: LinearSites | None = None
     adapters: Mapping[str, Collection[int]] | None = None
+    moe: PerLayer = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_routes", check_num_routes(self.num_routes))

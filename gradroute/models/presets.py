@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ..arguments import check_bool, check_indices, check_int, check_number, is_int, shown
+from ..arguments import check_bool, check_choice, check_indices, check_int, check_number, is_int, shown
 from ..attention import AttentionSites
 from ..embedding import EmbeddingSites
 from ..linear import LinearSites
@@ -14,6 +14,7 @@ from ..mlp import MLPSites
 from ..norm import NormSites
 from ..routes import MAX_ROUTES, check_num_routes
 from ..tables import Features, Table, check_features, indices_of, localize
+from .moe_sites import MoESites
 from .plan import Configuration, ResidualSites, RoutingPlan, Shape
 
 
@@ -35,7 +36,8 @@ def sgtm(
     Each layer's last attention heads and last hidden units are the forget part. Forget tokens update nothing else in
     attention and MLPs (the biases of their outputs neither), with an ordinary forward and an ordinary gradient of
     activations; retain tokens do not see the forget part in forward, and so teach it nothing; unlabelled ones train
-    everything. Embeddings, norms and the head are joint: everybody trains them. A key and value head that several
+    everything. In a mixture of experts the forget part are the last units of every expert, and everybody trains the
+    router. Embeddings, norms and the head are joint: everybody trains them. A key and value head that several
     query heads share belongs to the forget part only if all of them do. To take the knowledge out, zero the forget
     part (`ablate`).
 
@@ -79,18 +81,30 @@ def sgtm(
     joint_head = check_bool("joint_head", joint_head)
     routes = max(named) + 1
     tables = _ForgetTables.of(shape, forget_heads, forget_units, routes, retain, forget)
-    chosen = _layers(layers, shape.layers)
+    chosen = layers_of(layers, shape.layers)
 
     def attention(index: int, shape: Shape) -> AttentionSites | None:
         return tables.attention(shape.attention_output_bias) if index in chosen else None
 
     def mlp(index: int, shape: Shape) -> MLPSites | None:
-        return tables.mlp(shape.mlp_output_bias, joint_down_projection) if index in chosen else None
+        if index not in chosen or index in shape.expert_layers:
+            return None
+        return tables.mlp(shape.mlp_output_bias, joint_down_projection)
+
+    def moe(index: int, shape: Shape) -> MoESites | None:
+        if index not in chosen or index not in shape.expert_layers:
+            return None
+        check_int("forget_units", forget_units, 0, shape.d_expert)
+        of_experts = _ForgetTables.of(
+            shape._replace(d_ff=shape.d_expert), forget_heads, forget_units, routes, retain, forget
+        )
+        return of_experts.moe(shape.expert_output_bias, joint_down_projection)
 
     norm = None if joint_embedding else dict.fromkeys(chosen, NormSites(tables.nothing))
     return RoutingPlan(
         routes,
         mlp=mlp,
+        moe=moe,
         attention=attention,
         norm=norm,
         embedding=None if joint_embedding else EmbeddingSites(tables.nothing),
@@ -140,6 +154,10 @@ class _ForgetTables(NamedTuple):
             update_output_bias=self.nothing if has_output_bias else None,
         )
 
+    def moe(self, has_output_bias: bool, joint_down_projection: bool) -> MoESites:
+        """The sites of one mixture of experts, of tables for the units of one expert."""
+        return MoESites(**self.mlp(has_output_bias, joint_down_projection).tables)
+
     def mlp(self, has_output_bias: bool, joint_down_projection: bool) -> MLPSites:
         """The sites of one MLP."""
         return MLPSites(
@@ -163,7 +181,8 @@ def localize_mlp(
 
     The gradient is masked at the hidden units, so that what is stopped there does not reach earlier layers through the
     MLP either. The output weights of all units learn from every token. The paper routes 20 words to the first 80 units
-    of each of layers 0 to 7, and masks the positions that predict them: `RouteCollator(align="next_token")`.
+    of each of layers 0 to 7, and masks the positions that predict them: `RouteCollator(align="next_token")`. In a
+    mixture of experts they are the same units of every expert; `localize_experts` confines tokens to whole experts.
 
     Args:
         layers: the layers' indices.
@@ -181,21 +200,30 @@ def localize_mlp(
         TypeError: layers, units or numbers of another kind.
         ValueError: none of them, negative layers, a route out of range, weights that are not finite.
     """
-    routes = _count(route, num_routes)
+    routes = number_of_routes(route, num_routes)
     on, off = check_number("on", on), check_number("off", off)
     chosen = check_indices("layers", layers)
     count = check_int("units", units, 1) if is_int(units) else None
     which: Any = units if count is None else slice(count)
     check_features("units", which)
 
-    def sites(index: int, shape: Shape) -> MLPSites | None:
-        _layers(chosen, shape.layers)
+    def table(size: int) -> Table:
         if count is not None:
-            check_int("units", count, 1, shape.d_ff)
-        table = localize(routes, shape.d_ff, {route: _some_of(which, shape.d_ff, "units")}, on, off)
-        return MLPSites(hidden=table) if index in chosen else None
+            check_int("units", count, 1, size)
+        return localize(routes, size, {route: some_of(which, size, "units")}, on, off)
 
-    return RoutingPlan(routes, mlp=sites)
+    def mlp(index: int, shape: Shape) -> MLPSites | None:
+        layers_of(chosen, shape.layers)
+        if index in shape.expert_layers:
+            return None
+        hidden = table(shape.d_ff)
+        return MLPSites(hidden=hidden) if index in chosen else None
+
+    def moe(index: int, shape: Shape) -> MoESites | None:
+        is_routed = index in chosen and index in shape.expert_layers
+        return MoESites(hidden=table(shape.d_expert)) if is_routed else None
+
+    return RoutingPlan(routes, mlp=mlp, moe=moe)
 
 
 def steering(
@@ -226,15 +254,15 @@ def steering(
         TypeError: layers, dimensions or numbers of another kind.
         ValueError: none of them, negative layers, a route out of range, a weight that is not finite.
     """
-    routes = _count(route, num_routes)
+    routes = number_of_routes(route, num_routes)
     off = check_number("off", off)
     chosen = check_indices("layers", layers)
     dims: Any = [dim] if is_int(dim) else dim
     check_features("dim", dims)
 
     def sites(index: int, shape: Shape) -> ResidualSites | None:
-        _layers(chosen, shape.layers)
-        table = localize(routes, shape.d_model, {route: _some_of(dims, shape.d_model, "dim")}, off=off)
+        layers_of(chosen, shape.layers)
+        table = localize(routes, shape.d_model, {route: some_of(dims, shape.d_model, "dim")}, off=off)
         return ResidualSites(post=table) if index in chosen else None
 
     return RoutingPlan(routes, residual=sites)
@@ -247,6 +275,7 @@ def era(
     route: int = 1,
     num_routes: int | None = None,
     off: float = 0.0,
+    site: Literal["hidden", "update"] = "hidden",
 ) -> RoutingPlan:
     """Expand, Route, Ablate (Cloud et al. 2024, arXiv 2410.04332, section 4.2.2): the second of the three steps.
 
@@ -260,6 +289,9 @@ def era(
         route: the route whose tokens are confined to them.
         num_routes: R; default: as many as `route` needs, at least two.
         off: the weight of the original units; negative numbers unlearn there, the paper's negative learning rate.
+        site: what the weights weigh: "hidden", the gradient of the hidden units, which then passes to what lies below
+            as well, as in the paper; or "update", only what the units' input and output weights learn, while the
+            whole gradient passes. Negative weights of many layers multiply one another in "hidden" alone.
 
     Returns:
         The plan. `route` raises ValueError where a model has no such layers or units, and warns (RuntimeWarning) where
@@ -269,22 +301,26 @@ def era(
         TypeError: layers, units or numbers of another kind.
         ValueError: none of them, negative layers, a route out of range, a weight that is not finite.
     """
-    routes = _count(route, num_routes)
+    routes = number_of_routes(route, num_routes)
     off = check_number("off", off)
     units = check_int("units", units, 1)
+    check_choice("site", site, ("hidden", "update"))
     chosen = None if layers is None else check_indices("layers", layers)
 
     def sites(index: int, shape: Shape) -> MLPSites | None:
-        routed = _layers(chosen, shape.layers)
+        routed = layers_of(chosen, shape.layers)
+        if index in routed and index in shape.expert_layers:
+            raise ValueError(
+                f"layers: got layer {index}, which is a mixture of experts, to which gradroute.era.expand adds "
+                "nothing; expected layers with an MLP, or localize_experts, which confines tokens to experts"
+            )
         check_int("units", units, 1, shape.d_ff)
         if index == routed[0]:
             _warn_of_original_units(units, shape)
+        if index not in routed:
+            return None
         added = list(range(shape.d_ff - units, shape.d_ff))
-        return (
-            MLPSites(hidden=localize(routes, shape.d_ff, {route: added}, off=off))
-            if index in routed
-            else None
-        )
+        return MLPSites(**{site: localize(routes, shape.d_ff, {route: added}, off=off)})
 
     return RoutingPlan(routes, mlp=sites)
 
@@ -306,7 +342,7 @@ def check_route(name: str, route: int) -> int:
     return int(check_int(name, route, 0, MAX_ROUTES - 1))
 
 
-def _count(route: int, num_routes: int | None) -> int:
+def number_of_routes(route: int, num_routes: int | None) -> int:
     """The number of routes: as many as one route needs, where none is given."""
     check_route("route", route)
     number = max(2, int(route) + 1) if num_routes is None else check_num_routes(num_routes)
@@ -319,8 +355,13 @@ def _shape_of(config: Configuration) -> Shape:
     if not isinstance(config, Shape):
         return Shape.of(config)
     for name, value in config._asdict().items():
-        if name in ("attention_output_bias", "mlp_output_bias"):
+        if name.endswith("_output_bias"):
             check_bool(f"config.{name}", value)
+        elif name == "expert_layers":
+            if value != ():
+                check_indices(f"config.{name}", value, config.layers)
+        elif name in ("experts", "d_expert", "experts_per_token"):
+            check_int(f"config.{name}", value, 0)
         else:
             check_int(
                 f"config.{name}", value, 1 if name != "added_units" else 0, optional=name == "added_units"
@@ -332,7 +373,7 @@ def _shape_of(config: Configuration) -> Shape:
     return config
 
 
-def _some_of(chosen: Any, count: int, name: str) -> list[int]:
+def some_of(chosen: Any, count: int, name: str) -> list[int]:
     """The indices of units or dimensions, at least one."""
     indices = indices_of(chosen, count, name)
     if not indices:
@@ -345,5 +386,6 @@ def _last(routes: int, features: int, count: int, route: int, on: float = 1.0, o
     return localize(routes, features, {route: list(range(features - count, features))}, on, off)
 
 
-def _layers(layers: Collection[int] | None, count: int) -> tuple[int, ...]:
+def layers_of(layers: Collection[int] | None, count: int) -> tuple[int, ...]:
+    """The indices of the chosen layers of a model with `count`; None chooses all."""
     return tuple(range(count)) if layers is None else check_indices("layers", layers, count)

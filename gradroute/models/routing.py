@@ -354,7 +354,8 @@ def _shape_of(model: nn.Module, layers: nn.ModuleList, architecture: Architectur
     known = hasattr(config, "num_attention_heads")
     shape = Shape.of(config) if known else architecture.layer.shape_of(layers)
     biases = architecture.layer.output_biases(layers[0])
-    return shape._replace(layers=len(layers), added_units=added_units(model), **biases)
+    experts = architecture.layer.experts_of(layers)
+    return shape._replace(layers=len(layers), added_units=added_units(model), **biases, **experts)
 
 
 def _unswap_all(model: nn.Module) -> None:

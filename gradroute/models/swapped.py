@@ -36,7 +36,7 @@ from .replaced import adopt_forward, check_forward, refuse_forward_without_route
 # The attributes that a swap leaves on an instance, and takes away again.
 _STATE = (
     *("_sites", "_op_sites", "backend", "_routing", "_owner", "_is_handed", "_was_routed"),
-    *("_ablated_fractions", "_took_offers", "_warned_of_unrouted"),
+    *("_ablated_fractions", "_took_offers", "_warned_of_unrouted", "_by_expert", "_needs_same_base"),
 )
 
 
