@@ -13,9 +13,12 @@ from . import backends, reference
 from .arguments import check_bool, check_int, check_number
 from .backends import attention_plan
 from .backends.attention_plan import Plan
-from .checks import autocast, check_shape, unrouted
+from .checks import autocast, check_kind, check_shape, unrouted
+from .context_parallel import refuse_context_parallel
+from .documents import check_documents, check_packing
 from .function import Context, Function
 from .primitives import attention_edges
+from .primitives.attention_kernels import AttentionKernels
 from .primitives.attention_pattern import Pattern
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -103,7 +106,8 @@ def routed_attention(
 
     From dz: do = m_forward_heads ⊙ m_heads ⊙ dz; dv = m_value ⊙ (E_value ⊙ P)ᵀ do; dS = P ⊙ (do vᵀ - rowsum(do ⊙ o));
     dS' = E_score ⊙ dS; dq = m_query ⊙ scale dS' k; dk = m_key ⊙ scale dS'ᵀ q, summed over the heads of a group.
-    Saved for backward: q, k, v, the output and the scores' log-sum-exp; memory grows with the sequence, not its square.
+    Saved for backward: q, k, v, the output, the unmasked one too where forward_heads asks for it, and the scores'
+    log-sum-exp; memory grows with the sequence, not its square.
     `explain` says which kernels run a call, and why.
 
     Args:
@@ -115,7 +119,9 @@ def routed_attention(
         causal: a query sees no later key; aligned at the bottom right where S_q ≠ S_k.
         window: key j is visible only if i - j < window (and j - i < window when not causal).
         scale: the factor of the scores; default 1/√D.
-        cu_seqlens: `[documents + 1]` int32, for a batch of one: attention stays inside documents.
+        cu_seqlens: `[documents + 1]` int32, for a batch of one: attention stays inside documents. The bounds ascend
+            from 0 to S, so padding at the end is a document too. On CUDA and in compiled code their values are checked
+            without a wait, by `torch._assert_async`.
         key_mask: `[B, S_k]` bool; False keys are padding.
         dropout: the share of P that is dropped, in [0, 1), where a vendor's kernel on CUDA runs the call.
         backend: see `gradroute.use_backend`; default: the fastest that supports the call.
@@ -127,14 +133,21 @@ def routed_attention(
         TypeError: routes, sites or a tensor are not what they should be.
         ValueError: shapes, devices, dtypes, tables or options do not fit.
         BackendError: the requested backend, or none, can run the call.
-        RuntimeError: in backward with create_graph=True.
+        RuntimeError: in backward with create_graph=True; under torch's context_parallel.
     """
+    refuse_context_parallel()
     pattern = checked_pattern(q, k, causal, window, scale, dropout, cu_seqlens, key_mask)
     call = AttentionCall.of(q, k, v, routes, sites, pattern)
     plan = attention_plan.plan(call, backend)
     if plan.backend == "reference":
         return _by_reference(call)
-    z, *_ = AttentionFunction.apply(*call, plan.vendor, backends.primitives(plan.backend))
+    if cu_seqlens is not None and not torch.compiler.is_compiling() and torch._C._is_tracing():
+        raise ValueError(
+            "cu_seqlens: got bounds of documents under torch.jit.trace, which cannot record what kernels keep of them, "
+            "expected None, or backend='reference', or torch.compile"
+        )
+    kernels = AttentionKernels(plan.vendor, plan.backward)
+    z, *_ = AttentionFunction.apply(*call, kernels, backends.primitives(plan.backend))
     return z
 
 
@@ -153,12 +166,13 @@ def explain(
     *,
     backend: str | None = None,
 ) -> Plan:
-    """Which backend and which vendor's kernel `routed_attention` runs the same call on, and why; runs nothing.
+    """Which kernels `routed_attention` runs the same call's forward and backward on, and why; runs nothing.
 
     It takes the same arguments and raises the same errors.
 
     Returns:
-        The call's backend, its vendor's kernel (None: the backend's own, or tiles of torch's products) and the reason.
+        The call's backend, the vendor's kernel of its forward (None: the backend's own, or tiles of torch's products),
+        whose kernels run its backward ("vendor", "fa4", "own" or "tiles"), and the reason.
     """
     pattern = checked_pattern(q, k, causal, window, scale, dropout, cu_seqlens, key_mask)
     return attention_plan.plan(AttentionCall.of(q, k, v, routes, sites, pattern), backend)
@@ -191,29 +205,13 @@ def checked_pattern(
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout}, expected a share of P in [0, 1)")
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q, k)
+        check_packing(cu_seqlens, q, k)
     if key_mask is not None:
         check_shape("key_mask", key_mask, k.shape[0], k.shape[2])
-        _check_mask("key_mask", key_mask, torch.bool, q)
+        check_kind("key_mask", key_mask, torch.bool, q.device)
     return Pattern(
         causal, window, q.shape[3] ** -0.5 if scale is None else scale, dropout, cu_seqlens, key_mask
     )
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, k: Tensor) -> None:
-    check_shape("cu_seqlens", cu_seqlens, -1)
-    _check_mask("cu_seqlens", cu_seqlens, torch.int32, q)
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens: got a batch of {q.shape[0]}, expected a batch of one packed sequence")
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"cu_seqlens: got {q.shape[2]} queries for {k.shape[2]} keys, expected as many: documents are of both"
-        )
-
-
-def _check_mask(name: str, mask: Tensor, dtype: torch.dtype, q: Tensor) -> None:
-    if mask.dtype != dtype or mask.device != q.device:
-        raise ValueError(f"{name}: got {mask.dtype} on {mask.device}, expected {dtype} on {q.device}")
 
 
 class AttentionCall(NamedTuple):
@@ -255,11 +253,14 @@ class AttentionCall(NamedTuple):
         check_shape("v", v, q.shape[0], kv_heads, keys, q.shape[3])
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(f"k: got {kv_heads} heads, expected a divisor of q's {heads} heads")
+        given = routes
         if is_ordinary:
             routes, sites = None, _NO_SITES
         else:
             assert routes is not None and sites is not None
             _check_routed(q, k, v, routes, sites)
+        if pattern.cu_seqlens is not None:
+            check_documents(pattern.cu_seqlens, keys, given)
         q, k, v = autocast(q, k, v)
         for name, other in (("k", k), ("v", v)):
             if other.dtype != q.dtype or other.device != q.device:
@@ -300,15 +301,40 @@ class AttentionContext(Context, Protocol):
         routes: the batch's routes, or None.
         sites: effective sites.
         pattern: which keys a query sees.
-        vendor: the vendor's kernel that ran, or None.
+        kernels: the kernels that ran the forward and are to run the backward.
         primitives: the backend's.
+        versions: how often what the backward reads of the pattern was written to, by name.
     """
 
     routes: Routes | None
     sites: AttentionSites
     pattern: Pattern
-    vendor: str | None
+    kernels: AttentionKernels
     primitives: Primitives
+    versions: dict[str, int]
+
+
+def _versions(pattern: Pattern, kernels: AttentionKernels) -> dict[str, int]:
+    """The versions of the tensors of a pattern that a backward reads again.
+
+    Compiled code has its own check of what it keeps, and nobody counts what is written to inference tensors. Own
+    kernels keep what the forward found of cu_seqlens.
+    """
+    if torch.compiler.is_compiling():
+        return {}
+    read = {"key_mask": pattern.key_mask}
+    if kernels.backward != "own":
+        read["cu_seqlens"] = pattern.cu_seqlens
+    return {name: t._version for name, t in read.items() if t is not None and not t.is_inference()}
+
+
+def _check_versions(before: dict[str, int], now: dict[str, int]) -> None:
+    for name, version in before.items():
+        if now.get(name, version) != version:
+            raise RuntimeError(
+                f"{name}: got a tensor that was written to after the forward (version {version}, now {now[name]}), "
+                f"expected it as it was until the backward"
+            )
 
 
 class AttentionFunction(Function):
@@ -322,25 +348,27 @@ class AttentionFunction(Function):
         routes: Routes | None,
         sites: AttentionSites,
         pattern: Pattern,
-        vendor: str | None,
+        kernels: AttentionKernels,
         primitives: Primitives,
     ) -> tuple[Tensor, ...]:
-        z, saved = primitives.attention_forward(q, k, v, routes, sites, pattern, vendor)
+        z, saved = primitives.attention_forward(q, k, v, routes, sites, pattern, kernels)
         return z, *saved
 
     @staticmethod
     def setup_context(ctx: AttentionContext, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, ctx.routes, ctx.sites, ctx.pattern, ctx.vendor, ctx.primitives = inputs
+        q, k, v, ctx.routes, ctx.sites, ctx.pattern, ctx.kernels, ctx.primitives = inputs
         z, *saved = output
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # the saved outputs' gradients would be zeros that nobody reads
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(q, k, v, z, *saved)
+            ctx.versions = _versions(ctx.pattern, ctx.kernels)
 
     @staticmethod
     @first_order("routed_attention")
     def backward(ctx: AttentionContext, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         q, k, v, z, *saved = ctx.saved_tensors
+        _check_versions(ctx.versions, _versions(ctx.pattern, ctx.kernels))
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
         dq, dk, dv = ctx.primitives.attention_backward(
             torch.zeros_like(z) if dz is None else dz,
@@ -352,7 +380,7 @@ class AttentionFunction(Function):
             ctx.routes,
             ctx.sites,
             ctx.pattern,
-            ctx.vendor,
+            ctx.kernels,
             want_query=need_q,
             want_key_value=need_k or need_v,
         )
@@ -363,6 +391,6 @@ class AttentionFunction(Function):
             None,  # routes
             None,  # sites
             None,  # pattern
-            None,  # vendor
+            None,  # kernels
             None,  # primitives
         )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .arguments import check_indices, check_int, check_is, is_int, ordinary_tensors, shown
 from .models.architectures import Architecture
-from .models.inspection import Piece, Units, Width, find_widths, inner_model
+from .models.expert_blocks import expert_pieces, find_experts
+from .models.inspection import Piece, Stored, Units, Width, find_widths, inner_model, stored
 from .tables import indices_of
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ class Part:
 
     Attributes:
         module: the module's path.
-        what: "units" or "heads": whole ones, which can be taken out; "parameters": anything else.
-        index: int64 `[n]`, which units or heads, ascending; empty for parameters.
+        what: "units" or "heads": whole ones, which can be taken out; "experts": whole ones, which can be gated and
+            ablated; "parameters": anything else.
+        index: int64 `[n]`, which units, heads or experts, ascending; empty for parameters.
         pieces: the rows and columns of the module's parameters that belong to the block.
-        size: how many units or heads the module has.
+        size: how many units, heads or experts the module has.
         group: how many query heads share a key and value head; 1 for units.
     """
 
@@ -126,6 +128,37 @@ class Block:
         return cls(_parts(find_widths(model, "heads", None, architecture), "heads", heads, layers))
 
     @classmethod
+    def experts(
+        cls,
+        model: nn.Module,
+        experts: Which,
+        *,
+        layers: Collection[int] | None = None,
+        architecture: Architecture | None = None,
+    ) -> Self:
+        """Experts of mixtures: all of their parameters. The router's rows of them are not the block's.
+
+        Such a block is gated and ablated like one of units: an ablated expert adds nothing, and takes its place among
+        the chosen as before. The number of experts does not change: `era.contract` refuses it. Blocks of other experts
+        in other layers are joined by `|`.
+
+        Args:
+            model: a model of transformers with mixtures of experts that `gradroute.models.route` takes, routed or not.
+            experts: how many of each mixture, counted from the last; or which (slice or indices).
+            layers: the indices of the decoder layers; default: all that have experts.
+            architecture: see `gradroute.models.route`.
+
+        Raises:
+            TypeError: experts of another form, or sharded ones; no such architecture.
+            ValueError: no such experts or layers, layers without experts, or none chosen.
+        """
+        parts = []
+        for path, module, count in find_experts(model, architecture, layers):
+            index = _indices("experts", experts, count)
+            parts.append(Part(path, "experts", index, expert_pieces(path, module, index), count))
+        return cls(parts)
+
+    @classmethod
     def of(cls, model: nn.Module, pieces: Mapping[str, tuple[int, Which]]) -> Self:
         """Rows or columns of any parameters, given by name → (dim, which), as in `{"fc.weight": (0, slice(0, 8))}`.
 
@@ -156,7 +189,7 @@ class Block:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it consists of whole units and heads, which can be gated and taken out."""
+        """Whether it consists of whole units, heads and experts, which can be gated."""
         return all(part.what != "parameters" for part in self.parts)
 
     @property
@@ -180,23 +213,11 @@ class Block:
         Raises:
             ValueError: the model is not of the shape that the block was made for.
         """
-        named = _named(model)
-        found = []
-        for piece in self.pieces:
-            parameter = named.get(piece.parameter)
-            size = -1 if parameter is None or piece.dim >= parameter.dim() else parameter.shape[piece.dim]
-            if parameter is None or size != piece.size:
-                shape = "none" if parameter is None else f"one of shape {list(parameter.shape)}"
-                raise ValueError(
-                    f"block: got one of a model whose {piece.parameter} has {piece.size} in dimension {piece.dim}, "
-                    f"and the model has {shape}; expected a block of it: make it again after a change of shape"
-                )
-            found.append((piece, parameter))
-        return found
+        return [(piece, home.parameter) for piece, home in stored_pieces(self, model)]
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
-        """Copies of the pieces, detached, in the order of `pieces`."""
-        return [piece.of(parameter) for piece, parameter in self.parameters(model)]
+        """Copies of the pieces, detached, in the order of `pieces`; of a sharded model whole ones on every rank."""
+        return [piece.of(home.values()) for piece, home in stored_pieces(self, model)]
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """Parameter's name → a mask of its shape and on its device, True where an element is the block's."""
@@ -218,35 +239,39 @@ class Block:
         Raises:
             ValueError: keys or shapes are not the block's. Nothing has changed then.
         """
-        present = self.state_dict(model)
-        check_state(state, present)
-        for key, values in present.items():
-            given = state[key]
-            if not isinstance(given, Tensor) or given.shape != values.shape:
+        pieces = stored_pieces(self, model)
+        check_state(state, self.keys)
+        for key, (piece, home) in zip(self.keys, pieces, strict=True):
+            given, shape = state[key], [*home.parameter.shape]
+            shape[piece.dim] = len(piece.index)
+            if not isinstance(given, Tensor) or list(given.shape) != shape:
                 got = (
                     f"shape {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
                 )
-                raise ValueError(
-                    f"state[{key!r}]: got {got}, expected a tensor of shape {list(values.shape)}"
-                )
-        for key, (piece, parameter) in zip(self.keys, self.parameters(model), strict=True):
-            piece.write(parameter, state[key])
+                raise ValueError(f"state[{key!r}]: got {got}, expected a tensor of shape {shape}")
+            why = home.why_fixed(shape=False)
+            if why is not None:
+                raise TypeError(f"{piece.parameter}: got a parameter that is {why}")
+        for key, (piece, home) in zip(self.keys, pieces, strict=True):
+            home.write(piece, state[key])
 
     def has_influence(self, model: nn.Module) -> bool:
         """Whether the block changes what the model computes: it does not where all that reads its units is 0.
 
         Raises:
-            ValueError: a block of parameters, whose influence cannot be known.
+            ValueError: a block of parameters, or on the meta device, whose influence cannot be known.
         """
         if not self.is_whole:
             raise ValueError(
                 "block: got one of parameters, expected one of units or heads (Block.units, Block.heads)"
             )
-        return any(
-            bool(piece.of(parameter).any())
-            for piece, parameter in self.parameters(model)
-            if piece.role == "output"
-        )
+        outputs = [pair for pair in stored_pieces(self, model) if pair[0].role == "output"]
+        for piece, home in outputs:
+            if home.is_empty:
+                raise ValueError(
+                    f"model: got {piece.parameter} on the meta device, expected a parameter with values"
+                )
+        return any(bool(piece.of(home.values()).any()) for piece, home in outputs)
 
     def __repr__(self) -> str:
         counts: dict[str, int] = {}
@@ -254,6 +279,27 @@ class Block:
             counts[part.what] = counts.get(part.what, 0) + len(part.index)
         parts = ", ".join(f"{count} {what}" if count else what for what, count in counts.items())
         return f"Block({parts} of {len({part.module for part in self.parts})} modules)"
+
+
+def stored_pieces(block: Block, model: nn.Module) -> list[tuple[Piece, Stored]]:
+    """Every piece of a block with its parameter, whose values may be in shards or offloaded.
+
+    Raises:
+        ValueError: the model is not of the shape that the block was made for.
+    """
+    named = stored(inner_model(model))
+    found = []
+    for piece in block.pieces:
+        parameter = named[piece.parameter].parameter if piece.parameter in named else None
+        size = -1 if parameter is None or piece.dim >= parameter.dim() else parameter.shape[piece.dim]
+        if parameter is None or size != piece.size:
+            shape = "none" if parameter is None else f"one of shape {list(parameter.shape)}"
+            raise ValueError(
+                f"block: got one of a model whose {piece.parameter} has {piece.size} in dimension {piece.dim}, and "
+                f"the model has {shape}; expected a block of it: make it again after a change of shape"
+            )
+        found.append((piece, named[piece.parameter]))
+    return found
 
 
 def check_state(state: object, keys: Collection[str]) -> None:

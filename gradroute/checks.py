@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import shown
-from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Sites
-from .tables import Table
 
 AnySites = TypeVar("AnySites", bound=Sites)
 
@@ -39,6 +37,8 @@ def check_shape(name: str, tensor: Any, *expected: int) -> None:
     if not isinstance(tensor, Tensor):
         check_tensor(name, tensor)
     shape = tensor.shape
+    if shape == expected:
+        return
     if len(shape) == len(expected):
         for got, want in zip(shape, expected, strict=True):  # all() of a generator took 0.3 µs longer
             if want not in (-1, got):
@@ -47,6 +47,12 @@ def check_shape(name: str, tensor: Any, *expected: int) -> None:
             return
     wanted = ", ".join("any" if extent == -1 else str(extent) for extent in expected)
     raise ValueError(f"{name}: got shape {list(shape)}, expected [{wanted}]")
+
+
+def check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError unless `tensor` is of this dtype, on this device."""
+    if tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, expected {dtype} on {device}")
 
 
 def is_plain(tensor: object) -> bool:
@@ -79,13 +85,30 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
 
 def check_parameter(name: str, tensor: Any, *expected: int) -> None:
     """As `check_shape`; raises TypeError where a parameter is not plain, because ops read its numbers."""
-    if not is_plain(tensor):
+    kind = type(tensor)
+    if not (kind is torch.nn.Parameter or kind is Tensor or is_plain(tensor)):
         check_tensor(name, tensor)
         raise TypeError(
             f"{name}: got a {type(tensor).__name__}, expected an ordinary tensor, whose numbers are read: call the "
             "layer of this one, and mask around it with gradroute.route_grad; of a DTensor pass to_local()"
         )
-    check_shape(name, tensor, *expected)
+    if tensor.shape != expected:
+        check_shape(name, tensor, *expected)
+
+
+def check_matrix(name: str, tensor: Any, columns: int = -1) -> tuple[int, int]:
+    """As `check_parameter` of any number of rows; the shape.
+
+    Most calls of an op pass here, where each comparison of extents one by one is felt: it was 1 of the 20 µs of a small
+    MLP's call.
+    """
+    kind = type(tensor)
+    if kind is torch.nn.Parameter or kind is Tensor:
+        shape = tensor.shape
+        if len(shape) == 2 and (columns == -1 or shape[1] == columns):
+            return shape
+    check_parameter(name, tensor, -1, columns)
+    return tensor.shape
 
 
 def check_features(name: str, x: Any, features: int, origin: str, weight: Tensor) -> None:
@@ -108,6 +131,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
     The casts stand outside the autograd.Functions, so that gradients reach parameters in their own dtype.
     """
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        return tensors
     first = tensors[0]
     assert first is not None
     device = first.device.type
@@ -121,18 +146,10 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def flat(x: Tensor) -> Tensor:
-    """`[*tokens, F]` as `[T, F]`: a view wherever the strides allow one."""
+    """`[*tokens, F]` as `[T, F]`: itself where it is that, a view wherever the strides allow one."""
+    if x.dim() == 2:
+        return x
     return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-
-
-def masked_forward(z: Tensor, routes: Routes, table: Table | None, primitives: Primitives) -> Tensor:
-    """m ⊙ z for the activation `z [*tokens, F]` that the caller has just made, and reads no more."""
-    if table is None:
-        return z
-    z = z.contiguous()
-    rows = flat(z)
-    product = primitives.masked_product(rows, routes, table, overwrite=True)
-    return z if product is rows else product.view(z.shape)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:

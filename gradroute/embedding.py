@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .arguments import check_int
-from .checks import check_parameter, check_tensor, flat, unrouted
+from .checks import check_matrix, check_tensor, flat, unrouted
 from .function import Function, RoutedContext
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -64,8 +64,7 @@ def routed_embedding(
         backends.check_backend(backend)
         return F.embedding(tokens, weight, padding_idx)
     assert routes is not None and sites is not None
-    check_parameter("weight", weight, -1, -1)
-    num_embeddings, features = weight.shape
+    num_embeddings, features = check_matrix("weight", weight)
     if padding_idx is not None:
         padding_idx = _checked_row(padding_idx, num_embeddings)
     check_tensor("tokens", tokens)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 
 from .primitives.protocol import Primitives
 from .routes import Routes
@@ -68,4 +68,6 @@ class Function(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             check_transforms(f"a routed op ({cls.__name__})")
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+        # What a transform of torch.func wraps is a plain Tensor, whatever is inside; no parameter is.
+        live = [unwrap_if_dead(arg) if type(arg) is Tensor else arg for arg in args]
+        return super(torch.autograd.Function, cls).apply(*live)  # type: ignore[misc]

@@ -11,6 +11,7 @@ from .checks import (
     autocast,
     check_dtype,
     check_features,
+    check_matrix,
     check_parameter,
     check_shape,
     check_tensor,
@@ -105,8 +106,9 @@ def explain(
     gradient; a product that no gradient needs is not made.
 
     Returns:
-        The call's backend with the reason, and whether all products are made whole or as rectangles, why, how much of
-        their work is done, and whether that was measured here. Under torch.compile products are made whole.
+        The call's backend with the reason, and whether all products are made whole, as rectangles or grouped, why, how
+        much of their work is done, and whether that was measured here. Compiled code, which depends on no counts, makes
+        no rectangles.
     """
     check_activation(activation)
     if unrouted(routes, sites, MLPSites):
@@ -114,7 +116,8 @@ def explain(
     assert routes is not None and sites is not None
     _check(x, w_gate, w_up, w_down, routes, sites, b_gate, b_up, b_down)
     (x,) = autocast(x)
-    return plan("gated_mlp", x, routes, {"all": MLPProduct(sites.effective, w_gate.shape[0])}, backend)
+    product = MLPProduct(sites.effective, *w_gate.shape, w_down.shape[0])
+    return plan("gated_mlp", x, routes, {"all": product}, backend)
 
 
 def _check(
@@ -128,21 +131,20 @@ def _check(
     b_up: Tensor | None,
     b_down: Tensor | None,
 ) -> None:
-    check_parameter("w_gate", w_gate, -1, -1)
-    d_ff, d_model = w_gate.shape
+    d_ff, d_model = check_matrix("w_gate", w_gate)
     check_features("x", x, d_model, "w_gate is [d_ff, d_model]", w_gate)
     if x.dtype is not w_gate.dtype:
         check_dtype("x", x, w_gate)
     check_parameter("w_up", w_up, d_ff, d_model)
-    check_parameter("w_down", w_down, -1, d_ff)
+    d_out, _ = check_matrix("w_down", w_down, d_ff)
     if b_gate is not None:
         check_parameter("b_gate", b_gate, d_ff)
     if b_up is not None:
         check_parameter("b_up", b_up, d_ff)
     if b_down is not None:
-        check_parameter("b_down", b_down, w_down.shape[0])
+        check_parameter("b_down", b_down, d_out)
     routes.check(x, "x")
-    sites.check(routes, MLPSites.widths(w_down.shape[0], d_ff, b_down))
+    sites.check(routes, MLPSites.widths(d_out, d_ff, b_down))
 
 
 def routed_glu(

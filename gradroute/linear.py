@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,15 +16,18 @@ from .checks import (
     autocast,
     check_dtype,
     check_features,
+    check_matrix,
     check_parameter,
     flat,
     unrouted,
 )
 from .function import Context, Function, RoutedContext
-from .primitives.overwriting import plus, plus_product
+from .primitives.overwriting import plus
+from .primitives.products import plus_product
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
+from .skipping.grouped_linear import LinearTilings, tilings_of
 from .skipping.linear import InputProduct, WeightProduct, linear_input_grad, linear_weight_grad
 from .skipping.parts import Product, Rows
 from .skipping.plan import Plan, plan, unmasked
@@ -47,6 +51,19 @@ class LinearSites(Sites):
     update_rows: Site = site("outputs")
     update_cols: Site = site("inputs")
     update_bias: Site = site("bias", default="update_rows")
+
+    if TYPE_CHECKING:
+
+        @property
+        def tilings(self) -> LinearTilings | None:
+            """How the effective sites group the products of a backward."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Code that is traced cannot cut tables: layers whose sites it makes have their products made whole.
+        tilings = None if torch.compiler.is_compiling() else tilings_of(self.effective)
+        for sites in (self, self.effective):
+            object.__setattr__(sites, "tilings", tilings)
 
     @staticmethod
     def widths(inputs: int, outputs: int, bias: Tensor | None) -> dict[str, int | str]:
@@ -116,8 +133,9 @@ def explain(
     gradient; a product that no gradient needs is not made.
 
     Returns:
-        The call's backend with the reason, and of each product whether it is made whole or as rectangles, why, how much
-        of its work is done, and whether that was measured here. Under torch.compile products are made whole.
+        The call's backend with the reason, and of each product whether it is made whole, as rectangles or grouped, why,
+        how much of its work is done, and whether that was measured here. Compiled code, which depends on no counts,
+        makes no rectangles.
     """
     if unrouted(routes, sites, LinearSites):
         return unmasked(("dx", "dW"), backend)
@@ -174,8 +192,7 @@ def routed_linears(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sites: LinearSites) -> None:
-    check_parameter("weight", weight, -1, -1)
-    outputs, inputs = weight.shape
+    outputs, inputs = check_matrix("weight", weight)
     check_features("x", x, inputs, "weight is [O, I]", weight)
     if x.dtype is not weight.dtype:
         check_dtype("x", x, weight)

@@ -15,18 +15,18 @@ from .checks import (
     autocast,
     check_dtype,
     check_features,
+    check_matrix,
     check_parameter,
     check_tensor,
     flat,
-    masked_forward,
     unrouted,
 )
 from .function import Function, RoutedContext
 from .primitives.arguments import ActivationMasks
-from .primitives.overwriting import times
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
+from .skipping.grouped_mlp import MLPTilings, tilings_of
 from .skipping.mlp import Branch, MLPBackward, MLPProduct
 from .skipping.plan import Plan, plan, unmasked
 from .transforms import first_order
@@ -71,6 +71,19 @@ class MLPSites(_HiddenSites):
     update_out: Site = site("d_ff", default="update", masks=("z",))
     output: Site = site("d_model")
     update_output_bias: Site = site("output_bias")
+
+    if TYPE_CHECKING:
+
+        @property
+        def tilings(self) -> MLPTilings | None:
+            """How the effective sites group the products of a backward."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Code that is traced cannot cut tables: MLPs whose sites it makes have their products made whole.
+        tilings = None if torch.compiler.is_compiling() else tilings_of(self.effective.masks)
+        for sites in (self, self.effective):
+            object.__setattr__(sites, "tilings", tilings)
 
     @staticmethod
     def widths(d_model: int, d_ff: int, output_bias: Tensor | None) -> dict[str, int | str]:
@@ -176,8 +189,9 @@ def explain(
     gradient; a product that no gradient needs is not made.
 
     Returns:
-        The call's backend with the reason, and whether all products are made whole or as rectangles, why, how much of
-        their work is done, and whether that was measured here. Under torch.compile products are made whole.
+        The call's backend with the reason, and whether all products are made whole, as rectangles or grouped, why, how
+        much of their work is done, and whether that was measured here. Compiled code, which depends on no counts, makes
+        no rectangles.
     """
     check_activation(activation)
     if unrouted(routes, sites, MLPSites):
@@ -185,7 +199,7 @@ def explain(
     assert routes is not None and sites is not None
     _check(x, w_in, b_in, w_out, b_out, routes, sites)
     (x,) = autocast(x)
-    return plan("mlp", x, routes, {"all": MLPProduct(sites.effective, w_in.shape[0])}, backend)
+    return plan("mlp", x, routes, {"all": MLPProduct(sites.effective, *w_in.shape, w_out.shape[0])}, backend)
 
 
 def _check(
@@ -197,18 +211,17 @@ def _check(
     routes: Routes,
     sites: MLPSites,
 ) -> None:
-    check_parameter("w_in", w_in, -1, -1)
-    d_ff, d_model = w_in.shape
+    d_ff, d_model = check_matrix("w_in", w_in)
     check_features("x", x, d_model, "w_in is [d_ff, d_model]", w_in)
     if x.dtype is not w_in.dtype:
         check_dtype("x", x, w_in)
     if b_in is not None:
         check_parameter("b_in", b_in, d_ff)
-    check_parameter("w_out", w_out, -1, d_ff)
+    d_out, _ = check_matrix("w_out", w_out, d_ff)
     if b_out is not None:
-        check_parameter("b_out", b_out, w_out.shape[0])
+        check_parameter("b_out", b_out, d_out)
     routes.check(x, "x")
-    sites.check(routes, MLPSites.widths(w_out.shape[0], d_ff, b_out))
+    sites.check(routes, MLPSites.widths(d_out, d_ff, b_out))
 
 
 class MLPContext(RoutedContext[MLPSites], Protocol):
@@ -243,10 +256,8 @@ class MLPFunction(Function):
     ) -> tuple[Tensor, ...]:
         count = len(branches) // 2
         a = [F.linear(x, branches[i], branches[count + i]) for i in range(count)]
-        z = ACTIVATIONS[activation].value(a[0])
-        for up in a[1:]:
-            z = times(z, up)  # a fresh matrix costs as much as the product
-        z = masked_forward(z, routes, sites.forward, primitives)
+        up = a[1] if count > 1 else None
+        z = primitives.activation_forward(a[0], up, routes, sites.forward, activation)
         return F.linear(z, w_out, b_out), *a
 
     @staticmethod
@@ -256,14 +267,15 @@ class MLPFunction(Function):
         ctx.output = (y.shape, y.dtype)
         ctx.mark_non_differentiable(*a)
         ctx.set_materialize_grads(False)  # the pre-activations' would be zeros that nobody reads
-        needs, count = ctx.needs_input_grad, len(a)
+        need_x, need_w_out, _, _, _, _, _, *need_branches = ctx.needs_input_grad
+        count = len(a)
         nothing = [None] * count
-        need_a = needs[0] or True in needs[7:]
+        need_a = need_x or True in need_branches
         ctx.save_for_backward(
-            x if True in needs[7 : 7 + count] else None,
+            x if True in need_branches[:count] else None,
             w_out if need_a else None,
-            *(a if need_a or needs[1] else nothing),
-            *(branches[:count] if needs[0] else nothing),
+            *(a if need_a or need_w_out else nothing),
+            *(branches[:count] if need_x else nothing),
         )
 
     @staticmethod
@@ -286,9 +298,7 @@ class MLPFunction(Function):
             ]
             backward = MLPBackward(g, branches, routes, sites, ctx.activation, primitives)
             dx, dw_out = backward.gradients(None if x is None else flat(x), w_out, needs[0], needs[1])
-            grads = [branch.weight_grad() for branch in branches] + [
-                branch.bias_grad() for branch in branches
-            ]
+            grads = [branch.weight_grad for branch in branches] + [branch.bias_grad for branch in branches]
         if dx is not None:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
         if needs[2]:
@@ -368,10 +378,8 @@ class ActivationFunction(Function):
     def forward(
         routes: Routes, sites: ActivationSites, activation: str, primitives: Primitives, *a: Tensor
     ) -> Tensor:
-        z = ACTIVATIONS[activation].value(a[0])
-        for up in a[1:]:
-            z = times(z, up)
-        return masked_forward(z, routes, sites.forward, primitives)
+        up = a[1] if len(a) > 1 else None
+        return primitives.activation_forward(a[0], up, routes, sites.forward, activation)
 
     @staticmethod
     def setup_context(ctx: ActivationContext, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -15,7 +15,7 @@ from .arguments import check_choice, check_number
 from .checks import check_features, check_parameter, flat, unrouted
 from .function import Function, RoutedContext
 from .norm_forward import rms_norm_eps, rms_norm_value
-from .primitives.arguments import NormArguments
+from .primitives.arguments import NormArguments, as_dtype
 from .primitives.protocol import Primitives
 from .routes import Routes
 from .sites import Site, Sites, site
@@ -203,7 +203,7 @@ class RMSNormFunction(Function):
         if dx is not None:
             dx = dx.view(x.shape)
         if dweight is not None:
-            dweight = dweight.to(ctx.weight_dtype)
+            dweight = as_dtype(dweight, ctx.weight_dtype)
         return (
             dx,
             dweight,
@@ -269,7 +269,7 @@ class LayerNormFunction(Function):
         if dx is not None:
             dx = dx.view(x.shape)
         if dweight is not None:
-            dweight = dweight.to(ctx.weight_dtype)
+            dweight = as_dtype(dweight, ctx.weight_dtype)
         if dbias is not None:
             dbias = dbias.to(ctx.bias_dtype)
         return (

@@ -15,6 +15,9 @@ from .transforms import check_batched
 
 MAX_ROUTES = 32768
 
+# What a Routes holds beside what was derived of it.
+_FIELDS = ("ids", "num_routes", "shape", "strength", "order", "counts", "host_counts", "in_order")
+
 Derived = TypeVar("Derived")
 
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch compares these only after a cast
@@ -208,6 +211,25 @@ class Routes:
         derived = {"order": None, "counts": None, "host_counts": None, "in_order": False}
         return self._copy(ids=ids, strength=strength, shape=tuple(ids.shape), **derived)
 
+    def _crossed(self, tokens: Tensor, groups: Tensor, count: int) -> Routes:
+        """Routes of the flattened tokens at `tokens`, which are in groups: `id * count + group`, with their strength.
+
+        For kernels and tables `[R * count, F]`; nothing else is derived again.
+
+        Args:
+            tokens: `[n]`, integers.
+            groups: `[n]`, each one's group, from 0 to count - 1.
+            count: the number of groups.
+        """
+        routes = self._at(tokens)
+        ids = (routes.ids * count + groups).to(torch.int32)
+        return routes._copy(ids=ids, num_routes=self.num_routes * count)
+
+    def _of_ids(self, ids: Tensor, num_routes: int) -> Routes:
+        """Other tokens of these ids `[n]` int32, without strength, for kernels: nothing is derived of them."""
+        derived = {"order": None, "counts": None, "host_counts": None, "in_order": False}
+        return self._copy(ids=ids, num_routes=num_routes, shape=tuple(ids.shape), strength=None, **derived)
+
     def derived(self, key: Any, derive: Callable[[], Derived]) -> Derived:
         """The result of `derive`, kept under `key` for the batch's other layers.
 
@@ -219,9 +241,30 @@ class Routes:
             self._derived[key] = derive()
         return self._derived[key]
 
+    def derived_from(
+        self, key: Any, tensors: tuple[Tensor | None, ...], derive: Callable[[], Derived]
+    ) -> Derived:
+        """The result of `derive`, which reads these tensors, kept under `key` as long as they come as they are now.
+
+        What other tensors give takes its place, and so does what these give after they were written to: nothing piles
+        up. It is made again in every call where nobody can tell whether it still holds: in traced code, under the
+        capture of a graph, which is replayed with other values in the same tensors, and of tensors made under
+        inference_mode, whose changes nobody counts.
+        """
+        if torch.compiler.is_compiling() or not all(map(_counts_changes, tensors)):
+            return derive()
+        versions = [None if tensor is None else tensor._version for tensor in tensors]
+        held = self._derived.get(key)
+        if held is None or held[1] != versions or not all(map(_is_same, held[0], tensors)):
+            held = self._derived[key] = (tensors, versions, derive())
+        found: Derived = held[2]
+        return found
+
     def check(self, x: Tensor, name: str) -> None:
         """Raises unless the activation `x [*tokens, F]` has these tokens, on this device."""
-        self.check_tokens(x.shape[:-1], x, name, "leading shape")
+        tokens = x.shape[:-1]
+        if tokens != self.shape or x.device != self.ids.device:
+            self.check_tokens(tokens, x, name, "leading shape")
 
     def check_tokens(self, tokens: Sequence[int], x: Tensor, name: str, what: str = "tokens") -> None:
         """Raises unless `tokens`, which `what` of the tensor x says, are of these routes' shape, on their device."""
@@ -248,13 +291,36 @@ class Routes:
 
     def _copy(self, **changes: Any) -> Routes:
         other = object.__new__(Routes)
-        other.__dict__.update(vars(self) | {"_derived": {}} | changes)
+        for name in _FIELDS:  # one by one: Dynamo of torch 2.11 does not follow a union of dicts
+            setattr(other, name, changes[name] if name in changes else getattr(self, name))
+        other._derived = changes.get("_derived", {})
         return other
 
     def __repr__(self) -> str:
         counts = "" if self.host_counts is None else f", counts={list(self.host_counts)}"
         strength = "" if self.strength is None else f", strength={list(self.strength.shape)}"
         return f"Routes({list(self.shape)}, num_routes={self.num_routes}{counts}{strength}, {self.device})"
+
+
+def _counts_changes(tensor: Tensor | None) -> bool:
+    """Whether the version of a tensor says that it is as it was."""
+    if tensor is None:
+        return True
+    return not (tensor.is_inference() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are one, or the same view of one: a model's layers may each make a view of its mask."""
+    if one is other or one is None or other is None:
+        return one is other
+    return (
+        one._base is not None
+        and one._base is other._base
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.storage_offset() == other.storage_offset()
+    )
 
 
 def check_num_routes(num_routes: Any) -> int:

@@ -121,7 +121,7 @@ class Sites:
             if num_routes is None:
                 num_routes, origin = table.num_routes, f"as in {name}"
             width = widths[name] if name in widths else widths[self.declared[name]["width"]]
-            if table.num_routes != num_routes or table.features != width:
+            if table.weights.shape != (num_routes, width):
                 check_table(table, num_routes, width, f"{type(self).__name__}.{name}", origin)
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
@@ -51,13 +52,26 @@ class Table:
         density: the share of weights that are not zero.
         binary: whether every weight is 0 or 1.
         values: the different weights in ascending order, if they are at most MAX_VALUES; else none.
+        least: the smallest weight.
+        digest: the same for tables of the same weights, and different for others.
 
     Raises:
         TypeError: `weights` are not real numbers.
         ValueError: `weights` are not two-dimensional, are empty, are not finite, or have no values, as on meta.
     """
 
-    __slots__ = ("__weakref__", "_copies", "binary", "density", "kind", "segments", "values", "weights")
+    __slots__ = (
+        "__weakref__",
+        "_copies",
+        "binary",
+        "density",
+        "digest",
+        "kind",
+        "least",
+        "segments",
+        "values",
+        "weights",
+    )
 
     def __init__(self, weights: TableLike) -> None:
         with ordinary_tensors():
@@ -82,6 +96,11 @@ class Table:
         self.binary = bool(((self.weights == 0) | (self.weights == 1)).all())
         values = self.weights.unique().tolist()
         self.values: tuple[float, ...] = tuple(values) if len(values) <= MAX_VALUES else ()
+        self.least: float = values[0]
+        unsigned = self.weights + 0.0  # without negative zeros
+        self.digest = hashlib.sha256(
+            repr(self.weights.shape).encode() + unsigned.numpy().tobytes()
+        ).hexdigest()
 
     @classmethod
     def of(cls, weights: TableLike, name: str = "table") -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -53,6 +54,27 @@ def check_transforms(name: str) -> None:
         )
 
 
+def _run(backward: Backward, ctx: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A backward whose products are in its forward's dtypes, though autocast may be on where somebody calls it.
+
+    As torch's own backwards are: what they compute in was decided when the forward ran. Gradients of zeros without
+    memory, which cannot be written to, get one.
+    """
+    if torch.compiler.is_compiling():
+        return backward(ctx, *gradients)
+    gradients = tuple([_with_memory(gradient) for gradient in gradients])
+    if not torch._C._is_any_autocast_enabled():
+        return backward(ctx, *gradients)
+    with contextlib.ExitStack() as stack:
+        for device in {t.device.type for t in gradients if isinstance(t, Tensor)}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        return backward(ctx, *gradients)
+
+
+def _with_memory(gradient: Any) -> Any:
+    return gradient.clone() if isinstance(gradient, Tensor) and gradient._is_zerotensor() else gradient
+
+
 def first_order(op: str | Callable[[Any], str]) -> Callable[[Backward], Backward]:
     """Makes a Function's backward refuse to be differentiated: its own gradient would silently lack terms.
 
@@ -72,7 +94,7 @@ def first_order(op: str | Callable[[Any], str]) -> Callable[[Backward], Backward
                         f"{op if isinstance(op, str) else op(ctx)}: backward was called with create_graph=True, but "
                         f"{NO_SECOND_DERIVATIVE}; call it without create_graph"
                     )
-                return backward(ctx, *gradients)
+                return _run(backward, ctx, gradients)
             name = op if isinstance(op, str) else op(ctx)
             check_transforms(name)
             check_batched(*((name, gradient) for gradient in gradients))

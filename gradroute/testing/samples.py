@@ -85,17 +85,20 @@ class Sample:
 
     def run(self, backend: str | None = None, frozen: Iterable[str] = ()) -> Result:
         """Forward and backward on a backend."""
-        return self._run(lambda tensors: self.call(tensors, backend), frozen)
+        return self.run_by(lambda tensors: self.call(tensors, backend), frozen)
 
     def run_plain(self, frozen: Iterable[str] = ()) -> Result:
         """Forward and backward in plain PyTorch."""
-        return self._run(self.call_plain, frozen)
+        return self.run_by(self.call_plain, frozen)
 
     def run_detached(self) -> Result:
         """Forward and backward by the detach idiom."""
-        return self._run(self.call_detached, ())
+        return self.run_by(self.call_detached)
 
-    def _run(self, call: Callable[[dict[str, Tensor | None]], Tensor], frozen: Iterable[str]) -> Result:
+    def run_by(
+        self, call: Callable[[dict[str, Tensor | None]], Tensor], frozen: Iterable[str] = ()
+    ) -> Result:
+        """Forward and backward by a function of the tensors that gives the op's output."""
         leaves = self.leaves(frozen)
         output = call(leaves)
         wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
