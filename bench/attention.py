@@ -53,15 +53,20 @@ def plans(device: torch.device, lengths: tuple[int, ...] = (), with_compiled: bo
 def case(name: str, shape: Shape, device: torch.device, with_compiled: bool = True) -> Case:
     entry = CASES[device.type][name](calls(shape, device))
     has_limits = shape == SHAPES[device.type]  # targets were set for this shape alone
-    ways = {way: one for way, one in entry.ways.items() if with_compiled or not way.endswith("compiled")}
+    missing = entry.missing
+    ways = {
+        way: one
+        for way, one in entry.ways.items()
+        if way not in missing and (with_compiled or not way.endswith("compiled"))
+    }
     return Case(
         variants={way: variant(name, shape, device, way, one) for way, one in ways.items()},
-        rivals=entry.rivals,
+        rivals=tuple(name for name in entry.rivals if name not in missing),
         examine=partial(examine, entry),
         checked=attention_check.HOW,
         modes=MODES[device.type],
         limits=entry.limits if has_limits else (),
-        missing=NOT_TIMED.get(name, {}),
+        missing=NOT_TIMED.get(name, {}) | missing,
         work=work(shape, ways),
     )
 

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gradroute import AttentionSites, Routes, attention
 from gradroute.backends.attention_plan import Plan
+from gradroute.backends.fa4 import refusals
 from gradroute.tables import Table, localize
 from gradroute.testing import Sample
 
@@ -138,11 +139,19 @@ class Entry(NamedTuple):
         ways: the ways by name.
         rivals: names of those whose times divide everyone's; the first is the base.
         limits: the targets.
+        needs_flash_4: rivals that need FlashAttention-4, the extra fa4.
     """
 
     ways: dict[str, Way]
     rivals: tuple[str, ...]
     limits: tuple[Limit, ...] = ()
+    needs_flash_4: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The rivals that this machine lacks a package for, with the reason."""
+        why = refusals.why_not_installed()
+        return {} if why is None else dict.fromkeys(self.needs_flash_4, why)
 
 
 def routed(call: Sample, backend: str | None = None) -> Way:
@@ -176,13 +185,25 @@ class Flex:
     """FlexAttention, compiled; edges between scores are `torch.where(edge, s, s.detach())`.
 
     An edge is a bit of its query token, as in gradroute's kernels: a load by row and one by column, none by element.
+
+    Args:
+        call: the call to compute.
+        kernel_options: FlexAttention's; its BACKEND "FLASH" is FlashAttention-4.
     """
 
-    def __init__(self, call: Sample) -> None:
-        self.call = call
+    def __init__(self, call: Sample, **kernel_options: Any) -> None:
+        self.call, self.kernel_options = call, kernel_options or None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attend(q, k, v, score_mod=self.score_mod, block_mask=self.block_mask, enable_gqa=True)
+        return self.attend(
+            q,
+            k,
+            v,
+            score_mod=self.score_mod,
+            block_mask=self.block_mask,
+            enable_gqa=True,
+            kernel_options=self.kernel_options,
+        )
 
     @cached_property
     def attend(self) -> Callable[..., Any]:
@@ -255,10 +276,12 @@ def unmasked_on_cuda(calls: Calls) -> Entry:
             "flash": flash(calls),
             "SDPA": Way(calls.ordinary, sdpa),
             "Flex": Way(calls.ordinary, Flex(calls.ordinary)),
+            "Flex, FA4": Way(calls.ordinary, Flex(calls.ordinary, BACKEND="FLASH")),
             "triton": routed(calls.ordinary, "triton"),
         },
-        rivals=("cuDNN", "flash", "SDPA", "Flex"),
-        limits=(Limit("triton", "cuDNN", 1.5),),
+        rivals=("cuDNN", "flash", "SDPA", "Flex", "Flex, FA4"),
+        limits=(Limit("triton", "cuDNN", 1.4),),
+        needs_flash_4=("Flex, FA4",),
     )
 
 
@@ -283,13 +306,17 @@ def edges_on_cuda(calls: Calls) -> Entry:
         {
             "cuDNN, unmasked": cudnn(calls),
             "Flex, score edges alone": Way(calls.score_edges, Flex(calls.score_edges)),
+            "Flex, FA4, score edges alone": Way(calls.score_edges, Flex(calls.score_edges, BACKEND="FLASH")),
+            "automatic": routed(calls.edges),
             "triton": routed(calls.edges, "triton"),
         },
-        rivals=("cuDNN, unmasked", "Flex, score edges alone"),
+        rivals=("cuDNN, unmasked", "Flex, score edges alone", "Flex, FA4, score edges alone"),
         limits=(
-            Limit("triton", "cuDNN, unmasked", 2.0),
+            Limit("automatic", "cuDNN, unmasked", 1.5),
+            Limit("triton", "cuDNN, unmasked", 1.5),
             Limit("triton", "Flex, score edges alone", 1.0),
         ),
+        needs_flash_4=("Flex, FA4, score edges alone",),
     )
 
 

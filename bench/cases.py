@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,6 +97,7 @@ class Case:
         tokens: the tokens of one pass, where tokens per second are of interest.
         held_bytes: a model's bytes that are there between passes and belong to the peak.
         calls: how many calls a step makes, where the host's clock times many together; 0: the device's clock times it.
+        beside: what goes on while the rounds are timed, as a context manager; default: nothing.
         facts: other numbers that are worth keeping.
     """
 
@@ -110,6 +112,7 @@ class Case:
     tokens: int | None = None
     held_bytes: int = 0
     calls: int = 0
+    beside: Callable[[], AbstractContextManager[Any]] = nullcontext
     facts: dict[str, Any] = field(default_factory=dict)
 
 

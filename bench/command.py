@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import compare, plots, report, runner, suites
+from . import compare, plots, report, runner, suites, surgery
 from .cases import Plan
 from .ops import Options
 from .results import Run
@@ -52,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_plot(commands)
     add_report(commands)
+    add_static(commands)
+    add_surgery(commands)
     return top
 
 
@@ -149,6 +151,53 @@ def add_report(commands: Commands) -> None:
     )
     command.add_argument("--check", action="store_true", help="change nothing; exit code 1 where they differ")
     command.set_defaults(command=lambda parsed: report.main(parsed.check))
+
+
+def add_static(commands: Commands) -> None:
+    command = commands.add_parser(
+        "static",
+        help="compile every kernel at its target shape without a GPU, and predict its speed from the machine code",
+        description="Writes NAME.json and NAME.md: registers, spills, widths of accesses and clocks of every kernel\n"
+        "as machine code has them, and what is predicted from them. Nothing runs, nothing is measured.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--name", default="local", help="of the files (%(default)s)")
+    command.add_argument(
+        "--architecture", type=positive, nargs="+", default=[], metavar="N", help="80, 90, 100; default: all"
+    )
+    command.add_argument("--kernel", default="", help="only kernels or cases with this text in the name")
+    command.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the files; default: bench/results/local"
+    )
+    command.add_argument(
+        "--cuda", action="store_true", help="compile csrc/*.cu by nvcc and read its kernels too"
+    )
+    command.set_defaults(command=static)
+
+
+def static(parsed: argparse.Namespace) -> int:
+    from .static import command  # Triton's compiler is loaded for this command alone
+
+    return command.main(parsed.name, parsed.architecture, parsed.kernel, parsed.out, parsed.cuda)
+
+
+def add_surgery(commands: Commands) -> None:
+    command = commands.add_parser(
+        "surgery",
+        help="the memory that expand, ablate, contract and export take of a pretrained model",
+        description="Counts what torch's allocator for the CPU gives out, and writes OUT/surgery.json.",
+    )
+    command.add_argument("--model", default=surgery.MODEL, help="as recipes take it (%(default)s)")
+    command.add_argument(
+        "--units", type=positive, default=surgery.UNITS, help="added to every MLP (%(default)s)"
+    )
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the file; default: bench/results/local"
+    )
+    command.set_defaults(
+        command=lambda parsed: surgery.main(parsed.model, parsed.units, parsed.dtype, parsed.out)
+    )
 
 
 def positive(text: str) -> int:

@@ -113,17 +113,28 @@ def verdicts(runs: Sequence[Run]) -> str:
     }
     text = f"{len(by_verdict[REACHED])} of {len(found)} targets are reached."
     if by_verdict[MISSED]:
-        text += " Missed: " + "; ".join(missed(name, limit) for name, limit in by_verdict[MISSED]) + "."
+        text += " Missed: " + "; ".join(all_missed(by_verdict[MISSED])) + "."
     if by_verdict[NOT_MEASURED]:
         text += f" {len(by_verdict[NOT_MEASURED])} not measured."
     return text
 
 
+def all_missed(found: Sequence[tuple[str, LimitFound]]) -> Iterator[str]:
+    """Targets that are missed; those of one overhead, of many ops, together."""
+    added: dict[float, list[str]] = {}
+    for case, limit in found:
+        if limit["quantity"] == ADDED:
+            name = case.removesuffix(", launch")
+            added.setdefault(limit["most"], []).append(f"{name} +{limit['got']:.1f}")
+        else:
+            yield missed(case, limit)
+    for most, cases in added.items():
+        yield f"launch of {', '.join(cases)} µs (target {most:g})"
+
+
 def missed(case: str, limit: LimitFound) -> str:
-    """A target, and by how much it is missed."""
+    """A target that is not of an overhead, and by how much it is missed."""
     got, most = limit["got"], limit["most"]
-    if limit["quantity"] == ADDED:
-        return f"{case} +{got:.1f} µs (target {most:g})"
     if limit["quantity"] == SECONDS:
         return f"{case} {got:.3g} s (target {most:g})"
     return f"{case}, {limit['quantity']} {got:.2f} × {limit['rival']} (target {most:.4g})"

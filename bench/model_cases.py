@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,11 @@ def make_model(shape: Shape, device: torch.device) -> nn.Module:
         tie_word_embeddings=False,
         use_cache=False,
     )
+    return made_of(config, device)
+
+
+def made_of(config: Any, device: torch.device) -> nn.Module:
+    """A model of transformers with random weights, in training mode."""
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers().AutoModelForCausalLM.from_config(

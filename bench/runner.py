@@ -178,11 +178,8 @@ def measure(
         progress.stage(f"measuring the memory of {mode}")
         bytes_[mode] = {name: _bytes(case, name, mode, own, findings[name]) for name, own in steps.items()}
         steps = {name: own for name, own in steps.items() if _is_right(findings[name])}
-        if case.calls:
-            together = timing.interleaved(steps, rounds, mode, timing.host_clock(device))
-            times[mode] = {name: [one / case.calls for one in own] for name, own in together.items()}
-        else:
-            times[mode] = timing.interleaved(steps, rounds, mode, clock)
+        with case.beside():
+            times[mode] = _times(case, steps, rounds, mode, device, clock)
     rows = [
         row
         for mode in case.modes
@@ -190,6 +187,21 @@ def measure(
         for row in _rows(plan, case, mode, variant, own, times[mode], bytes_[mode][variant], done)
     ]
     return describe(plan, case, findings, times, bytes_), rows
+
+
+def _times(
+    case: Case,
+    steps: Mapping[str, Sequence[Step]],
+    rounds: int,
+    mode: str,
+    device: torch.device,
+    clock: timing.Clock,
+) -> dict[str, list[float]]:
+    """Milliseconds of a call in each round, by variant."""
+    if not case.calls:
+        return timing.interleaved(steps, rounds, mode, clock)
+    together = timing.interleaved(steps, rounds, mode, timing.host_clock(device))
+    return {name: [one / case.calls for one in own] for name, own in together.items()}
 
 
 def failed(plan: Plan, error: Exception) -> CaseFound:
