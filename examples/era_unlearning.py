@@ -19,8 +19,9 @@ from experiment import Check, Experiment, main, median, spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from unlearning.corpus import FORGET, Batch, mixture, pack
+from unlearning.experts import MixtureShape
 from unlearning.labelled import (
     LENGTH,
     UNLABELLED,
@@ -37,6 +38,7 @@ from unlearning.training import ROWS, Losses, adamw, evaluate, fit
 
 from gradroute import LinearSites
 from gradroute import era as expansion
+from gradroute.blocks import Block
 from gradroute.models import RoutingPlan, era, route, unroute
 from gradroute.tables import localize
 
@@ -79,7 +81,7 @@ class Settings:
         held_out_rows: of each set, at most.
     """
 
-    shape: Shape
+    shape: Shape | MixtureShape
     steps: int
     tuning_steps: int
     ascent_steps: int
@@ -155,32 +157,45 @@ class Training:
     retain: Batch
     seed: int
 
-    def plain(self, data: Batch, name: str) -> LlamaForCausalLM:
-        """Losses of the ordinary model, trained and tuned."""
+    def untrained(self) -> PreTrainedModel:
+        """The model that all methods start from."""
         torch.manual_seed(self.seed)
-        model = build(self.settings.shape)
-        self.train(model, data, False, name)
+        return build(self.settings.shape)
+
+    def plain(self, data: Batch, name: str) -> PreTrainedModel:
+        """The ordinary model, trained and tuned."""
+        model = self.trained(data, name)
         self.tune(model)
         return model
 
-    def era(self, data: Batch) -> tuple[LlamaForCausalLM, dict[str, Losses]]:
-        """Losses of a model that is expanded, routed, contracted and tuned, after each of these stages."""
-        torch.manual_seed(self.seed)
-        model = build(self.settings.shape)
+    def trained(self, data: Batch, name: str) -> PreTrainedModel:
+        """The ordinary model, trained."""
+        model = self.untrained()
+        self.train(model, data, False, name)
+        return model
+
+    def expanded(self, data: Batch) -> tuple[PreTrainedModel, Block]:
+        """A model that was expanded and trained with routes, ordinary again, and the units that were added."""
+        model = self.untrained()
         block = expansion.expand(model, self.settings.shape.forget_units, zero_output=False)
         route(model, plan(self.settings.shape.forget_units))
         self.train(model, as_retain(data), True, ERA)
         unroute(model)
+        return model, block
+
+    def era(self, data: Batch) -> tuple[PreTrainedModel, dict[str, Losses]]:
+        """A model that is expanded, routed, contracted and tuned, and its losses before and after contraction."""
+        model, block = self.expanded(data)
         stages = {"before ablation": evaluate(model, self.texts.held_out, False)}
         expansion.ablate(model, block, how="slice")
         stages["after ablation"] = evaluate(model, self.texts.held_out, False)
         self.tune(model)
         return model, stages
 
-    def train(self, model: LlamaForCausalLM, data: Batch, routed: bool, name: str) -> None:
+    def train(self, model: PreTrainedModel, data: Batch, routed: bool, name: str) -> None:
         fit(model, data, LEARNING_RATE, routed, f"{name}: training")
 
-    def tune(self, model: LlamaForCausalLM) -> None:
+    def tune(self, model: PreTrainedModel) -> None:
         fit(model, self.retain, TUNING_RATE, False, "tuning on retain text")
 
     def labelled_rows(self, labelled: Tensor) -> Batch:
@@ -190,7 +205,7 @@ class Training:
         )
         return pack(documents, self.settings.ascent_steps * ROWS, LENGTH)
 
-    def ascent(self, model: LlamaForCausalLM, forget: Batch, target: float) -> LlamaForCausalLM:
+    def ascent(self, model: PreTrainedModel, forget: Batch, target: float) -> PreTrainedModel:
         """Conventional unlearning: ascends on labelled documents and descends on retain text, up to a forget loss."""
         model = copy.deepcopy(model)
         optimizer = adamw(model, TUNING_RATE)
@@ -203,7 +218,7 @@ class Training:
         return model
 
     def measured(
-        self, name: str, share: float | None, model: LlamaForCausalLM, stages: dict[str, Losses] | None = None
+        self, name: str, share: float | None, model: PreTrainedModel, stages: dict[str, Losses] | None = None
     ) -> Model:
         losses = evaluate(model, self.texts.held_out, False)
         relearning = list(self.relearning(model))
@@ -215,7 +230,7 @@ class Training:
             "relearning": relearning,
         }
 
-    def relearning(self, model: LlamaForCausalLM) -> Iterator[float]:
+    def relearning(self, model: PreTrainedModel) -> Iterator[float]:
         """Held-out forget loss of a copy, in the course of training on one batch of other forget documents."""
         model = copy.deepcopy(model)
         optimizer = adamw(model, TUNING_RATE)

@@ -30,7 +30,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("demo-results")
-PACKAGES = ("gradroute", "torch", "numpy", "transformers", "scikit-learn", "gymnasium")
+PACKAGES = ("gradroute", "torch", "numpy", "transformers", "peft", "trl", "scikit-learn", "gymnasium")
 
 Run = dict[str, Any]  # the results of one seed, as JSON takes them
 Row = dict[str, str]  # column → cell of a row of the table
@@ -93,16 +93,37 @@ def main(experiment: Experiment, description: str | None, arguments: Sequence[st
     """Runs an experiment as its command line says; returns the exit code."""
     options = parse(experiment, description, arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    runs = []
-    for seed in range(options.seeds):
-        print(f"{experiment.title}: seed {seed}", flush=True)
-        torch.manual_seed(seed)
-        runs.append(experiment.run(seed, options.quick))
-    results = summary(experiment, runs, options, time.perf_counter() - start)
+    done = [one_seed(experiment, seed, options) for seed in range(options.seeds)]
+    runs = [one["run"] for one in done]
+    results = summary(experiment, runs, options, sum(one["seconds"] for one in done))
     show(results)
     save(experiment, runs, results, options.out)
+    for seed in range(options.seeds):
+        file_of(experiment, seed, options).unlink(missing_ok=True)
     return 0 if options.quick or all(check["passed"] for check in results["checks"]) else 1
+
+
+def one_seed(experiment: Experiment, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The run of a seed with the seconds that it took; it is kept until all seeds' files are written."""
+    file = file_of(experiment, seed, options)
+    if options.resume and file.exists():
+        print(f"{experiment.title}: seed {seed} was run before", flush=True)
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+    print(f"{experiment.title}: seed {seed}", flush=True)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    done = {"run": experiment.run(seed, options.quick), "seconds": time.perf_counter() - start}
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(done), encoding="utf-8")
+    unfinished.replace(file)
+    return done
+
+
+def file_of(experiment: Experiment, seed: int, options: argparse.Namespace) -> Path:
+    """Where the run of a seed is kept while others are not done."""
+    kind = "quick" if options.quick else "whole"
+    return Path(options.out) / f".{experiment.name}-{kind}-{seed}.json"
 
 
 def parse(
@@ -118,6 +139,11 @@ def parse(
     parser.add_argument("--seeds", type=positive, default=experiment.seeds, help="how many, counted from 0")
     parser.add_argument(
         "--quick", action="store_true", help="in seconds, to see that it runs: proves nothing"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="take over the seeds that a run in this folder has finished before it was stopped",
     )
     options = parser.parse_args(arguments)
     options.out = options.out or (QUICK_RESULTS if options.quick else RESULTS)

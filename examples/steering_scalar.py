@@ -6,14 +6,13 @@ ties to that dimension, and adding to it should raise the probability of " the".
 without routes. Exit code 1 when one of both effects is missing.
 """
 
-import itertools
 import sys
 from typing import Any
 
 from experiment import Check, Experiment, main, median, spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from steering.measures import added, cosines, direction, effect, ranks, residual_size
+from steering.measures import BUDGET, added, cosines, direction, effect, gain, leaders, ranks, residual_size
 from steering.training import DIM, WORD, Data, Size, load, trained
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
@@ -31,7 +30,6 @@ QUICK = Size(
 MODELS = ("routed", "control")
 COLOURS = {"routed": "#0b6e99", "control": "#b5651d"}
 AMOUNTS = (1, 2, 4, 8, 16)  # multiples of the root mean square of the residual stream
-BUDGET = 0.1  # nats of the other tokens' loss that steering may cost
 OTHER_DIMS = 12  # steered for comparison
 NEIGHBOURS = 8
 WORST_RANK = 5
@@ -71,8 +69,7 @@ def measured(model: LlamaForCausalLM, data: Data) -> Run:
 def neighbours(model: LlamaForCausalLM, target: int, tokenizer: Tokenizer) -> list[str]:
     """The tokens that lead dimension DIM, in the target's direction."""
     column = cosines(model.lm_head.weight.detach())[:, DIM]
-    leaders = (column * direction(column, target)).topk(NEIGHBOURS).indices.tolist()
-    return [tokenizer.decode([token]) for token in leaders]
+    return [tokenizer.decode([token]) for token in leaders(column, target, NEIGHBOURS)]
 
 
 def steered(model: LlamaForCausalLM, index: int, dim: int, data: Data) -> list[Run]:
@@ -85,22 +82,6 @@ def steered(model: LlamaForCausalLM, index: int, dim: int, data: Data) -> list[R
         with added(layer, dim, amount * unit):
             effects.append({"amount": amount} | effect(model, data.held_out, data.target)._asdict())
     return effects
-
-
-def gain(effects: list[Run]) -> float:
-    """The largest factor on the target's probability that costs the other tokens BUDGET at most; 1 by no steering.
-
-    Between two amounts both are interpolated: which amounts were tried should not decide.
-    """
-    base = effects[0]
-    points = [(e["other_loss"] - base["other_loss"], e["probability"] / base["probability"]) for e in effects]
-    best = 1.0
-    for (cost, factor), (next_cost, next_factor) in itertools.pairwise(points):
-        if next_cost > BUDGET:
-            reached = (BUDGET - cost) / (next_cost - cost)
-            return max(best, factor + reached * (next_factor - factor))
-        best = max(best, next_factor)
-    return best
 
 
 def gains(runs: list[Run], model: str, layer: str = "last") -> list[float]:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -44,7 +45,22 @@ class Texts:
     relearning: Batch
 
 
-def load_texts(vocabulary: int, seed: int, held_out_rows: int) -> Texts:
+@dataclass(frozen=True)
+class Documents:
+    """The corpus in tokens, indexed by route: RETAIN, FORGET.
+
+    Attributes:
+        tokenizer: what made the tokens.
+        train: the documents, of `LENGTH` tokens at most.
+        held_out: others.
+    """
+
+    tokenizer: Tokenizer
+    train: list[list[list[int]]]
+    held_out: list[list[list[int]]]
+
+
+def load_documents(vocabulary: int, seed: int) -> Documents:
     """The corpus, whose documents are cut to a row, as the papers do: no step is then of one document alone."""
     corpus = load_corpus(seed)
     tokenizer = train_tokenizer(corpus, vocabulary)
@@ -52,13 +68,23 @@ def load_texts(vocabulary: int, seed: int, held_out_rows: int) -> Texts:
         [[ids[:LENGTH] for ids in encode(tokenizer, texts)] for texts in parts]
         for parts in (corpus.train, corpus.held_out)
     )
+    return Documents(tokenizer, train, held_out)
+
+
+def load_texts(vocabulary: int, seed: int, held_out_rows: int) -> Texts:
+    """The documents to train on, and rows of the others."""
+    return texts_of(load_documents(vocabulary, seed), held_out_rows)
+
+
+def texts_of(documents: Documents, held_out_rows: int) -> Texts:
+    """The same of documents that were read before."""
     rows = [
-        pack(((route, ids) for ids in documents), held_out_rows + (ROWS if route == FORGET else 0), LENGTH)
-        for route, documents in enumerate(held_out)
+        pack(((route, ids) for ids in of_route), held_out_rows + (ROWS if route == FORGET else 0), LENGTH)
+        for route, of_route in enumerate(documents.held_out)
     ]
     relearning = rows[FORGET].rows(0, ROWS)
     rows[FORGET] = rows[FORGET].rows(ROWS, held_out_rows)
-    return Texts(train, rows, relearning)
+    return Texts(documents.train, rows, relearning)
 
 
 def labelled_documents(count: int, share: float, seed: int) -> Tensor:

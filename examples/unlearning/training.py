@@ -5,8 +5,9 @@ import tempfile
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from gradroute.models import ablate, route, unroute
 
@@ -23,6 +24,9 @@ FINE_TUNE_LEARNING_RATE = 2e-4
 
 # The held-out losses in nats per token, by the name of the set.
 Losses = dict[str, float]
+
+# What a training makes smaller, of a model, a batch, and whether it is given its routes.
+Objective = Callable[[PreTrainedModel, Batch, bool], Tensor]
 
 
 def choose_device(name: str) -> torch.device:
@@ -62,13 +66,14 @@ def run_stages(
 
 
 def fit(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     data: Batch,
     learning_rate: float,
     routed: bool,
     description: str,
     optimizer: torch.optim.Optimizer | None = None,
     after_step: Callable[[int], None] | None = None,
+    objective: Objective = loss_of,
 ) -> None:
     """One pass over data [N, S], ROWS rows a step; `after_step` is told how many steps were made."""
     steps = len(data.input_ids) // ROWS
@@ -76,7 +81,7 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     progress = tqdm(range(steps), desc=f"{description:<20}", unit="step", mininterval=0.5)
     for step in progress:
-        loss = loss_of(model, data.rows(step * ROWS, ROWS), routed)
+        loss = objective(model, data.rows(step * ROWS, ROWS), routed)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -88,7 +93,7 @@ def fit(
             progress.set_postfix(loss=f"{loss.item():.2f}")
 
 
-def adamw(model: LlamaForCausalLM, learning_rate: float) -> torch.optim.AdamW:
+def adamw(model: PreTrainedModel, learning_rate: float) -> torch.optim.AdamW:
     # AdamW's decay would move masked-off weights too, and cannot be switched off for some rows of a weight: none at
     # all, then. Its momentum moves them in every step, but only by what routed gradients have put into it.
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=0.0)
@@ -107,7 +112,7 @@ def saved_and_loaded(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, held_out: list[Batch], routed: bool) -> Losses:
+def evaluate(model: PreTrainedModel, held_out: list[Batch], routed: bool) -> Losses:
     """Held-out loss of each set. Routed, retain tokens do not see the forget block, just as in training."""
     losses = {}
     for name, data in zip(ROUTE_NAMES, held_out, strict=True):
