@@ -43,6 +43,8 @@ TOOLS = (
         "FSDP1",
         "FSDP2",
         "Tensor parallelism",
+        "Pipeline stages",
+        "Context parallel",
         "device_map",
     ),
     *("Checkpointing", "torch.compile", "torch.func", "FakeTensorMode", "CUDA graphs", "Threads"),

@@ -28,9 +28,11 @@ PAGES = {
 ASSETS = (
     "LICENSE",
     "bench/results/*/*.png",
+    "bench/results/static/*.md",
     "examples/*.py",
     "examples/results/*.md",
     "examples/results/*.png",
+    "tests/scale_worker.py",
 )
 
 #: The public modules in the order of the index. Names: those of `__all__`, or the ones that stand here.
@@ -43,6 +45,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "gradroute.era": None,
     "gradroute.blocks": ("Part", "Piece"),
     "gradroute.telemetry": None,
+    "gradroute.recipes": ("run", "plan"),
 }
 
 LINK = re.compile(r"\[([^]]*)\]\((?!https?://|#)([^)\s#]+)(#[^)\s]*)?\)")
