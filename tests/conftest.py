@@ -116,6 +116,14 @@ def _backend_cuda_on_the_cpu(request):
 
 
 @pytest.fixture
+def free():
+    """Without deterministic algorithms, which exclude some kernels."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture
 def quick_bench(monkeypatch):
     """Benchmarks without the ceilings of this machine, and without processes of their own: everything takes 1 MB."""
     from bench import machine, memory
@@ -132,15 +140,18 @@ def device(request):
     return torch.device(request.param)
 
 
+COMPILING = ("test_offline", "test_machine_code")
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is no case, here or anywhere.
 
-    Slow ones come first: the last of them would leave one worker alone.
+    Slow ones come first, and those that compile all kernels before them: the last of them would leave one worker alone.
     """
     dropped = {item for item in items if not _is_case(item)}
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    items.sort(key=lambda item: ("slow" not in item.keywords, item.path.stem not in COMPILING))
 
 
 def _is_case(item):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,11 @@ KERNEL = re.compile(
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+
+ARCHITECTURE = re.compile(r"^arch = (\w+)")
+FUNCTION = re.compile(r"Function : (\w+)")
+STORE = re.compile(r"\bSTG\.E(?:\.EF)?(?:\.(U8|U16|64|128))?")
+WIDTHS = {"U8": 8, "U16": 16, "64": 64, "128": 128}
 
 
 class Report(NamedTuple):
@@ -42,6 +48,15 @@ def missing_tools():
 def find_nvcc():
     """The CUDA compiler on PATH, or in CUDA_HOME."""
     return shutil.which("nvcc") or shutil.which("nvcc", path=Path(os.environ.get("CUDA_HOME", "."), "bin"))
+
+
+def find_cuobjdump():
+    """The disassembler: of the CUDA toolkit on PATH, or the one in Triton's wheels; None where there is none."""
+    triton = importlib.util.find_spec("triton")
+    bundled = [] if triton is None else [Path(triton.origin).parent / "backends" / "nvidia" / "bin"]
+    return shutil.which("cuobjdump") or next(
+        (str(path) for folder in bundled if (path := folder / "cuobjdump").exists()), None
+    )
 
 
 def find_tool(name):
@@ -81,6 +96,22 @@ def compiled(command, folder):
     done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [report_of(match) for match in KERNEL.finditer(done.stdout + done.stderr)]
+
+
+def stores(command, folder):
+    """How many stores to global memory a compiled source has: {(kernel, architecture): {bits: number}}."""
+    program = folder / command[command.index("-o") + 1]
+    done = subprocess.run([find_cuobjdump(), "-sass", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found, kernel, architecture = {}, None, None
+    for line in done.stdout.splitlines():
+        if match := ARCHITECTURE.search(line):
+            architecture = match[1]
+        elif match := FUNCTION.search(line):
+            kernel = found.setdefault((match[1], architecture), Counter())
+        elif match := STORE.search(line):
+            kernel[WIDTHS.get(match[1], 32)] += 1
+    return found
 
 
 def report_of(match):

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import functools
+import tempfile
 import time
 import warnings
 from datetime import timedelta
@@ -10,6 +12,7 @@ from pathlib import Path
 import tiny_models as tiny
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -18,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gradroute import AttentionSites, EmbeddingSites, LinearSites, MLPSites, NormSites
-from gradroute.models import ResidualSites, RoutingPlan, route
+from gradroute.models import ResidualSites, RoutingPlan, route, unroute
+from gradroute.models.inspection import decoder_layers
 from gradroute.models.parallel import tensor_parallel
 from gradroute.tables import localize
 
@@ -81,10 +85,13 @@ def small_plan(attention):
     return RoutingPlan(2, mlp=mlp, attention=updates if attention else None)
 
 
-def make_model(plan, layers=2):
+def plain_model(layers=2):
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_hidden_layers=layers)).train()
-    return route(model, plan)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_hidden_layers=layers)).train()
+
+
+def make_model(plan, layers=2):
+    return route(plain_model(layers), plan)
 
 
 def make_biased():
@@ -92,9 +99,7 @@ def make_biased():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES, num_hidden_layers=1, attention_bias=True, mlp_bias=True)
     model = transformers.LlamaForCausalLM(config).train()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
+    set_biases(model)
     allowed = localize(2, D_MODEL, {1: slice(0, 20)})
     plan = RoutingPlan(
         2,
@@ -114,6 +119,149 @@ def make_qwen3():
     config = transformers.Qwen3Config(**SIZES, num_hidden_layers=1, head_dim=HEAD_DIM)
     qk_norm = NormSites(localize(2, HEAD_DIM, {1: slice(0, 3)}))
     return route(transformers.Qwen3ForCausalLM(config).train(), RoutingPlan(2, qk_norm=qk_norm))
+
+
+def set_biases(model):
+    """Biases that are not 0, as they are in a new model."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def plain_neox(parallel=True, layers=2, dropout=0.0):
+    """A GPT-NeoX whose attention and MLP are parallel, or one after the other; a quarter of q and k rotates."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        **without_groups(SIZES),
+        num_hidden_layers=layers,
+        use_parallel_residual=parallel,
+        hidden_dropout=dropout,
+        bos_token_id=1,
+    )
+    model = transformers.GPTNeoXForCausalLM(config).train()
+    set_biases(model)
+    return model
+
+
+def plain_neo():
+    """A GPT-Neo with a layer of each of its kinds, whose configuration says how many heads its attention has."""
+    torch.manual_seed(0)
+    sizes = without_groups(SIZES)
+    config = transformers.GPTNeoConfig(
+        **{name: sizes[name] for name in sizes if name != "num_attention_heads"},
+        num_heads=HEADS,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = transformers.GPTNeoForCausalLM(config).train()
+    set_biases(model)
+    return model
+
+
+def plain_phi3(layers=2):
+    """A Phi-3, whose first rank has all of q in its rows, and whose second rank has all of k and v."""
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        **SIZES, num_hidden_layers=layers, bos_token_id=1, pad_token_id=0, eos_token_id=2
+    )
+    return transformers.Phi3ForCausalLM(config).train()
+
+
+def plain_gpt2(dropout=0.0):
+    """A GPT-2; it drops out of the outputs of attention and of the MLP, of which every rank has a summand."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=D_MODEL,
+        n_inner=D_FF,
+        n_head=HEADS,
+        n_layer=2,
+        n_positions=64,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    model = transformers.GPT2LMHeadModel(config).train()
+    set_biases(model)
+    return model
+
+
+def without_groups(sizes):
+    return {name: size for name, size in sizes.items() if name != "num_key_value_heads"}
+
+
+def plan_of_heads(mid=False):
+    """A plan with every site of a model with biases, all of whose query heads have a key and value head of their own.
+
+    Tables change within a rank's half of the features.
+    """
+    bias = localize(2, D_MODEL, {1: slice(0, 20)})
+    residual = ResidualSites(
+        pre=localize(2, D_MODEL, {1: slice(16, 32)}), mid=[[1.0], [0.5]] if mid else None
+    )
+    return RoutingPlan(
+        2,
+        mlp=MLPSites(
+            pre=localize(2, D_FF, {1: slice(0, 50)}, off=0.5),
+            hidden=localize(2, D_FF, {1: slice(40, 64)}),
+            forward=localize(2, D_FF, {0: slice(0, 60)}),
+            update_in=localize(2, D_FF, {1: slice(20, 64)}),
+            update_out=localize(2, D_FF, {1: slice(10, 50)}),
+            output=localize(2, D_MODEL, {1: slice(0, 30)}),
+            update_output_bias=bias,
+        ),
+        attention=AttentionSites(
+            query=localize(2, HEADS, {1: [0, 2, 3]}, off=0.5),
+            key=localize(2, HEADS, {1: [1]}, off=0.25),
+            value=localize(2, HEADS, {1: [0, 2]}, off=0.75),
+            heads=localize(2, HEADS, {1: [1, 2, 3]}),
+            forward_heads=localize(2, HEADS, {0: [0, 1, 2]}),
+            update_q=localize(2, HEADS, {1: [0, 3]}),
+            update_kv=localize(2, HEADS, {1: [1, 3]}),
+            update_out=localize(2, HEADS, {1: [2, 3]}),
+            update_output_bias=bias,
+            score_edges=[[1.0, 1.0], [0.0, 1.0]],
+            value_edges=[[1.0, 0.0], [1.0, 1.0]],
+        ),
+        residual={1: residual},
+        norm=NormSites([[1.0], [0.0]]),
+        final_norm=NormSites([[1.0], [0.0]]),
+        embedding=EmbeddingSites([[1.0], [0.0]]),
+        lm_head=LinearSites(update_rows=[[1.0], [0.0]]),
+    )
+
+
+def make_neox(parallel=True, dropout=0.0):
+    return route(plain_neox(parallel, dropout=dropout), plan_of_heads(mid=not parallel))
+
+
+def make_neo():
+    return route(plain_neo(), plan_of_heads(mid=True))
+
+
+def make_phi3():
+    return route(plain_phi3(), full_plan())
+
+
+def make_small_phi3():
+    return route(plain_phi3(layers=1), small_plan(attention=True))
+
+
+def make_gpt2(dropout=0.0):
+    return route(plain_gpt2(dropout), plan_of_heads(mid=True))
+
+
+def make_small_neox():
+    """One that compiles fast."""
+    updates = AttentionSites(update=localize(2, HEADS, {1: [2, 3]}))
+    mlp = MLPSites(hidden=localize(2, D_FF, {1: slice(40, 64)}), update=localize(2, D_FF, {1: slice(20, 64)}))
+    return route(plain_neox(layers=1), RoutingPlan(2, mlp=mlp, attention=updates))
 
 
 def batches():
@@ -159,7 +307,8 @@ def gradients(model):
     if isinstance(model, FullyShardedDataParallel):
         unsharded = FullyShardedDataParallel.summon_full_params(model, with_grads=True)
     with unsharded:
-        return {name_of(name): whole(parameter.grad) for name, parameter in model.named_parameters()}
+        named = model.named_parameters()
+        return {name_of(name): whole(parameter.grad) for name, parameter in named if parameter.requires_grad}
 
 
 def name_of(name):
@@ -273,25 +422,56 @@ def missing_sync(rank):
     return worst_of(gradients(model), expected)
 
 
-def tensor_parallel_of(rank, make):
-    """Another architecture, routed, and the placements of its gradients."""
+def tensor_parallel_of(rank, make, checkpoint="off", compiled=False):
+    """A routed model: gradients, the loss, the state_dict, and the placements of the gradients."""
     model = make()
+    plain = copy.deepcopy(model)
     micro_batches = batches()[:1]
-    expected = step(copy.deepcopy(model), "none", micro_batches, rank)
-    model = parallelize(model, "tp")
+    torch.manual_seed(1)  # of dropout, which is the same on every rank
+    expected = step(plain, "none", micro_batches, rank)
+    set_checkpoint(model, checkpoint)
+    model = sharded_model = parallelize(model, "tp")
+    if compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(1)
     got = step(model, "tp", micro_batches, rank)
     sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     return {
         "worst": worst_of(got, expected),
         "sharded": len(sharded),
         "same placements": all(p.placements == p.grad.placements for p in sharded),
+        "loss": [evaluated(each, micro_batches[0]) for each in (sharded_model, plain)],
+        "state_dict": same_state(sharded_model, plain),
+        "unroute": refusal_of(unroute, sharded_model),
+        "again": refusal_of(parallelize, sharded_model, "tp"),
     }
 
 
-def unrouted_tensor_parallel(rank):
+@torch.no_grad()
+def evaluated(model, batch):
+    return float(loss_of(model.eval(), batch, label_count(batch)))
+
+
+def same_state(model, plain):
+    """Whether two models have the same state_dict, bit for bit, when all of it is gathered."""
+    state = {name: whole(value) for name, value in model.state_dict().items()}
+    expected = plain.state_dict()
+    return list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def refusal_of(function, *arguments):
+    try:
+        function(*arguments)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def unrouted_tensor_parallel(rank, make_plain, make_plan):
     """Training, evaluation, generation and the state_dict of a parallel model without routes."""
-    routed = make_model(full_plan())
-    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_hidden_layers=2)).train()
+    routed = route(make_plain(), make_plan())
+    plain = make_plain()
     plain.load_state_dict(routed.state_dict())
     batch = batches()[0]
     loss_of(plain, batch, label_count(batch), routed=False).backward()
@@ -303,10 +483,25 @@ def unrouted_tensor_parallel(rank):
         loss_of(model, batch, label_count(batch), routed=False).backward()
         results[name] = worst_of(gradients(model), expected)
         results[f"{name}, generates"] = torch.equal(generated(model), generated(plain))
-        state = {key: whole(value) for key, value in model.state_dict().items()}
-        results[f"{name}, state_dict"] = all(
-            torch.equal(value, state[key]) for key, value in plain.state_dict().items()
-        )
+        results[f"{name}, state_dict"] = same_state(model, plain)
+    return results
+
+
+def checkpointed(rank, make_plain):
+    """Whether one process, and a parallel model, load what torch.distributed.checkpoint saves of a parallel model."""
+    saved = make_plain()
+    directory = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(directory)
+    dcp.save(parallelize(copy.deepcopy(saved), "tp").state_dict(), checkpoint_id=directory[0])
+    results = {}
+    for parallel in ("none", "tp"):
+        model = make_plain()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        model = parallelize(model, parallel)
+        dcp.load(model.state_dict(), checkpoint_id=directory[0])
+        results[parallel] = same_state(model, saved)
     return results
 
 
@@ -318,14 +513,14 @@ def generated(model):
     )
 
 
-def sharded_twice(rank):
+def sharded_twice(rank, make):
     """Tensor parallel with FSDP2 over a dimension of one: the parameters are DTensors of both meshes."""
-    model = make_model(full_plan())
+    model = make()
     micro_batches = batches()[:1]
     expected = step(copy.deepcopy(model), "none", micro_batches, rank)
     mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("dp", "tp"))
     tensor_parallel(model, mesh["tp"])
-    for layer in model.model.layers:
+    for layer in decoder_layers(model).values():
         fully_shard(layer, mesh=mesh["dp"])
     fully_shard(model, mesh=mesh["dp"])
     got = step(model, "tp", micro_batches, rank)
@@ -357,8 +552,33 @@ GROUPS = {
         "mean of means": (missing_sync,),
         "biases": (tensor_parallel_of, make_biased),
         "qwen3": (tensor_parallel_of, make_qwen3),
-        "unrouted": (unrouted_tensor_parallel,),
-        "2d": (sharded_twice,),
+        "unrouted": (unrouted_tensor_parallel, plain_model, full_plan),
+        "2d": (sharded_twice, functools.partial(make_model, full_plan())),
+    },
+    "gpt_neox": {
+        "gpt_neox": (tensor_parallel_of, make_neox),
+        "gpt_neox, serial": (tensor_parallel_of, functools.partial(make_neox, parallel=False)),
+        "gpt_neox, dropout": (tensor_parallel_of, functools.partial(make_neox, dropout=0.1)),
+        "gpt_neox, checkpoint": (tensor_parallel_of, make_neox, "non-reentrant"),
+        "gpt_neox, compiled": (tensor_parallel_of, make_small_neox, "off", True),
+        "gpt_neox, unrouted": (unrouted_tensor_parallel, plain_neox, plan_of_heads),
+        "gpt_neox, saved": (checkpointed, plain_neox),
+        "gpt_neox, 2d": (sharded_twice, make_neox),
+    },
+    "families": {
+        "phi3": (tensor_parallel_of, make_phi3),
+        "phi3, checkpoint": (tensor_parallel_of, make_phi3, "non-reentrant"),
+        "phi3, compiled": (tensor_parallel_of, make_small_phi3, "off", True),
+        "phi3, unrouted": (unrouted_tensor_parallel, plain_phi3, full_plan),
+        "phi3, saved": (checkpointed, plain_phi3),
+        "phi3, 2d": (sharded_twice, make_phi3),
+        "gpt2": (tensor_parallel_of, make_gpt2),
+        "gpt2, dropout": (tensor_parallel_of, functools.partial(make_gpt2, dropout=0.1)),
+        "gpt2, unrouted": (unrouted_tensor_parallel, plain_gpt2, plan_of_heads),
+        "gpt2, saved": (checkpointed, plain_gpt2),
+        "gpt2, 2d": (sharded_twice, make_gpt2),
+        "gpt_neo": (tensor_parallel_of, make_neo),
+        "gpt_neo, unrouted": (unrouted_tensor_parallel, plain_neo, plan_of_heads),
     },
 }
 

@@ -32,7 +32,7 @@ FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-iquote", CSRC, "
 KERNEL_FLAGS = ("-fsanitize=alignment,bounds",)
 
 # bindings.cpp then binds the functions of namespace cuda as those of the CPU's baseline.
-BINDINGS_FLAGS = ("-Dcpu_baseline=cuda", '-DGRADROUTE_BUILD="{}"')
+BINDINGS_FLAGS = ("-Dcpu_baseline=cuda", "-DGRADROUTE_EMULATED_CUDA", '-DGRADROUTE_BUILD="{}"')
 
 
 def missing_tools():

@@ -54,6 +54,7 @@ def product_of_3xtf32(a, b):
 def in_two_parts(x):
     """x in TF32, whose mantissa has 10 bits: rounded toward zero, and what that leaves, rounded to nearest."""
     lost = 13  # bits of fp32's mantissa
+    x = x.resolve_neg()
     big = (x.contiguous().view(torch.int32) >> lost << lost).view(torch.float32)
     rest = (x - big).view(torch.int32) + (1 << lost - 1)
     return big, (rest >> lost << lost).view(torch.float32)

@@ -22,7 +22,9 @@ from gradroute.layers import (
     RoutedMLP,
     RoutedRMSNorm,
 )
+from gradroute.layers.lora_sites import sites_around
 from gradroute.norm import NormSites, routed_layer_norm, routed_rms_norm
+from gradroute.skipping.tiling import tables_in
 from gradroute.tables import localize
 
 ROUTES, VOCABULARY, D_MODEL, D_OUT, D_FF = 2, 10, 8, 6, 12
@@ -244,3 +246,10 @@ def assert_same_layer(layer: Any, other: Any, x: Tensor) -> None:
 
 def pickled(layer: Any) -> Any:
     return pickle.loads(pickle.dumps(layer))
+
+
+def tables_of_groups(layer: Any) -> set[Table]:
+    """The tables of grouped products: of each of the layer's ops, and of LoRA around it, whose sites are others."""
+    of_ops = [sites for sites in layer._op_sites if sites is not None]
+    of_lora = [sites for of_op in of_ops for sites in sites_around(of_op) if sites is not None]
+    return {table for sites in of_ops + of_lora for table in tables_in(getattr(sites, "tilings", None))}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import gradroute
 from gradroute import Routes, Table, attention, linear, models, tables
@@ -65,6 +65,17 @@ CONFIG = LlamaConfig(
     num_key_value_heads=4,
 )
 MODEL_OF_ALL = LlamaForCausalLM(CONFIG)
+EXPERTS = MixtralForCausalLM(
+    MixtralConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=3,
+    )
+)
 ROUTED = LlamaForCausalLM(CONFIG)
 models.route(ROUTED, models.sgtm(CONFIG, 1, 4))
 BLOCK = Block.units(MODEL_OF_ALL, 4)
@@ -227,8 +238,8 @@ def objects():
     for name in ("Linear", "MLP", "Attention", "Norm", "Embedding", "Activation"):
         kind = vars(gradroute)[f"{name}Sites"]
         yield kind.__name__, Call(kind, {}, dict.fromkeys(kind.declared, TABLE))
-    residual = models.ResidualSites
-    yield "models.ResidualSites", Call(residual, {}, dict.fromkeys(residual.declared, TABLE))
+    for kind in (models.ResidualSites, models.MoESites):
+        yield f"models.{kind.__name__}", Call(kind, {}, dict.fromkeys(kind.declared, TABLE))
     where = (
         *(None, 3, "x", [1, 2], {1: 5}, {1: "a"}, {1: None}, {5: [0]}, {-1: [0]}, {"a": [0]}, {True: [0]}),
         *({1: [9]}, {1: slice(3, 99)}, {1: slice(4, 4)}, {1: slice(0.5, 1)}, {1: [True]}, {1: 1.5}),
@@ -345,9 +356,9 @@ def layers():
     )
 
 
-def routed(preset):
+def routed(preset, model=MODEL_OF_ALL):
     """A preset, and what `route` makes of it, which knows the model's numbers."""
-    return lambda **arguments: models.route(MODEL_OF_ALL, preset(**arguments))
+    return lambda **arguments: models.route(model, preset(**arguments))
 
 
 def forward_within(manager):
@@ -386,11 +397,15 @@ def plans():
     wrong = {"layers": (None, *LAYERS, CONFIG), "units": units, "on": NONE + NUMBER, **of_route}
     right = {"layers": [0], "units": 4}
     yield "models.localize_mlp", Call(routed(models.localize_mlp), right, wrong, MODEL_OF_ALL)
+    wrong = {"layers": (*LAYERS, CONFIG), "experts": units, "on": NONE + NUMBER, **of_route}
+    wrong |= {"hidden_from_others": BOOL}
+    right = {"layers": [0], "experts": 1}
+    yield "models.localize_experts", Call(routed(models.localize_experts, EXPERTS), right, wrong, EXPERTS)
     wrong = {"layers": (None, *LAYERS, CONFIG), "dim": SOME_OF, **of_route}
     yield "models.steering", Call(routed(models.steering), {"layers": [0]}, wrong, MODEL_OF_ALL)
-    wrong = {"layers": (*LAYERS, CONFIG), "units": (None, *INT, 0, -1, 99), **of_route}
+    wrong = {"layers": (*LAYERS, CONFIG), "units": (None, *INT, 0, -1, 99), **of_route, "site": (None, *NAME)}
     yield "models.era", Call(routed(models.era), {"units": 4}, wrong, MODEL_OF_ALL)
-    per_layer = dict.fromkeys(("mlp", "attention", "residual", "norm", "qk_norm"), PER_LAYER)
+    per_layer = dict.fromkeys(("moe", "mlp", "attention", "residual", "norm", "qk_norm"), PER_LAYER)
     once = dict.fromkeys(("final_norm", "embedding", "lm_head"), (3, "x", THING, OF_MLP))
     adapters = (3, "x", {"a": 3}, {"a": [5]}, {"a": ["x"]}, {3: [0]}, {"a": "01"})
     wrong = {"num_routes": (None, *INT, 0, -1), **per_layer, **once, "adapters": adapters}

@@ -4,6 +4,7 @@ import torch
 from mistakes import (
     BLOCK,
     BOOL,
+    EXPERTS,
     INT,
     LAYERS,
     MODEL,
@@ -37,6 +38,8 @@ def blocks():
     yield "blocks.Block", Call(Block, {"parts": BLOCK.parts}, {"parts": (None, 3, "x", THING, [3], [])})
     wrong = {**of_block, "units": which, "between": (3, "x", THING)}
     yield "blocks.Block.units", Call(Block.units, {**model, "units": 2}, wrong)
+    of_experts = {"model": EXPERTS, "experts": 1}
+    yield "blocks.Block.experts", Call(Block.experts, of_experts, {**of_block, "experts": which})
     yield "blocks.Block.heads", Call(Block.heads, {**model, "heads": 2}, {**of_block, "heads": which})
     dims = [{"lm_head.weight": piece} for piece in (3, (0,), ("a", 1), (5, 1), (0.5, 1), (True, 1), (0, 99))]
     pieces = (None, 3, "x", THING, {}, {"nope": (0, 1)}, {3: (0, 1)}, *dims)
@@ -78,7 +81,7 @@ def blocks():
     wrong = {"model": MODEL, "block": WRONG_BLOCK, "scale": NONE + NUMBER}
     for function in (era.gate, era.Gate):
         yield f"era.{function.__name__}", Call(function, {**of_block, "scale": 1.0}, wrong, MODEL_OF_ALL)
-    wrong = {"model": MODEL, "path": (None, 3.5, THING, ["a"])}
+    wrong = {"model": MODEL, "path": (None, 3.5, THING, ["a"]), "max_shard_size": (None, *INT, -1, 0)}
     yield "era.export", Call(era.export, {**model, "path": "/nowhere"}, wrong)
 
 
@@ -245,6 +248,10 @@ def optimizing():
                 "amsgrad": BOOL,
                 "maximize": BOOL,
                 "fused": BOOL,
+                "state_dtype": (
+                    *(3, "float32", "8bits", "4bit", b"8bit", True, THING),
+                    *(torch.uint8, torch.int8, torch.float16, torch.float64),
+                ),
             },
         ),
     )

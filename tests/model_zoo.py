@@ -122,6 +122,9 @@ class Layout:
         fused_gate: one linear layer makes gate and up.
         output_bias: the output projections of attention and of the MLP have biases.
         tied: the embedding and the head are one parameter.
+        has_wide_qk_norm: q and k are normalised over all of their heads together.
+        lacks: entries of a plan that the model has nothing for, or whose parts gradroute does not compute.
+        masks_attention: attention itself may be masked.
     """
 
     config: Callable[[], Any]
@@ -141,6 +144,9 @@ class Layout:
     fused_gate: bool = False
     output_bias: bool = False
     tied: bool = False
+    has_wide_qk_norm: bool = False
+    lacks: tuple[str, ...] = ()
+    masks_attention: bool = True
     kv_heads: int = 2
     head_dim: int = WIDTH // HEADS
 
@@ -197,6 +203,99 @@ LAYOUTS: dict[str, Layout] = {
     "nano_gpt": Layout(_nano_gpt, **_GPT2),
 }
 NAMES = tuple(LAYOUTS)
+
+
+def _of(kind: str, *without: str, **changes: Any) -> Callable[[], Any]:
+    """A configuration of a class of transformers."""
+    return lambda: getattr(transformers, f"{kind}Config")(**_common(*without, **changes))
+
+
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_UP_DOWN = {"inner": ("mlp.up_proj",), "output_bias": True}
+_FUSED_GATE = {"inner": ("mlp.gate_up_proj",), "fused_gate": True}
+_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+_GLM4 = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+_PARALLEL = {"norms": ("input_layernorm",), "mid": None}
+_WIDE = {"norms": _AFTER, "mid": "mlp", "has_wide_qk_norm": True, "kv_heads": HEADS}
+_CAPPED = {"head_dim": 16, "tied": True, "masks_attention": False}
+_VAULT = ("input_layernorm", "pre_feedforward_layernorm")
+_APERTUS = ("attention_layernorm", "feedforward_layernorm")
+
+#: Dense models that one entry of ARCHITECTURES suffices for; the tests of every kind run on the models above.
+FAMILIES: dict[str, Layout] = {
+    "apertus": Layout(
+        _of("Apertus"),
+        norms=_APERTUS,
+        mid=_APERTUS[1],
+        inner=("mlp.up_proj",),
+        lacks=("mlp",),
+        qk_norm_heads=1,
+    ),
+    "arcee": Layout(_of("Arcee", attention_bias=True, mlp_bias=True), **_UP_DOWN),
+    "cohere": Layout(_of("Cohere", logit_scale=0.5), **_PARALLEL, tied=True),
+    "cohere_qk_norm": Layout(_of("Cohere", use_qk_norm=True), **_PARALLEL, tied=True, lacks=("qk_norm",)),
+    "cohere2": Layout(_of("Cohere2", **_WINDOWS), **_PARALLEL, tied=True),
+    "cwm": Layout(_of("Cwm", head_dim=8, **_WINDOWS)),
+    "ernie4_5": Layout(_of("Ernie4_5", use_bias=True, head_dim=8), output_bias=True, tied=True),
+    "exaone4": Layout(_of("Exaone4", **_WINDOWS), norms=_AFTER, mid="mlp", qk_norm_heads=1),
+    "gemma": Layout(_of("Gemma", head_dim=16), head_dim=16, tied=True),
+    "gemma2": Layout(
+        _of("Gemma2", head_dim=16, attn_logit_softcapping=2.0, **_WINDOWS),
+        norms=_SANDWICH,
+        mid=_SANDWICH[2],
+        **_CAPPED,
+    ),
+    "glm": Layout(_of("Glm", head_dim=8), **_FUSED_GATE),
+    "glm4": Layout(_of("Glm4", head_dim=8), **_FUSED_GATE, norms=_GLM4),
+    "granite": Layout(
+        _of(
+            "Granite",
+            residual_multiplier=0.5,
+            embedding_multiplier=3.0,
+            logits_scaling=2.0,
+            attention_multiplier=0.25,
+        )
+    ),
+    "helium": Layout(_of("Helium", head_dim=8)),
+    "hunyuan": Layout(_of("HunYuanDenseV1", head_dim=8), lacks=("qk_norm",)),
+    "jais2": Layout(_of("Jais2"), **_UP_DOWN),
+    "ministral": Layout(_of("Ministral", head_dim=8, **_WINDOWS)),
+    "ministral3": Layout(_of("Ministral3", head_dim=8)),
+    "nemotron": Layout(_of("Nemotron", attention_bias=True, mlp_bias=True, head_dim=8), **_UP_DOWN),
+    "olmo": Layout(_of("Olmo", clip_qkv=0.5), lacks=("norm", "final_norm")),
+    "olmo2": Layout(_of("Olmo2", num_key_value_heads=HEADS), **_WIDE),
+    "olmo3": Layout(_of("Olmo3", num_key_value_heads=HEADS, **_WINDOWS), **_WIDE),
+    "phi": Layout(
+        _of("Phi", qk_layernorm=True, resid_pdrop=0.0),
+        **_PARALLEL,
+        final_norm="model.final_layernorm",
+        output="dense",
+        inner=("mlp.fc1",),
+        outer="mlp.fc2",
+        output_bias=True,
+        lacks=("qk_norm",),
+    ),
+    "seed_oss": Layout(_of("SeedOss", head_dim=8, residual_dropout=0.0, attention_dropout=0.0)),
+    "smollm3": Layout(_of("SmolLM3", no_rope_layers=[1, 0]), tied=True),
+    "stablelm": Layout(_of("StableLm", use_qkv_bias=True)),
+    "stablelm_parallel": Layout(
+        _of("StableLm", use_parallel_residual=True, qk_layernorm=True), **_PARALLEL, lacks=("qk_norm",)
+    ),
+    "starcoder2": Layout(
+        _of("Starcoder2", residual_dropout=0.0, sliding_window=WINDOW),
+        inner=("mlp.c_fc",),
+        outer="mlp.c_proj",
+        output_bias=True,
+        tied=True,
+    ),
+    "vaultgemma": Layout(
+        _of("VaultGemma", head_dim=16, attn_logit_softcapping=2.0, **_WINDOWS),
+        norms=_VAULT,
+        mid=_VAULT[1],
+        **_CAPPED,
+    ),
+}
+LAYOUTS |= FAMILIES
 
 
 def build(name: str, **changes: Any) -> nn.Module:

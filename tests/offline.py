@@ -8,23 +8,19 @@ of kernels/candidates.py in the place of what is shipped, and the first speciali
 TRITON_INTERPRET, whose functions cannot be compiled.
 """
 
-import contextlib
-import io
 import itertools
 import json
-import re
 import sys
 from unittest import mock
 
 import cases
 import torch
-import triton
-import triton.language as tl
 from toolkit import test_optim_fused
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from bench.static.compiling import assembled, options_of, resources, specialisation
 from gradroute import AttentionSites, backends, testing
 from gradroute.backends import triton as kernels
 from gradroute.kernels.candidates import ALTERNATIVES, candidates
@@ -38,17 +34,6 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 # Rows that a norm keeps in registers at several numbers of warps, and longer ones.
 NORM_WIDTHS = (1024, 4096, 8192, 16384)
-
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int8: "*i8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def samples(op):
@@ -82,11 +67,15 @@ def samples(op):
 # For every configuration of attention's kernels (kernels/configs.py) the calls that need most registers.
 PLAIN = {"sites": (), "causal": False, "window": 50}
 MASKED = {"sites": ("heads", "forward_heads", "query", "key", "value"), "strength": "token", "padding": 7}
+DOCUMENTS = {"sites": MASKED["sites"], "strength": "token", "documents": 3}
 BINARY = {"sites": ("score_edges", "value_edges"), "tables": "blocks"}
 EVERYTHING = {"strength": "token", "padding": 7}
 MANY_ROUTES = {"tables": "blocks", "num_routes": 40, "documents": 3, "causal": False, "window": 50}
 GATHERED = EVERYTHING | {"gathered": True}
-CALLS = (PLAIN, MASKED, BINARY, EVERYTHING, MANY_ROUTES, GATHERED)
+SPLIT = EVERYTHING | {"heads": 8, "kv_heads": 1}  # dK and dV in parts
+CAUSAL = {"sites": ()}
+WINDOW = {"sites": MASKED["sites"], "strength": "token", "window": 50}
+CALLS = (PLAIN, CAUSAL, MASKED, DOCUMENTS, WINDOW, BINARY, EVERYTHING, MANY_ROUTES, GATHERED, SPLIT)
 PADDED = (MASKED, EVERYTHING)
 HEAD_DIMS = {64: (16, 24, 48), 128: (80, 112), 256: ()}  # and smaller ones that its configurations serve
 
@@ -102,9 +91,9 @@ def attention_samples():
         yield attention_sample(240, torch.bfloat16, **call)
 
 
-def attention_sample(head_dim, dtype, gathered=False, **options):
+def attention_sample(head_dim, dtype, gathered=False, heads=4, kv_heads=2, **options):
     """One call; `gathered`: with edges of too many different values for levels of bits."""
-    sizes = testing.Sizes(heads=4, kv_heads=2, head_dim=head_dim)
+    sizes = testing.Sizes(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     call = testing.sample("routed_attention", dtype=dtype, tokens=(1, 256), sizes=sizes, **options)
     if not gathered:
         return call
@@ -123,6 +112,9 @@ def take_steps():
     }
     for case in cases.covering(axes):
         test_optim_fused.Step(**case).take(kernels.adamw_step)
+        step = test_optim_fused.Step(**case)
+        two = [[] if tensor is None else [tensor, tensor.clone()] for tensor in step.copies()]
+        kernels.adamw_step(*two, step.factors.float().repeat(1, 2), [step.kind] * 2, step.options)
 
 
 def recorded(architecture):
@@ -146,45 +138,6 @@ def recorded_candidates(architecture):
         yield from (launch for launch in launches if any(launch.config is config for config in given))
 
 
-def compile_arguments(launch):
-    """The signature, constants and attributes with which the runtime would specialise this launch.
-
-    Constants and attributes by path: the index of an argument, then those of an element in its tuples.
-    """
-    signature, constants, attributes = {}, {}, {}
-    values = launch.arguments | {k: v for k, v in launch.config.items() if k not in OPTIONS}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(index,)] = "constexpr", value
-        else:
-            signature[parameter.name] = specialised(value, (index,), constants, attributes)
-    return signature, constants, attributes
-
-
-def specialised(value, path, constants, attributes):
-    """The type of an argument, or of an element in a tuple, in a signature; adds to constants and attributes."""
-    if isinstance(value, tuple):
-        types = [specialised(own, (*path, i), constants, attributes) for i, own in enumerate(value)]
-        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
-    if value is None or isinstance(value, tl.constexpr) or (type(value) is int and value == 1):
-        constants[path] = value
-        return "constexpr"
-    address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-    if isinstance(address, int) and address % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return type_of(value)
-
-
-def type_of(value):
-    """The type of a number or a tensor in a signature."""
-    if isinstance(value, torch.Tensor):
-        return TYPES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
 def flat(types):
     """The types of arguments and of the elements in their tuples."""
     for kind in types:
@@ -205,39 +158,27 @@ def runtime_arguments(launch, architecture):
     return signature, constants, {index: attribute for index, attribute in attributes.items() if attribute}
 
 
-def compile_and_read(source, architecture, options):
-    """The binary, and registers and spilled bytes per thread: what the assembler says as Triton calls it."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    said = said.getvalue()
-    stores, loads = (int(re.search(rf"(\d+) bytes spill {kind}", said)[1]) for kind in ("stores", "loads"))
-    return binary, int(re.search(r"Used (\d+) registers", said)[1]), stores + loads
-
-
 def compiled(architecture, how):
     """One report per distinct kernel, or for a sample of them: how is "", "--sampled" or "--candidates"."""
     done, kinds = set(), set()
     for launch in recorded_candidates(architecture) if how == "--candidates" else recorded(architecture):
-        signature, constants, attributes = compile_arguments(launch)
-        options = {name: launch.config[name] for name in OPTIONS if name in launch.config}
-        key = repr((launch.kernel.__name__, signature, constants, attributes, options))
+        special, options = specialisation(launch), options_of(launch)
+        key = repr((launch.kernel.__name__, special, options))
         if key in done:
             continue
         done.add(key)
-        dtype = next(kind for kind in flat(signature.values()) if kind.startswith("*"))
+        dtype = next(kind for kind in flat(special.signature.values()) if kind.startswith("*"))
         kind = (launch.kernel.__name__, dtype, repr(launch.config), launch.arguments.get("BLOCK_D"))
         if kind in kinds and (how == "--candidates" or (how == "--sampled" and len(done) % 3)):
             continue
         kinds.add(kind)
-        source = ASTSource(launch.kernel, signature, constants, attributes)
-        binary, registers, spilled = compile_and_read(
-            source, architecture, options | {"enable_fp_fusion": True}
-        )
+        source = ASTSource(launch.kernel, *special)
+        binary, said = assembled(source, architecture, {"enable_fp_fusion": True} | options)
+        registers, spilled = resources(said)
         yield {
             "kernel": launch.kernel.__name__,
             "constants": {
-                name: constants[(index,)]
+                name: special.constants[(index,)]
                 for index, name in enumerate(launch.kernel.arg_names)
                 if name.isupper()
             },
@@ -246,12 +187,10 @@ def compiled(architecture, how):
             "registers": registers,
             "spilled": spilled,
             "shared": binary.metadata.shared,
-            "as_the_runtime": (signature, constants, attributes) == runtime_arguments(launch, architecture),
+            "as_the_runtime": special == runtime_arguments(launch, architecture),
         }
 
 
 if __name__ == "__main__":
-    triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True  # nothing is said of what comes from the cache
     for report in compiled(int(sys.argv[1]), "".join(sys.argv[2:])):
         print(json.dumps(report), flush=True)

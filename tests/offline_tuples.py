@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
+from bench.static.compiling import assembled, options_of, resources
 from gradroute.kernels import launch, route_grad
-from gradroute.kernels.masks import Routing, Weights, load_tokens, load_weights
+from gradroute.kernels.masks import Routing, load_tokens, load_weights
 from gradroute.kernels.matrices import Matrix, load_tile, pointers
 from gradroute.kernels.rounding import rounded
 
@@ -35,43 +36,43 @@ def flat_kernel(
     ids,
     strength,
     strength_stride,
-    weights,
-    weights_cols: tl.constexpr,
+    weights,  # Weights: a tuple that a kernel makes has no constants
     num_tokens,
     num_features,
     IN_PLACE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """masked_product_kernel, less its branch for IN_PLACE; tuples are made here instead of on the host."""
+    """masked_product_kernel, less its branches for IN_PLACE; tuples are made here instead of on the host."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     present, inside = rows < num_tokens, features < num_features
     routing = Routing(ids, strength, strength_stride)
-    table = Weights(weights, weights_cols)
-    m = load_weights(table, routing, load_tokens(routing, rows, present), features, inside)
     changed = present[:, None] & inside[None, :]
-    g_tile = load_tile(Matrix(g, g_row_stride, g_col_stride), rows, features, changed & (m != 0.0))
-    product = rounded(m * g_tile.to(tl.float32), out.dtype.element_ty)
+    tokens = load_tokens(routing, rows, present)
+    g_tile = load_tile(Matrix(g, g_row_stride, g_col_stride), rows, features, changed)
+    tl.debug_barrier()
+    m = load_weights(weights, routing, tokens, features, inside)
+    product = rounded(m * tl.where(m == 0.0, 0.0, g_tile.to(tl.float32)), out.dtype.element_ty)
     tl.store(pointers(Matrix(out, out_row_stride, out_col_stride), rows, features), product, mask=changed)
 
 
 def flattened(tupled):
     """The same launch of the kernel without tuples."""
     given = tupled.arguments
-    elements = [*given["g"], *given["out"], *given["routing"], given["weights"].pointer]
+    elements = [*given["g"], *given["out"], *given["routing"]]
     names = [parameter.name for parameter in flat_kernel.params]
     arguments = dict(zip(names, elements, strict=False))
-    arguments["weights_cols"] = given["weights"].cols.value
-    others = {name: given[name] for name in ("num_tokens", "num_features", "IN_PLACE")}
+    others = {name: given[name] for name in ("weights", "num_tokens", "num_features", "IN_PLACE")}
     return launch.Launch(flat_kernel, tupled.config, arguments | others)
 
 
 def compiled(recorded):
     """Accesses of global memory and registers, specialised by Triton's own binder."""
     source = ASTSource(recorded.kernel, *offline.runtime_arguments(recorded, ARCHITECTURE))
-    options = {"num_warps": recorded.config["num_warps"], "enable_fp_fusion": True}
-    binary, registers, spilled = offline.compile_and_read(source, ARCHITECTURE, options)
+    options = {"enable_fp_fusion": True} | options_of(recorded)
+    binary, said = assembled(source, ARCHITECTURE, options)
+    registers, spilled = resources(said)
     accesses = collections.Counter(ACCESS.findall(binary.asm["ptx"]))
     return {"accesses": dict(sorted(accesses.items())), "registers": registers, "spilled": spilled}
 
@@ -93,7 +94,5 @@ def reports():
 
 
 if __name__ == "__main__":
-    triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True  # nothing is said of what comes from the cache
     for report in reports():
         print(json.dumps(report), flush=True)

@@ -1,7 +1,10 @@
 """Runs in each of the two processes of test_optim_distributed.py; the model is distributed_worker's."""
 
 import copy
+import functools
+import importlib.util
 from pathlib import Path
+from unittest.mock import patch
 
 import distributed_worker as worker
 import torch
@@ -18,15 +21,21 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 from gradroute.backends import native
-from gradroute.models import Shape, sgtm
+from gradroute.models import Shape, route, sgtm
 from gradroute.models.parallel import tensor_parallel
-from gradroute.optim import RoutedAdamW, routed_param_groups
+from gradroute.optim import RoutedAdamW, quantised, routed_param_groups
 
-INTEGERS = {4: torch.int32, 8: torch.int64}
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+INTEGERS = {1: torch.int8, 4: torch.int32, 8: torch.int64}
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1}
 
 # Two ranks cannot divide these rows and columns evenly, and one rank gets none of some.
 SHAPES = ((5, 3), (4, 6), (1, 7), (6, 1), (3, 2, 5), (7,), (1,), ())
+
+
+# Of some that are large enough for codes a rank has nothing, or another number of rows or columns. 131 elements share
+# a scale of 262, and of half of them.
+CODED = ((262, 262), (5, 1024), (1024, 5), (1, 4096), (6, 512, 2), (4096,), (3, 2))
 
 
 def same(one, other):
@@ -89,6 +98,41 @@ def sharded(rank, placements, shape, block_dim, norm_type=None, fused=False):
     return {"wrong": wrong, "collectives": collectives}
 
 
+def coded(rank, placements, shape, block_dim, fused=False):
+    """The same for moments in codes, where as many elements share a scale as in one process."""
+    mesh = init_device_mesh("cpu", shape)
+    torch.manual_seed(0)
+    shapes = [size for size in CODED if len(size) >= (2 if block_dim == 1 else 0)]
+    exact = {str(size): nn.Parameter(torch.randn(size)) for size in shapes}
+    ours = {}
+    for name, p in exact.items():
+        fitting = [one if one.is_replicate() or one.dim < p.dim() else Replicate() for one in placements]
+        ours[name] = nn.Parameter(distribute_tensor(p.detach().clone(), mesh, fitting))
+    options = OPTIONS | {"block_dim": block_dim, "amsgrad": True, "fused": fused, "state_dtype": "8bit"}
+    optimizer, expected = RoutedAdamW(ours.values(), **options), RoutedAdamW(exact.values(), **options)
+    wrong = []
+    for share in (1.0, 0.5, 0.3, 0.0):
+        for name, p in exact.items():
+            gradient = torch.randn(p.shape)
+            for dim in range(min(2, p.dim())):
+                along = [-1 if each == dim else 1 for each in range(p.dim())]
+                gradient = gradient * (torch.rand(p.shape[dim]) < share).view(along)
+            p.grad = gradient
+            ours[name].grad = distribute_tensor(gradient, mesh, ours[name].placements)
+        optimizer.step()
+        expected.step()
+        wrong += differing(ours, exact, optimizer, expected)
+    states = [optimizer.state[p] for p in ours.values()]
+    assert all(isinstance(value, DTensor) for state in states for value in state.values())
+    refusals = []
+    for one, state in ((optimizer, expected.state_dict()), (expected, optimizer.state_dict())):
+        try:
+            one.load_state_dict(state)
+        except ValueError as error:
+            refusals.append(str(error))
+    return {"wrong": wrong, "coded": sum("exp_avg_codes" in state for state in states), "refusals": refusals}
+
+
 def partial_gradients(rank):
     """A gradient that has yet to be summed over the ranks, for a parameter that every rank has."""
     mesh = init_device_mesh("cpu", (worker.RANKS,))
@@ -120,6 +164,18 @@ def make_model():
     return worker.make_model(sgtm(Shape(2, *sizes), forget_heads=2, forget_units=20))
 
 
+def make_routed(make_plain):
+    """The same of another architecture, where one layer makes q, k and v.
+
+    Its bias is frozen: a softmax does not see that of a key that is not rotated, whose gradient is rounding errors or,
+    with the sums in another order, 0, so that steps would not be counted alike.
+    """
+    model = make_plain()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(("query_key_value.bias", "c_attn.bias")))
+    return route(model, sgtm(model.config, forget_heads=2, forget_units=20))
+
+
 def batches():
     """Batches of both routes, of retain tokens alone, of forget tokens on rank 1 alone, of retain tokens again."""
     tokens, labels, ids = worker.batches()[0]
@@ -130,9 +186,9 @@ def batches():
     return [(tokens.roll(i, 1), labels.roll(i, 1), one) for i, one in enumerate(chosen)]
 
 
-def make_optimizer(model):
+def make_optimizer(model, **options):
     # eps is large, because gradients are summed in another order, and small gradients over their size would differ.
-    return RoutedAdamW(routed_param_groups(model, weight_decay=0.1), lr=1e-2, eps=1e-2)
+    return RoutedAdamW(routed_param_groups(model, weight_decay=0.1), lr=1e-2, eps=1e-2, **options)
 
 
 def parallelize(model, parallel):
@@ -159,9 +215,9 @@ def named(model):
     return {name.removeprefix("module."): p for name, p in model.named_parameters()}
 
 
-def trained(rank, parallel):
+def trained(rank, parallel, make=make_model):
     """Takes the same steps in one process and in two; returns the largest error, and differences in counts of steps."""
-    exact = make_model()
+    exact = make()
     model = copy.deepcopy(exact)
     expected = make_optimizer(exact)
     norms = train(exact, "none", rank, expected)
@@ -174,6 +230,7 @@ def trained(rank, parallel):
     steps = {
         name: (whole(optimizer.state[p]["step"]), expected.state[theirs[name]]["step"])
         for name, p in ours.items()
+        if p.requires_grad
     }
     moved = {name: (p.detach() - before[name]).abs().max() for name, p in theirs.items()}
     return {
@@ -181,6 +238,7 @@ def trained(rank, parallel):
         "error": max(
             float((whole(p.detach()) - theirs[name].detach()).abs().max() / moved[name])
             for name, p in ours.items()
+            if p.requires_grad
         ),
         "steps": [name for name, (one, other) in steps.items() if not torch.equal(one, other)],
         "uneven": len([name for name, (_, other) in steps.items() if other.unique().numel() > 1]),
@@ -189,14 +247,21 @@ def trained(rank, parallel):
     }
 
 
-def checkpoint(rank, directory, full):
+def checkpoint_of_codes(rank, directory, full):
+    """The same with moments in codes, also of parameters as small as these."""
+    with patch.multiple(quantised, SMALLEST=512, LEAST=8):
+        return checkpoint(rank, f"{directory}/codes", full, state_dtype="8bit")
+
+
+def checkpoint(rank, directory, full, **options):
     """An optimizer that goes on from a checkpoint of torch.distributed does what the one that was saved does."""
     model = parallelize(make_model(), "fsdp")
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, **options)
     train(model, "fsdp", rank, optimizer, batches()[:3])
     other = parallelize(make_model(), "fsdp")
     other.load_state_dict(model.state_dict())
-    new = make_optimizer(other)
+    new = make_optimizer(other, **options)
+    coded = sum("exp_avg_codes" in state for state in optimizer.state.values())
     options = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full)
     state = get_optimizer_state_dict(model, optimizer, options=options)
     if full:
@@ -206,7 +271,7 @@ def checkpoint(rank, directory, full):
         state = get_optimizer_state_dict(other, new, options=options)
         dcp.load({"optimizer": state}, checkpoint_id=f"{directory}/optimizer")
     set_optimizer_state_dict(other, new, state, options=options)
-    results = {"loaded": compared(model, other, optimizer, new)}
+    results = {"loaded": compared(model, other, optimizer, new), "coded": coded}
     for one, its in ((model, optimizer), (other, new)):
         train(one, "fsdp", rank, its, batches()[2:])
     return results | {"went on": compared(model, other, optimizer, new)}
@@ -259,17 +324,30 @@ CELLS = {
         for how, placements in (("rows", [ROWS]), ("columns", [COLUMNS]))
         if native.module is not None
     },
+    **{
+        f"codes {how} {block_dim}{' fused' * fused}": (coded, placements, (worker.RANKS,), block_dim, fused)
+        for how, placements in (("rows", [ROWS]), ("columns", [COLUMNS]), ("whole", [Replicate()]))
+        for block_dim in (0, 1, None)
+        for fused in ((False, True) if native.module is not None and block_dim == 1 else (False,))
+        if HAS_TORCHAO
+    },
     "partial": (partial_gradients,),
     "nan": (not_finite, float("nan")),
     "inf": (not_finite, float("inf")),
     **{f"trained {parallel}": (trained, parallel) for parallel in ("ddp", "fsdp", "tp", "2d")},
+    "trained tp of gpt_neox": (trained, "tp", functools.partial(make_routed, worker.plain_neox)),
+    "trained tp of gpt2": (trained, "tp", functools.partial(make_routed, worker.plain_gpt2)),
     "initialised": (initialised,),
 }
 
 
 def run(rank, directory, group):
+    functions = {"checkpoint": checkpoint} | (
+        {"checkpoint of codes": checkpoint_of_codes} if HAS_TORCHAO else {}
+    )
     saved = {
-        f"checkpoint, {'full' if full else 'sharded'}": (checkpoint, str(Path(directory)), full)
+        f"{name}, {'full' if full else 'sharded'}": (function, str(Path(directory)), full)
+        for name, function in functions.items()
         for full in (False, True)
     }
     worker.GROUPS[group] = CELLS | saved

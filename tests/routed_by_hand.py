@@ -116,7 +116,8 @@ class ByHand:
         attention = [_sites_of(plan.attention, i) for i in range(len(layers))]
         if any(not site.startswith("update") for sites in attention for site in sites):
             self._attend_by_hand(layers, attention)
-        self._norm(model.get_submodule(layout.final_norm), _sites_of(plan.final_norm, 0).get("update"))
+        if "final_norm" not in layout.lacks:
+            self._norm(model.get_submodule(layout.final_norm), _sites_of(plan.final_norm, 0).get("update"))
         update = _sites_of(plan.embedding, 0).get("update")
         self._embedding(model.get_submodule(layout.embedding), update)
         if layout.positions is not None:
@@ -140,7 +141,9 @@ class ByHand:
         """The same, after a backward."""
         for keep in self.kept:
             keep()
-        return {name: self.sums[parameter] for name, parameter in self.model.named_parameters()}
+        # What no entry of a plan is for, such as the norms of single heads, has autograd's own.
+        named = self.model.named_parameters()
+        return {name: self.sums.get(parameter, parameter.grad) for name, parameter in named}
 
     def _mask(self, table):
         return mask(table, self.ids, self.strength)
@@ -188,11 +191,11 @@ class ByHand:
             m = m.unsqueeze(heads)
 
         def gradients(x, g):
-            if hasattr(norm, "variance_epsilon") or type(norm).__name__ == "Gemma3RMSNorm":
-                eps = getattr(norm, "variance_epsilon", None) or norm.eps
+            eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 1e-5)
+            if "RMSNorm" in type(norm).__name__:
                 normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
             else:
-                normed = F.layer_norm(x, x.shape[-1:], eps=getattr(norm, "eps", 1e-5))
+                normed = F.layer_norm(x, x.shape[-1:], eps=eps)
             g = _times(m, g)
             self._add(norm.weight, (g * normed).flatten(0, -2).sum(0))
             self._add(getattr(norm, "bias", None), g.flatten(0, -2).sum(0))
@@ -227,12 +230,17 @@ class ByHand:
         self._residual(layer, _sites_of(plan.residual, i))
         self._mlp(layer, _sites_of(plan.mlp, i))
         self._projections(layer.get_submodule(layout.attention), _sites_of(plan.attention, i))
-        for name in layout.norms:
+        for name in () if "norm" in layout.lacks else layout.norms:
             self._norm(layer.get_submodule(name), _sites_of(plan.norm, i).get("update"))
         if layout.qk_norm_heads is not None:
-            for name in ("q_norm", "k_norm"):
-                norm = layer.get_submodule(layout.attention).get_submodule(name)
-                self._norm(norm, _sites_of(plan.qk_norm, i).get("update"), layout.qk_norm_heads)
+            self._qk_norms(layer, i, layout.qk_norm_heads)
+        elif layout.has_wide_qk_norm:
+            self._qk_norms(layer, i, None)
+
+    def _qk_norms(self, layer, i: int, heads: int | None) -> None:
+        for name in ("q_norm", "k_norm"):
+            norm = layer.get_submodule(self.layout.attention).get_submodule(name)
+            self._norm(norm, _sites_of(self.plan.qk_norm, i).get("update"), heads)
 
     def _residual(self, layer, sites) -> None:
         pre, mid, post = (self._mask(sites.get(name)) for name in ("pre", "mid", "post"))

@@ -12,6 +12,7 @@ from bench.ops import Options
 from bench.results import MISSED, NOT_MEASURED
 from gradroute import backends
 from gradroute.backends import native
+from gradroute.backends.fa4 import refusals
 
 pytestmark = pytest.mark.skipif(native.module is None, reason=str(native.load_error))
 
@@ -102,6 +103,22 @@ def test_cases_for_cuda_are_right_on_the_cpu(name, attention_calls):
     assert all(way.startswith(("cuDNN", "flash")) for way in refused)
     assert entry.ways["triton"].explain().backend == "triton"
     assert len(entry.ways["triton"].steps(FORWARD)) == 1
+
+
+@pytest.mark.parametrize("name", ["unmasked", "both edges"])
+def test_a_rival_whose_package_is_not_there_is_missing_with_the_reason(name, attention_calls, monkeypatch):
+    entry = attention_cases.CASES["cuda"][name](attention_calls)
+    (rival,) = entry.needs_flash_4
+    assert entry.ways[rival].forward.kernel_options == {"BACKEND": "FLASH"}
+    for versions, missing in (
+        (refusals.VERSIONS, {}),
+        ({}, {rival: "the package flash-attn-4 is not installed (gradroute's extra fa4)"}),
+    ):
+        monkeypatch.setattr(refusals, "installed_version", versions.get)
+        monkeypatch.setitem(attention_cases.CASES["cpu"], name, lambda calls: entry)
+        case = attention.case(name, SHAPE, CPU)
+        assert case.missing.items() >= missing.items()
+        assert (rival in case.variants) == (rival in case.rivals) == (not missing)
 
 
 def test_other_lengths_are_cases_of_their_own():

@@ -1,5 +1,6 @@
 """A run of the benchmark: what is wrong is not timed, ratios are those of the same rounds, and nothing is lost."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -10,6 +11,7 @@ import torch
 from bench_cases import CPU, EAGER, plan_of, setting_of, wrong_glu_backward
 
 from bench import (
+    busy,
     launch,
     memory,
     ops,
@@ -143,6 +145,40 @@ def test_a_variant_that_fails_while_it_is_measured_is_told(tmp_path):
     done = runner.run("x", [Plan("x", "case", "x", {"tokens": 1}, case)], 2, CPU, tmp_path)
     assert done.failures() == ["case, large: MemoryError: too large", "case, broken: MemoryError: too large"]
     assert done.figure("case", "large", FULL) is None
+
+
+@pytest.mark.slow
+def test_a_case_is_timed_beside_a_busy_process(tmp_path, monkeypatch):
+    workers, begin = [], busy.process
+
+    @contextlib.contextmanager
+    def kept():
+        with begin() as worker:
+            workers.append(worker)
+            yield worker
+
+    def seconds(step):
+        (worker,) = workers
+        assert worker.poll() is None
+        return 1.0
+
+    def case():
+        steps = {"alone": Variant(lambda mode: [lambda: None]), "cpu": Variant(lambda mode: [lambda: None])}
+        return Case(steps, ("alone",), lambda variants: {name: {} for name in variants}, "not at all")
+
+    monkeypatch.setattr(busy, "process", kept)
+    monkeypatch.setattr(timing, "clock_of", lambda device: seconds)
+    plan = suites.beside_busy_process(Plan("x", "case", "x", {"tokens": 1}, case))
+    done = runner.run("x", [plan], 2, CPU, tmp_path)
+    assert done.failures() == []
+    assert done.figure("case", "cpu", FULL).p50 == 1e3
+    assert [worker.poll() is None for worker in workers] == [False]
+
+
+def test_a_busy_process_that_ends_by_itself_is_told(monkeypatch):
+    monkeypatch.setattr(busy, "WORK", "raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="ended by itself, with exit status 3"), busy.process() as worker:
+        worker.wait()
 
 
 def test_a_ratio_is_the_median_over_paired_rounds():

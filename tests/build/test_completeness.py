@@ -266,7 +266,10 @@ def test_every_native_kernel_is_in_every_implementation():
 
 
 def test_every_primitive_is_one_of_an_op_or_of_the_optimizer():
-    assert {name for op in backends.OPS for name in primitives_of(op)} | {"adamw_step"} == set(PRIMITIVES)
+    assert {name for op in backends.OPS for name in primitives_of(op)} | {
+        "adamw_step",
+        "touched_blocks",
+    } == set(PRIMITIVES)
 
 
 def test_every_kernel_has_a_configuration():

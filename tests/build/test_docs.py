@@ -67,6 +67,19 @@ def test_there_are_snippets_of_both():
     assert len({snippet.page for snippet in SNIPPETS}) >= 8
 
 
+def test_the_figures_of_recipes_are_those_of_the_run():
+    done = subprocess.run([sys.executable, "tools/recipe_results.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run `python tools/recipe_results.py`"
+
+
+@pytest.mark.slow
+def test_memory_plans_are_those_of_the_configs():
+    """Of one config: each takes a third of a minute."""
+    pytest.importorskip("transformers")
+    done = subprocess.run([sys.executable, "tools/plan_examples.py", "--check", "plan_neox_6.9b"], cwd=ROOT)
+    assert done.returncode == 0, "run `python tools/plan_examples.py`"
+
+
 def test_the_table_of_setups_is_that_of_the_tests():
     done = subprocess.run([sys.executable, "tools/setups.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run `python tools/setups.py`"
@@ -148,7 +161,7 @@ def first_words(call):
     """The text that a message begins with, up to its first value."""
     start = call.args[0] if call.args else None
     parts = start.values if isinstance(start, ast.JoinedStr) else [start]
-    return parts[0].value if isinstance(parts[0], ast.Constant) else ""
+    return parts[0].value if isinstance(parts[0], ast.Constant) and isinstance(parts[0].value, str) else ""
 
 
 RAISED = [node.exc for node in source() if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
@@ -166,7 +179,11 @@ def test_troubleshooting_names_every_class_of_error():
 
 def test_troubleshooting_names_every_argument_that_errors_name():
     page = text_of("troubleshooting.md")
-    arguments = {re.split(r"[:\[]", first_words(call))[0] for call in RAISED if ": got" in first_words(call)}
+    arguments = {
+        re.split(r"[:\[]", first_words(call))[0].lstrip("-")
+        for call in RAISED
+        if ": got" in first_words(call)
+    }
     assert len(arguments) > 50
     assert [name for name in sorted(arguments) if not re.search(rf"`[^`]*\b{re.escape(name)}\b", page)] == []
 

@@ -6,6 +6,7 @@ import itertools
 import cases
 import emulated_cuda
 import pytest
+import test_activation_forward
 import test_native
 import test_ops
 import test_optim_fused
@@ -150,6 +151,8 @@ def test_kernels_of_attention(dtype, shape):
 def test_strange_numbers_in_steps_of_adamw(dtype):
     test_optim_fused.check_strange_numbers(native.adamw_step, dtype)
     test_optim_fused.check_nan(native.adamw_step)
+    test_optim_fused.check_touched(native, dtype)
+    test_optim_fused.check_several(native, dtype)
 
 
 @pytest.mark.parametrize("tables", testing.TABLE_KINDS)
@@ -184,11 +187,13 @@ def test_nothing_is_launched_for_empty_matrices(emulated_cuda_module, rows, cols
         "bias_grad": (m, m, mask),
         "activation_backward": (m, m, m, m, m, masks, "silu"),
         "glu_backward": (m, m, m, m, m, m, m, m, masks, "silu"),
+        "activation_forward": (m, m, m, mask, "silu"),
         "norm_backward": (m, m, m, m, m, m, mask, 1e-5, 0.0, False, False),
         "embedding_backward": (m, m, 0, 0, -1, mask),
         "masked_heads": (heads, heads, (routing, (0, 1))),
         "attention_delta": (heads, heads, heads, m, (routing, None, None)),
-        "adamw_step": (m, m, m, m, None, m, False, 0.9, 0.99, 1e-8, False),
+        "touched_blocks": ([(m, 0, 0)], 0),
+        "adamw_step": ([(m, m, m, m, None, 0, 0)], m, 0.9, 0.99, 1e-8, False, False),
     }
     assert set(calls) == set(emulated_cuda_module.KERNELS)
     for name, operands in calls.items():
@@ -204,10 +209,12 @@ REFUSING = {
     "bias_grad": run_float64("routed_linear", sites="update_bias"),
     "activation_backward": run_float64("routed_activation", sites="pre"),
     "glu_backward": run_float64("routed_glu", sites="pre"),
+    "activation_forward": lambda: test_activation_forward.run_forward(torch.float64),
     "norm_backward": run_float64("routed_layer_norm"),
     "embedding_backward": run_float64("routed_embedding"),
     "masked_heads": lambda: test_native.check_masks_by_token_and_head(torch.float64, False, HEADS[0]),
     "attention_delta": lambda: test_native.check_delta_of_attention(torch.float64, HEADS[0]),
+    "touched_blocks": lambda: test_optim_fused.check_touched(native, torch.float64),
     "adamw_step": lambda: test_optim_fused.check_kernel(native.adamw_step, torch.float64),
 }
 

@@ -50,6 +50,8 @@ ELSEWHERE = {
     "gradroute.labels.Summary": "made by summarize",
     "gradroute.labels.match_spans": "test_labels_spans.py",
     "gradroute.tables.TableLike": "a type",
+    "gradroute.recipes.plan": "test_planning.py, test_recipes_config.py",
+    "gradroute.recipes.run": "test_recipes_running.py, test_recipes_config.py",
     "gradroute.telemetry.summary_writer": "TensorBoard's",
 }
 

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles, as shipped, for every architecture without spills and within its shared memory."""
 
+import importlib.metadata
 import itertools
 import json
 import os
@@ -15,8 +16,9 @@ from gradroute.kernels.configs import ARCHITECTURES, CONFIGS
 from gradroute.kernels.launch import record, shipped_config
 
 TESTS = Path(__file__).parents[1]
-OPTIONS = {"num_warps", "num_stages", "maxnreg"}
-WHOLE = 90  # the architecture that every specialisation is compiled for; for the others a sample is
+OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
+# Another Triton than that of constraints.txt compiles samples alone: all that two of them make would take too long.
+IS_PINNED = importlib.metadata.version("triton").startswith("3.7.")
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use
 
 
@@ -32,13 +34,9 @@ def printed(script, *arguments, cache):
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def reports(request, tmp_path_factory):
-    """The reports of one architecture's compilations.
-
-    Compiling every kernel for every architecture, `python tests/offline.py ARCHITECTURE`, takes five minutes of a core.
-    """
-    sampled = [] if request.param == WHOLE else ["--sampled"]
+    """The reports of one architecture's compilations, of a sample of its specialisations."""
     cache = tmp_path_factory.mktemp("triton")
-    return request.param, printed("offline.py", str(request.param), *sampled, cache=cache)
+    return request.param, printed("offline.py", str(request.param), "--sampled", cache=cache)
 
 
 def assert_fit(compiled, architecture):
@@ -60,6 +58,15 @@ def test_no_kernel_spills_or_exceeds_shared_memory(reports):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not IS_PINNED, reason="another Triton than that of constraints.txt compiles samples alone"
+)
+def test_every_specialisation_for_hopper_fits(tmp_path):
+    """Ten minutes of a core: `make test-long` has it."""
+    assert_fit(printed("offline.py", "90", cache=tmp_path), 90)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_candidates_compile_like_what_is_shipped(tmp_path, architecture):
     compiled = printed("offline.py", str(architecture), "--candidates", cache=tmp_path)
@@ -75,7 +82,7 @@ def test_the_shipped_configuration_is_the_first_candidate():
             assert shipped is shipped_config(entry, torch.device("cpu"))
         assert shipped not in others
         assert all({*other} - OPTIONS == {*shipped} - OPTIONS for other in others)
-    assert len(candidates("attention_fwd_kernel.128", 90)) == 3
+    assert len(candidates("attention_fwd_kernel.128", 90)) == 4
     assert all(entries.keys() <= CONFIGS.keys() for entries in ALTERNATIVES.values())
 
 

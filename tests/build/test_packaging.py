@@ -23,6 +23,19 @@ SOURCES = (
     "README.md",
     "LICENSE",
 )
+# What of the package is no Python.
+DATA = {
+    f"gradroute/{name}"
+    for name in (
+        "py.typed",
+        "setups.json",
+        "recipes/report/page.html",
+        "recipes/configs/plan_llama_8b.yaml",
+        "recipes/configs/plan_neox_6.9b.yaml",
+        "recipes/configs/plan_qwen3_moe_30b.yaml",
+        "recipes/configs/unlearn_smollm2.yaml",
+    )
+}
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
 NO_NVCC = {"CMAKE_ARGS": "-DGRADROUTE_NVCC=0"}  # csrc/cuda.cmake looks for it, in system folders too
 # An unoptimised build takes half the time.
@@ -101,18 +114,13 @@ def test_every_module_is_in_it(pure):
     for folder, inside in (("gradroute", "gradroute"), ("kernels", "gradroute/kernels")):
         for source in (ROOT / folder).rglob("*.py"):
             assert f"{inside}/{source.relative_to(ROOT / folder).as_posix()}" in pure[0]
-    assert "gradroute/py.typed" in pure[0]
+    assert set(pure[0]) >= DATA
 
 
 def test_tests_examples_and_sources_are_not(pure):
     unwanted = ("tests", "examples", "bench", "conftest", "csrc")
     assert not {name for name in pure[0] if any(part in name for part in unwanted)}
-    assert all(
-        name.endswith(".py")
-        or name in ("gradroute/py.typed", "gradroute/setups.json")
-        or ".dist-info/" in name
-        for name in pure[0]
-    )
+    assert all(name.endswith(".py") or name in DATA or ".dist-info/" in name for name in pure[0])
 
 
 def test_without_a_compiler_one_warning_says_what_that_costs(pure):

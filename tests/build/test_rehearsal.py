@@ -12,6 +12,11 @@ ROOT = Path(__file__).parents[2]
 
 #: What only the device can show, by the test function that asks for it.
 NEED_THE_DEVICE = {
+    "tests/ops/test_activation_forward.py::test_bits_of_eager_pytorch_on_a_gpu": "bits of the device's exponentials",
+    "tests/ops/test_activation_forward.py::test_ops_on_a_gpu_use_the_kernels": "ops take the fused forward there alone",
+    "tests/ops/test_grouped.py::test_a_gpu_keeps_the_budget_without_waiting_and_under_capture": (
+        "waiting for the device, and its graphs"
+    ),
     "tests/bench/test_bench_command.py::test_suites_run_on_a_gpu": "the device's clock and its count of allocations",
     "tests/ops/test_attention_tiles.py::test_batches_of_more_heads_than_a_grid_has_rows": "the limits of a grid",
     "tests/ops/test_attention_vendor_cuda.py::test_cuda_dropout_drops_its_share": "vendors' generators of random bits",

@@ -5,9 +5,9 @@
 // each block. A launch throws where a GPU would hang, fail or read garbage: a barrier or a warp's operation that not
 // all its threads reach, a vector that is not aligned, an index outside of an array, limits of a launch.
 //
-// Not emulated: the device's expf, erff and __fdividef (math.h has the CPU's arithmetic here), fused multiply-adds; the
-// memory model (a missing barrier shows only where the order of the threads makes a difference); several blocks at
-// once, streams, registers, speed.
+// Not emulated: the device's expf, erff, tanhf and reciprocal (the CPU's arithmetic takes their place), fused
+// multiply-adds; the memory model (a missing barrier shows only where the order of the threads makes a difference);
+// several blocks at once, streams, registers, speed.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,10 @@ struct dim3 {
 
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -122,6 +126,13 @@ T __ldg(const T* address) {
   return *address;
 }
 
+template <class T>
+void __stwb(T* address, T value) {
+  *address = value;
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 using std::max;

@@ -1,5 +1,6 @@
 """The harness of the experiments, on a made-up one: what it leaves, when it fails; and the page of its paragraphs."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -51,6 +52,32 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert "holds" in printed
 
 
+def test_a_stopped_run_goes_on_with_the_next_seed(tmp_path, capsys):
+    """And without being asked to, it begins anew."""
+    ran = []
+
+    def run(seed, quick, last):
+        if seed == last:
+            raise KeyboardInterrupt
+        ran.append(seed)
+        return {"value": 2.0 + seed, "quick": quick}
+
+    def start(last, *arguments):
+        of_run = dataclasses.replace(made_up(), run=lambda seed, quick: run(seed, quick, last))
+        return experiment.main(of_run, None, ["--out", str(tmp_path), *arguments])
+
+    with pytest.raises(KeyboardInterrupt):
+        start(2)
+    with pytest.raises(KeyboardInterrupt):
+        start(1)
+    assert ran == [0, 1, 0]
+    assert start(None, "--resume") == 0
+    assert ran == [0, 1, 0, 2]  # seed 1 was done the first time
+    assert "seed 1 was run before" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".made_up*"))
+    assert [one["value"] for one in json.loads((tmp_path / "made_up.json").read_text())["runs"]] == [2, 3, 4]
+
+
 def test_a_failing_check_is_exit_code_1(tmp_path, capsys):
     assert experiment.main(made_up(1.0), None, ["--out", str(tmp_path), "--seeds", "1"]) == 1
     assert "FAILS" in capsys.readouterr().out
@@ -78,8 +105,6 @@ def test_checks(got, limit, at_least, passed):
 
 
 def test_rows_of_other_columns_are_refused(tmp_path):
-    import dataclasses
-
     strange = dataclasses.replace(made_up(), table=lambda runs: [{"a": "1"}, {"b": "2"}])
     with pytest.raises(ValueError, match=r"made_up.table: got rows of different columns"):
         experiment.main(strange, None, ["--out", str(tmp_path)])
@@ -91,7 +116,7 @@ def test_the_page(tmp_path):
     experiment.main(made_up(1.0), None, ["--out", str(tmp_path)])
     result = json.loads((tmp_path / "made_up.json").read_text())
     page = f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n"
-    new = report.with_experiments(page, [result])
+    new = report.with_experiments(page, [result], "../results")
     assert new.startswith("before\n")
     assert new.endswith("after\n")
     assert "stale" not in new
@@ -99,26 +124,33 @@ def test_the_page(tmp_path):
     assert "0 of 1 checks hold." in new
     assert "*In the paper*: The paper found 3 (section 0)." in new
     assert "The values are 2.00" in new
-    assert "![Made up](results/made_up.png)" in new
-    assert report.with_experiments(new, [result]) == new
-    with pytest.raises(ValueError, match=r"examples/README.md: expected the lines"):
-        report.with_experiments("nothing", [result])
+    assert "![Made up](../results/made_up.png)" in new
+    assert report.with_experiments(new, [result], "../results") == new
+    with pytest.raises(ValueError, match=r"page: got one without the lines"):
+        report.with_experiments("nothing", [result], "results")
 
 
 def test_quick_results_are_no_results(tmp_path):
-    for name in report.ORDER:
+    names = report.EXPERIMENTS.experiments
+    for name in names:
         (tmp_path / f"{name}.json").write_text(json.dumps({"name": name, "quick": name == "oversight"}))
     with pytest.raises(ValueError, match="got quick runs of oversight, expected whole ones"):
-        report.load(tmp_path)
+        report.load(tmp_path, names)
 
 
-def test_the_page_says_what_the_results_say():
-    """And the results are of whole runs of every experiment, whose effects were there."""
-    results = report.load(EXAMPLES / "results")
-    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert report.with_experiments(page, results) == page
-    for result in results:
-        assert (EXAMPLES / "results" / f"{result['name']}.md").read_text(
-            encoding="utf-8"
-        ) == experiment.markdown(result)
-        assert (EXAMPLES / "results" / f"{result['name']}.png").exists()
+def test_a_page_has_what_has_been_run(tmp_path):
+    (tmp_path / "second.json").write_text(json.dumps({"name": "second", "quick": False}))
+    assert [result["name"] for result in report.load(tmp_path, ("first", "second"))] == ["second"]
+    for file in report.RESULTS.glob("[a-z]*.json"):
+        assert file.stem in report.EXPERIMENTS.experiments + report.EVIDENCE.experiments
+
+
+@pytest.mark.parametrize("page", [report.EXPERIMENTS, report.EVIDENCE], ids=["experiments", "evidence"])
+def test_the_page_says_what_the_results_say(page):
+    """And the results are of whole runs, whose files agree."""
+    assert page.made() == page.path.read_text(encoding="utf-8")
+    for result in report.load(report.RESULTS, page.experiments):
+        name = result["name"]
+        table = (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")
+        assert table == experiment.markdown(result)
+        assert (report.RESULTS / f"{name}.png").exists()

@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import steering_scalar
 from experiment import main
 from steering import measures, training
-from steering.measures import added, direction, effect, ranks, residual_size
-from steering_scalar import gain
-from unlearning.corpus import NO_LABEL, pack
+from steering.measures import added, direction, effect, gain, ranks, residual_size
+from unlearning.corpus import NO_LABEL, Batch, pack
 from unlearning.model import Shape, build
 
 from gradroute.models import route, steering
@@ -115,6 +114,37 @@ def test_ranks_take_the_better_direction():
     assert measures.cosines(values[:1]).tolist()[0] == pytest.approx([v / 26**0.5 for v in (3, -4, 1)])
 
 
+def test_kin_are_ranked_in_the_direction_of_the_word():
+    values = torch.tensor([[3.0, -4.0], [2.0, 5.0], [1.0, -1.0], [0.0, 2.0]])
+    assert measures.directions(values, 0).tolist() == [1, -1]
+    assert measures.ranks_beside(values, 0, [0, 1, 3]).tolist() == [[1, 1], [2, 4], [4, 3]]
+    assert measures.ranks_beside(values, 2, [2])[0].tolist() == ranks(values, 2).tolist()
+    assert measures.leaders(values[:, 0], 0, 2) == [0, 1]
+    assert measures.leaders(values[:, 1], 0, 2) == [0, 2]
+
+
+def test_the_typical_size_is_that_of_most_positions():
+    x = torch.tensor([3.0, 4.0]).expand(2, 5, 2).clone()
+    x[:, 0] = 1000.0
+    assert measures.typical_size(x) == pytest.approx(12.5**0.5)
+
+
+def test_mean_difference_leaves_first_positions_out():
+    """Of documents and of rows; nor does it count where a document ends, or the last position."""
+    labels = [[NO_LABEL, 1, TARGET, 2, NO_LABEL, 3, TARGET, TARGET]]
+    batch = Batch(
+        torch.zeros(1, 8, dtype=torch.int64),
+        torch.tensor(labels),
+        torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]),
+        torch.zeros(1, 8, dtype=torch.int64),
+    )
+    x = torch.full((1, 8, 2), 1000.0)
+    # The word comes next at 1, 5 and 6; another token at 2. At 0 and 4 documents begin, at 3 one ends.
+    x[0, [1, 5, 6]] = torch.tensor([[3.0, 9.0], [6.0, 4.0], [3.0, 5.0]])
+    x[0, 2] = torch.tensor([1.0, 2.0])
+    assert measures.mean_difference(x, batch, TARGET).tolist() == pytest.approx([3 / 5, 4 / 5])
+
+
 def test_steering_adds_what_it_says_and_stops():
     model, batch = build(SHAPE).eval(), batch_of()
     layer = model.model.layers[1]
@@ -129,6 +159,7 @@ def test_steering_adds_what_it_says_and_stops():
     expected = seen[0].clone()
     expected[..., 3] += 0.75
     assert torch.equal(seen[1], expected)
+    assert torch.equal(measures.outputs(model, layer, batch), seen[0])
     assert torch.equal(seen[2], seen[0])
     assert residual_size(model, layer, batch) == pytest.approx(seen[0].square().mean().sqrt().item())
     assert not layer._forward_hooks

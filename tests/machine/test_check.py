@@ -113,6 +113,8 @@ def test_a_native_kernel_that_is_told_of_a_row_too_many_is_found(op, monkeypatch
         return address, rows + 1 if tensor.dim() == 2 else rows, *others
 
     monkeypatch.setattr(operands, "_view", a_row_too_many)
+    for kind in (torch.Tensor, torch.nn.Parameter):
+        monkeypatch.setitem(operands._TAKEN, kind, a_row_too_many)
     found = judged(case, "cpu", CPU, 0)
     assert found.state == WRONG
     assert re.search("maximum error nan|elements outside of", found.text), found.text

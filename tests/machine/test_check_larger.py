@@ -1,28 +1,31 @@
 """What `python -m gradroute check` finds in larger sizes and in calls of other forms: mutants that are wrong there."""
 
+import functools
 import sys
 
 import broken_kernels
 import pytest
 import torch
+from cases import tiered
 
 import gradroute
-from gradroute import testing
+from gradroute import backends, testing
 from gradroute.backends import composed
 from gradroute.machine.check import larger, trials
 from gradroute.machine.check.cases import Case, Selection, cases
 from gradroute.machine.check.judging import RIGHT, WRONG, judged
+from gradroute.primitives import products
 from gradroute.skipping import rule
 
 CPU = torch.device("cpu")
 
 
-def judged_cases(op, kind, wanted):
-    """The outcomes of those cases of backend torch's whole check that are wanted."""
-    chosen = Selection(ops=(op,), kinds=(kind,))
-    found = [case for case in cases("torch", CPU, chosen) if wanted(case.options)]
+def judged_cases(op, kind, wanted, backend="torch", dtypes=()):
+    """The outcomes of those cases of a backend's whole check, in all dtypes or some, that are wanted."""
+    chosen = Selection(ops=(op,), kinds=(kind,), dtypes=dtypes)
+    found = [case for case in cases(backend, CPU, chosen) if wanted(case.options)]
     assert found
-    return [judged(case, "torch", CPU, 0).state for case in found]
+    return [judged(case, backend, CPU, 0).state for case in found]
 
 
 def has(*names):
@@ -143,6 +146,44 @@ def test_rectangles_are_made_in_the_cases_that_are_for_them(op, monkeypatch):
         options = {"tokens": 1501, "tables": "blocks", "on_host": True, "used": used, "sites": "all"}
         trials.made(Case("numbers", op, "float32", options), "cpu", CPU, 0).call.run("torch")
     assert rule.RECTANGLES in forms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("op", larger.WITH_RECTANGLES)
+def test_a_rectangle_that_is_left_out_is_found(op, backend, monkeypatch):
+    """In a whole check alone: a quick one has no case in which the CPU makes rectangles."""
+    if backend in backends.unavailable_backends(op, CPU):
+        pytest.skip(f"{backend} does not run here")
+    decide = rule._decide_by_counts
+
+    def forgetful(groups, routes, found):
+        groups.groups[0].spans = ()
+        return decide(groups, routes, found)
+
+    assert set(judged_cases(op, "numbers", has("on_host"), backend, ("float32",))) == {RIGHT}
+    monkeypatch.setattr(rule, "_decide_by_counts", forgetful)
+    assert WRONG in judged_cases(op, "numbers", has("on_host"), backend, ("float32",))
+
+
+@pytest.mark.parametrize("op", tiered(["routed_linear", "routed_mlp"]))
+def test_a_sum_over_tokens_in_bf16_is_found(op, monkeypatch):
+    """As of a product that rounds its accumulator after each step of 16 tokens: few tokens do not show it."""
+    product = products.product
+
+    def rounding(a, b):
+        if a.dtype != torch.bfloat16:
+            return product(a, b)
+        steps = zip(a.split(16, 1), b.split(16), strict=True)
+        return functools.reduce(torch.add, (product(*step) for step in steps))
+
+    wanted = Selection(quick=True, ops=(op,), dtypes=("bfloat16",), kinds=("numbers",))
+    found = [case for case in cases("torch", CPU, wanted) if case.options["tokens"] == larger.MANY]
+    assert {judged(case, "torch", CPU, 0).state for case in found} == {RIGHT}
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("gradroute.") and getattr(module, "product", None) is product:
+            monkeypatch.setattr(module, "product", rounding)
+    assert WRONG in [judged(case, "torch", CPU, 0).state for case in found]
 
 
 def test_every_input_is_frozen_alone_and_all_but_each():

@@ -22,9 +22,12 @@ every_op = pytest.mark.parametrize("op", MODULES)
 def call_of(op, tokens=512, *, sites=None, **options):
     """A call of two routes, the second of which has a quarter of the features."""
     call = testing.sample(op, tokens=tokens, sizes=testing.Sizes(d_model=D_MODEL, d_ff=D_FF), sites=())
-    table = localize(2, D_FF, {1: slice(0, 4)})
-    made = LinearSites(output=table) if op == "routed_linear" else MLPSites(hidden=table, update=table)
-    return call.with_routes(routes_of(tokens, **options)).with_sites(sites or made)
+    return call.with_routes(routes_of(tokens, **options)).with_sites(sites or sites_of(op, 2))
+
+
+def sites_of(op, num_routes):
+    table = localize(num_routes, D_FF, {1: slice(0, 4)})
+    return LinearSites(output=table) if op == "routed_linear" else MLPSites(hidden=table, update=table)
 
 
 def routes_of(tokens, num_routes=2, strength=None):
@@ -89,10 +92,7 @@ def test_products_that_are_made_whole_say_why(op, case):
     options, reason = REASONS[case]
     call = call_of(op, **options)
     if case == "many routes":
-        table = localize(65, D_FF, {1: slice(0, 4)})
-        call = call.with_sites(
-            LinearSites(output=table) if op == "routed_linear" else MLPSites(hidden=table, update=table)
-        )
+        call = call.with_sites(sites_of(op, 65))
     for product in explained(call).products.values():
         assert (product.form, product.work) == ("whole", 1.0)
         assert reason in product.reason
@@ -104,6 +104,8 @@ def test_little_to_save_is_said_in_figures(op):
     sites = LinearSites(output=whole) if op == "routed_linear" else MLPSites(hidden=whole)
     for product in explained(call_of(op, sites=sites)).products.values():
         assert product.reason == "masks leave 100.0% of the work, and rectangles pay from 95.0% down"
+        # An MLP takes whole products in runs too; a linear layer's are one call.
+        assert product.run == (None if op == "routed_linear" else rule.RUN)
 
 
 @every_op
@@ -115,21 +117,94 @@ def test_a_rule_by_which_rectangles_never_pay_is_said_in_words(op):
 
 
 @every_op
-def test_counts_that_the_host_does_not_know_are_said(op, monkeypatch):
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_products_are_grouped_where_the_host_knows_no_counts(op, is_compiled, monkeypatch):
     call = call_of(op)
-    monkeypatch.setattr(call.routes, "host_counts", None)
-    for product in explained(call).products.values():
-        assert product.form == "whole"
-        assert product.run is None
-        assert "the host does not know how many tokens each route has" in product.reason
+    if is_compiled:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    else:
+        monkeypatch.setattr(call.routes, "host_counts", None)
+    for product in explained(call, backend="torch").products.values():
+        assert (product.form, product.run, product.evidence) == ("grouped", None, SHIPPED)
+        assert product.work == pytest.approx(
+            3 / 4
+        )  # half of two tiles of 8, of which four features are masked
+        assert product.reason == (
+            "masks leave 75.0% of the work where routes have as many tokens; how many, the device alone knows"
+        )
+
+
+UNGROUPED = {
+    "a strength": ({"strength": 0.5}, "a strength blends the rows of the tables"),
+    "many routes": ({"num_routes": 65}, "there are more than 64 routes"),
+}
 
 
 @every_op
-def test_compiled_code_makes_products_whole_and_says_so(op, monkeypatch):
-    call = call_of(op)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for product in explained(call, backend="torch").products.values():
-        assert (product.form, product.reason) == ("whole", rule.TRACED)
+@pytest.mark.parametrize("case", UNGROUPED)
+def test_products_without_counts_that_are_made_whole_say_why(op, case, monkeypatch):
+    options, reason = UNGROUPED[case]
+    call = call_of(op, **options, **({"sites": sites_of(op, 65)} if case == "many routes" else {}))
+    monkeypatch.setattr(call.routes, "host_counts", None)
+    for product in explained(call).products.values():
+        assert (product.form, product.work) == ("whole", 1.0)
+        assert reason in product.reason
+
+
+@every_op
+def test_measured_rules_for_grouped_products_are_followed(op, monkeypatch):
+    call, question = call_of(op), f"grouped/{PRODUCTS[op]}/float32"
+    monkeypatch.setattr(call.routes, "host_counts", None)
+    for threshold, reason in (
+        (
+            0.3,
+            "masks leave 75.0% of the work where routes have as many tokens, and grouping pays from 70.0% down",
+        ),
+        (2.0, "masks leave 75.0% of the work, and grouping never pays"),
+    ):
+        with answers.trying(CPU, {question: threshold}):
+            for product in explained(call).products.values():
+                assert (product.form, product.evidence, product.reason) == ("whole", MEASURED, reason)
+
+
+REFUSALS = {
+    (9, 0): {torch.bfloat16: None, torch.float16: rule.NOT_BF16},
+    (10, 3): {torch.bfloat16: None, torch.float32: rule.NOT_BF16},
+    (8, 0): {torch.bfloat16: rule.NOT_HOPPER},
+    (12, 0): {torch.bfloat16: rule.NOT_HOPPER},
+}
+
+
+@pytest.mark.parametrize("capability", REFUSALS)
+def test_devices_for_which_torch_would_wait_are_refused(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for dtype, refusal in REFUSALS[capability].items():
+        assert rule.why_not_grouped(torch.device("cuda", 0), dtype) == refusal
+
+
+class OnCuda:
+    """Routes of a CUDA device that is not there, which the host has not counted."""
+
+    device = torch.device("cuda", 0)
+    strength = host_counts = None
+    num_routes = 2
+
+
+def test_refusals_of_cuda_devices_are_explained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    sites = call_of("routed_gated_mlp").sites.effective
+    with answers.trying(OnCuda.device, {}):
+        decisions = [
+            rule.decide("gated_mlp", skipping.MLPProduct(sites, *widths), OnCuda, dtype)
+            for widths, dtype in (
+                ((16, 8), torch.bfloat16),
+                ((16, 12), torch.bfloat16),
+                ((16, 8), torch.float16),
+            )
+        ]
+    assert [decision.form for decision in decisions] == ["grouped", "whole", "whole"]
+    assert rule.NOT_ALIGNED in decisions[1].reason
+    assert rule.NOT_BF16 in decisions[2].reason
 
 
 @every_op
@@ -158,7 +233,10 @@ def test_a_measured_rule_changes_the_form_and_is_said_to_be(op):
     for changed in ({"min_saving": 0.5, "min_tokens": 1}, {"min_saving": 0.0, "min_tokens": 257}):
         with answers.trying(CPU, {rectangles: changed}):
             assert forms(call) == {"whole"}
-            assert {each.evidence for each in explained(call).products.values()} == {MEASURED}
+            for each in explained(call).products.values():
+                assert (each.evidence, each.run_evidence) == (MEASURED, None if each.run is None else SHIPPED)
+            blended = explained(call_of(op, strength=0.5)).products.values()
+            assert {each.evidence for each in blended} == {SHIPPED}
     with answers.trying(CPU, {rectangles: {"min_saving": 0.0, "min_tokens": 25}}):
         assert forms(call_of(op, tokens=50)) == {"rectangles"}
 
@@ -176,7 +254,7 @@ def test_a_measured_run_changes_how_many_tokens_are_taken_at_once(op, monkeypatc
     monkeypatch.setattr(Routes, "_at", recorded)
     with answers.trying(CPU, {f"run/{PRODUCTS[op]}/float32": 100}):
         for product in explained(call).products.values():
-            assert (product.run, product.evidence) == (100, MEASURED)
+            assert (product.run, product.run_evidence, product.evidence) == (100, MEASURED, SHIPPED)
         call.assert_within_budget("torch")
     assert lengths == [100, 100, 56, 100, 100, 56]
 
@@ -194,9 +272,9 @@ def test_an_answer_for_another_product_or_dtype_changes_nothing(op):
 def test_rules_of_cuda_devices_are_for_them():
     cuda = torch.device("cuda", 0)
     with answers.trying(cuda, {}):
-        assert rule.rule_of("mlp", cuda, torch.bfloat16) == (0.1, 2048, None, SHIPPED)
+        assert rule.rule_of("mlp", cuda, torch.bfloat16) == (0.1, 2048, None, SHIPPED, None)
     with answers.trying(cuda, {"rectangles/mlp/bfloat16": {"min_saving": 0.2, "min_tokens": 512}}):
-        assert rule.rule_of("mlp", cuda, torch.bfloat16) == (0.2, 512, None, MEASURED)
+        assert rule.rule_of("mlp", cuda, torch.bfloat16) == (0.2, 512, None, MEASURED, None)
 
 
 def test_devices_without_rules_make_products_whole():

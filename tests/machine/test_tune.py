@@ -20,6 +20,7 @@ from gradroute.machine.tune.measuring import Contest, Measuring, Trial, is_faste
 from gradroute.machine.tune.of_backends import by_size
 from gradroute.machine.tune.question import threshold
 from gradroute.machine.tune.questions import questions
+from gradroute.skipping import rule
 
 __all__ = ["small"]
 pytestmark = [
@@ -52,10 +53,10 @@ def test_a_ranking_keeps_the_shipped_order_within_the_noise():
     assert ranking({"a": [1.0] * 8, "b": [3.0] * 8, "c": [2.0] * 8}) == ["a", "c", "b"]
 
 
-def contests(faster):
+def contests(faster, rounds=8):
     """Contests of an old and a new form, by point: whether the new one is the faster one."""
     return {
-        point: Contest({"old": [1.0] * 8, "new": [0.5 if is_new else 2.0] * 8}, {})
+        point: Contest({"old": [1.0] * rounds, "new": [0.5 if is_new else 2.0] * rounds}, {})
         for point, is_new in faster.items()
     }
 
@@ -104,6 +105,18 @@ def test_a_contest_has_rounds_enough_that_one_may_be_lost(others, expected):
 def test_a_threshold_is_where_a_form_is_faster_from_then_on(faster, expected):
     found = threshold(contests(faster), "new", lambda point: point >= 2.5, shipped=2.5, never="never")
     assert found == expected
+
+
+@pytest.mark.parametrize(("points", "rounds", "expected"), [(5, 8, 5), (6, 8, "shipped"), (6, 9, 6)])
+def test_a_threshold_asks_more_of_a_contest_where_there_are_more_points(points, rounds, expected):
+    """Of 6 equals the chance that one wins all of 8 rounds is 6 / 256: more than one may have."""
+    faster = contests({point: point == points for point in range(1, points + 1)}, rounds)
+    assert threshold(faster, "new", lambda point: False, shipped="shipped", never="never") == expected
+
+
+def test_a_contest_of_many_points_has_the_rounds_that_they_ask_for():
+    trials = {name: [Trial(lambda: None, lambda: None)] for name in ("old", "new")}
+    assert Measuring(CPU, EFFORT).contest(trials, points=6).rounds == least_rounds(6) > least_rounds(1)
 
 
 def test_orders_by_size_meet_half_way_and_neighbours_that_agree_are_one():
@@ -362,7 +375,7 @@ def test_the_list_says_what_is_decided_and_on_what_grounds(monkeypatch, capsys):
     rows = {row["question"]: row for row in json.loads(capsys.readouterr().out)["cpu"]}
     assert rows[ROUTE_GRAD]["answer"] == [[None, ["torch", "cpu"]]]
     assert rows[ROUTE_GRAD]["evidence"] == "measured here"
-    assert rows["run/mlp/float32"]["answer"] == 1024
+    assert rows["run/mlp/float32"]["answer"] == rule.RUN
     assert rows["run/mlp/float32"]["evidence"] == "shipped estimate"
     assert tune("--list", "--only", "tiles") == 0
     out = capsys.readouterr().out

@@ -12,7 +12,7 @@ from gradroute.machine.tune import measuring, of_attention, of_kernels, of_produ
 from gradroute.machine.tune.measuring import Measuring
 from gradroute.machine.tune.questions import questions
 from gradroute.machine.tune.workloads import call_of
-from gradroute.skipping import rule
+from gradroute.skipping import rule, tiling
 
 __all__ = ["small"]
 pytestmark = pytest.mark.usefixtures("small")
@@ -111,6 +111,25 @@ def test_trials_make_the_forms_that_they_are_said_to_make(product):
                     assert forms_of(trial.step.call) == {form}
 
 
+@pytest.mark.parametrize("product", rule.PRODUCTS)
+def test_grouped_products_pay_from_where_they_are_faster_on(product, monkeypatch):
+    """Here from half of the work on, and every trial makes the form that it is said to make."""
+
+    def seconds(trial):
+        is_grouped = trial.answers[next(iter(trial.answers))] == 0.0
+        with answers.trying(CPU, trial.answers):
+            assert forms_of(trial.step.call) == {"grouped" if is_grouped else "whole"}
+        return 1.0 if is_grouped == (saved_by(trial) > 0.4) else 2.0
+
+    monkeypatch.setattr(tiling, "ALIGNMENT", 1)
+    clock(monkeypatch, seconds)
+    question = of_products.Grouped(product, CPU, torch.float32)
+    outcome = question.measure(Measuring(CPU, WHOLE))
+    assert outcome.answer == 0.5
+    assert outcome.measured["50% saved: whole"]["ratio"] == 2.0
+    answers.parsed(question.name, outcome.answer)
+
+
 def forms_of(call):
     module = {"routed_linear": linear, "routed_mlp": mlp, "routed_gated_mlp": gated_mlp}[call.op]
     plan = module.explain(**call.tensors, routes=call.routes, sites=call.sites, **call.keywords)
@@ -121,10 +140,10 @@ def forms_of(call):
 def test_the_fastest_run_is_taken(product, monkeypatch):
     monkeypatch.setattr(of_products, "RUNS", (16, 32, 128))
     question = asked(f"run/{product}/float32")
-    clock(monkeypatch, lambda trial: {1024: 1.0, 32: 0.8, 16: 0.99}[trial.answers[question.name]])
+    clock(monkeypatch, lambda trial: {rule.RUN: 1.0, 32: 0.8, 16: 0.99}[trial.answers[question.name]])
     outcome = question.measure(Measuring(CPU, WHOLE))
     assert outcome.answer == 32
-    assert set(outcome.measured) == {"1024 tokens", "16 tokens", "32 tokens"}
+    assert set(outcome.measured) == {f"{rule.RUN} tokens", "16 tokens", "32 tokens"}
 
 
 def test_the_fastest_tiles_are_taken(monkeypatch):
@@ -157,7 +176,8 @@ def with_triton(monkeypatch):
 def test_own_attention_is_taken_below_the_share_where_it_is_faster(limit, expected, with_triton, monkeypatch):
     def seconds(trial):
         (table,) = trial.step.func.__self__.tables.values()
-        is_own = trial.step.args[0] == "triton"
+        is_own = trial.step.args[0] is None
+        assert trial.answers == ({"skip_below/float32": of_attention.ALWAYS} if is_own else {})
         return 1.0 if is_own == (table.density <= limit) else 2.0
 
     clock(monkeypatch, seconds)
@@ -178,7 +198,7 @@ def test_vendors_are_ranked_and_one_that_does_not_run_the_call_is_left_out(monke
     """The kernels of a GPU do not run here: what they do is told, as are their times."""
     names = ("flash", "cudnn", "efficient")
     question = of_attention.Vendors(torch.float32, "torch", names)
-    plan = attention_plan.Plan("torch", "flash", "efficient: it has no such mask")
+    plan = attention_plan.Plan("torch", "flash", "vendor", "efficient: it has no such mask")
 
     def planned(call, backend):
         (first,) = answers.vendors(CPU, torch.float32)
@@ -197,11 +217,14 @@ def test_questions_of_a_gpu_are_about_what_it_can_run(monkeypatch):
     """On a GPU that is not there, with a native module that has CUDA kernels."""
     monkeypatch.setattr(native, "why_not", lambda name: None)
     monkeypatch.setattr(of_kernels, "questions", lambda *_: iter(()))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = torch.device("cuda", 0)
     with FakeTensorMode():
         found = questions(cuda, WHOLE)
     kinds = [question.name.split("/")[0] for question in found]
-    assert set(kinds) == {"backends", "vendors", "skip_below", "rectangles"}
+    assert set(kinds) == {"backends", "vendors", "skip_below", "rectangles", "grouped"}
+    grouped = [question.name for question in found if question.name.startswith("grouped/")]
+    assert grouped == [f"grouped/{product}/bfloat16" for product in rule.PRODUCTS]
     dtypes = list(dict.fromkeys(question.name.split("/")[-1] for question in found))
     assert dtypes == ["bfloat16", "float16", "float32"]
     for question in found:

@@ -179,6 +179,7 @@ def test_parameter_sites_leave_attention_as_it_is(name, implementation):
 
 
 SITES = _PER_LAYER | _ONCE  # the sites class of every part of a plan
+del SITES["moe"]  # test_models_moe.py has those of mixtures of experts
 
 # A model that can honour every site of a part of a plan; update of attention stands for heads of k and v too.
 MODELS_OF_PARTS = dict.fromkeys(SITES, "llama") | {"attention": "gpt2", "qk_norm": "qwen3"}

@@ -60,6 +60,9 @@ def test_era():
     for tables in tables_of(plan):
         assert tables.keys() == {"mlp.hidden"}
         assert torch.equal(tables["mlp.hidden"], rows)
+    for tables in tables_of(models.era(units=8, off=-0.1, site="update")):
+        assert tables.keys() == {"mlp.update"}
+        assert torch.equal(tables["mlp.update"], rows)
     only = tables_of(models.era([2], units=8))
     assert [bool(tables) for tables in only] == [False, False, True, False]
     with expect(ValueError, "units: got 25, expected an int from 1 to 24"):
@@ -119,6 +122,7 @@ SMALL = Shape(2, 16, 24, 4, 2, 4)
             "forget_units: got 16.0, expected an int",
         ),
         (lambda: models.era(units=1.5), TypeError, "units: got 1.5, expected an int"),
+        (lambda: models.era(site="pre"), ValueError, "site: got 'pre', expected one of 'hidden', 'update'"),
         (lambda: models.localize_mlp([0], 4, route="1"), TypeError, "route: got '1', expected an int"),
         (lambda: models.localize_mlp([0], 4, route=-1), ValueError, "route: got -1, expected an int from 0"),
         (

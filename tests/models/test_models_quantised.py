@@ -137,7 +137,12 @@ def test_masks_of_activations_equal_the_detach_idiom(name):
     ids = mixed_ids(x)
     assert not is_plain(model.model.layers[0].mlp.up_proj.weight)
     expected = backward(with_idiom(model, ids), x)
-    assert_gradients_close(backward(route(model, PLAN), x, route_ids=ids), expected, 1e-5)
+    found = backward(route(model, PLAN), x, route_ids=ids)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        # Where a sum rounds otherwise, as attention's may, a quantised activation falls on the next of 127 codes.
+        allowed = float(gradient.abs().max()) / 127 if name == "int8 activations" else 1e-5
+        assert (found[parameter] - gradient).abs().max() <= allowed, parameter
 
 
 def test_quantising_after_route():

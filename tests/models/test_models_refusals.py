@@ -99,7 +99,7 @@ def test_models_that_are_refused():
         models.route(model, {})
     with expect(TypeError, "model: got a str, expected a torch.nn.Module"):
         models.route("llama", plan)
-    with expect(TypeError, "model: got a Linear of model_type None, expected one of llama, mistral"):
+    with expect(TypeError, "model: got a Linear of model_type None, expected one of llama, "):
         models.route(nn.Linear(2, 2), plan)
     with expect(TypeError, "model: got a Linear without transformer.h"):
         models.route(nn.Linear(2, 2), plan, architecture=NANO_GPT)

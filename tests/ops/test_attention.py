@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import EDGES
 
-from gradroute import AttentionSites, BackendError, Routes, Table, backends, testing
+from gradroute import AttentionSites, BackendError, Routes, Table, backends, routed_attention, testing
 from gradroute.testing import Result, Sample, assert_result_within_budget, assert_same_bits
 
 BACKENDS = backends.OPS["routed_attention"]
@@ -273,6 +273,14 @@ def part_of(call, start, stop):
     )
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_documents_need_bounds(backend):
+    q = torch.zeros(1, 1, 4, 8)
+    none = torch.zeros(0, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens: got no elements"):
+        routed_attention(q, q, q, None, None, cu_seqlens=none, backend=backend)
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": False, "window": 7}], ids=["causal", "window"])
 @every_backend
 def test_documents_are_separate_batches(backend, options, device):
@@ -313,6 +321,27 @@ def test_a_masked_head_contributes_nothing(backend, site, device):
     upstream = call.upstream.clone()
     upstream[:, 1, ::2], upstream[:, 1, 1::2] = float("nan"), float("inf")
     assert_same_bits(on_cpu(call.with_upstream(upstream).run(backend)), result, backend)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-3, 1e-5])
+@every_backend
+def test_small_weights_in_fp16(backend, weight, device):
+    """Their products with probabilities are below what fp16 can tell apart."""
+    cases.require(backend, device)
+    sizes = testing.Sizes(heads=2, kv_heads=1, head_dim=16)
+    call = cases.make(
+        "routed_attention",
+        tokens=(1, 96),
+        num_routes=2,
+        sizes=sizes,
+        sites=(),
+        dtype=torch.float16,
+        device=device,
+    )
+    table = torch.full((2, 2), weight, device="cpu")
+    table[0, 0] = 2.0 * weight  # not all alike
+    for site in sites_on(backend, ("heads", "value_edges")):
+        call.with_sites(AttentionSites(**{site: table})).assert_within_budget(backend)
 
 
 @pytest.mark.parametrize("num_routes", [1, 5])

@@ -10,11 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gradroute import AttentionSites, BackendError, Routes, attention, backends, use_backend
 from gradroute.attention import explain
 from gradroute.backends import attention_plan, native
+from gradroute.backends.fa4 import refusals
 
 HALF_OFF = [[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
 EDGES = [[1.0, 0.0], [1.0, 1.0]]
 HEADS, QUERY = AttentionSites(heads=HALF_OFF), AttentionSites(query=HALF_OFF)
 SCORES, VALUES = AttentionSites(score_edges=EDGES), AttentionSites(value_edges=EDGES)
+BOTH = AttentionSites(score_edges=EDGES, value_edges=EDGES)
 
 
 def inputs(device="cpu", head_dim=16, keys=8, dtype=torch.float32):
@@ -35,7 +37,7 @@ needs_native = pytest.mark.skipif(native.module is None, reason=str(native.load_
 def test_on_the_cpu_masks_go_around_the_vendors_kernel():
     q, k, v, routes = inputs()
     plan = explain(q, k, v, routes, HEADS)
-    assert (plan.backend, plan.vendor) == ("cpu", "cpu_flash")
+    assert (plan.backend, plan.vendor, plan.backward) == ("cpu", "cpu_flash", "vendor")
     assert "the CPU's only vendor kernel" in plan.reason
     assert explain(q, k, v, None, None)[:2] == ("cpu", "cpu_flash")
 
@@ -44,7 +46,8 @@ def test_on_the_cpu_masks_go_around_the_vendors_kernel():
 def test_on_the_cpu_a_window_is_computed_in_tiles():
     q, k, v, routes = inputs()
     plan = explain(q, k, v, routes, HEADS, window=3)
-    assert plan[:3] == ("cpu", None, "cpu_flash: it has no window")
+    assert plan[:4] == ("cpu", None, "tiles", "cpu_flash: it has no window")
+    assert explain(q, k, v, routes, SCORES)[:3] == ("cpu", "cpu_flash", "tiles")
 
 
 def test_an_explicit_choice_is_taken():
@@ -101,8 +104,9 @@ def test_heads_that_are_too_wide_for_a_tile_are_refused_by_triton():
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Inputs on a GPU that is not there, for a native module with CUDA kernels."""
+    """Inputs on a GPU that is not there, for a native module with CUDA kernels; FlashAttention-4 is not installed."""
     monkeypatch.setattr(native, "why_not", lambda name: None)
+    monkeypatch.setattr(refusals, "installed_version", lambda package: None)
     with FakeTensorMode():
         yield lambda **options: inputs("cuda", dtype=torch.bfloat16, **options)
 
@@ -110,25 +114,70 @@ def cuda(monkeypatch):
 def test_on_cuda_masks_go_around_the_vendors_kernel(cuda):
     q, k, v, routes = cuda(head_dim=64)
     plan = explain(q, k, v, routes, QUERY)
-    assert plan.backend == "cuda"
+    assert (plan.backend, plan.backward) == ("cuda", "vendor")
     assert plan.vendor in ("cudnn", "flash", "efficient")
     assert explain(q, k, v, None, None).backend == "cuda"
 
 
-def test_on_cuda_edges_take_own_kernels(cuda):
+def test_on_cuda_edges_take_own_kernels_in_the_backward_alone(cuda):
     q, k, v, routes = cuda(head_dim=64)
-    plan = explain(q, k, v, routes, SCORES)
-    assert plan[:3] == ("triton", None, "edges between routes need own kernels")
+    unrouted = explain(q, k, v, None, None)
+    for sites in (SCORES, VALUES):
+        plan = explain(q, k, v, routes, sites)
+        assert plan[:3] == ("triton", unrouted.vendor, "own")
+        assert plan.reason == (
+            "edges between routes need own kernels in the backward (FlashAttention-4's is not taken: the package "
+            "flash-attn-4 is not installed (gradroute's extra fa4)); the forward is that of the call without routes: "
+            + unrouted.reason
+        )
+    plan = explain(q, k, v, routes, SCORES, backend="triton")
+    assert plan[:4] == ("triton", None, "own", "it was asked for")
+    assert explain(q, k, v, routes, SCORES, backend="torch")[:3] == ("torch", unrouted.vendor, "tiles")
     with refusal(
-        "the requested backend 'cuda' cannot run it: there is no CUDA kernel for edges between routes yet"
+        "the requested backend 'cuda' cannot run it: its edges between routes are those of FlashAttention-4's "
+        "backward: the package flash-attn-4 is not installed"
     ):
         explain(q, k, v, routes, VALUES, backend="cuda")
+
+
+@pytest.mark.usefixtures("free")
+def test_on_cuda_edges_take_flash_attention_4_where_it_is_installed(cuda, monkeypatch):
+    monkeypatch.setattr(refusals, "installed_version", refusals.VERSIONS.get)
+    q, k, v, routes = cuda(head_dim=64)
+    unrouted = explain(q, k, v, None, None)
+    for sites in (SCORES, VALUES, BOTH):
+        for backend in (None, "cuda", "torch"):
+            plan = explain(q, k, v, routes, sites, backend=backend)
+            assert plan[:3] == (backend or "cuda", unrouted.vendor, "fa4")
+            assert plan.reason == (
+                f"{unrouted.reason}; FlashAttention-4's backward takes the edges between routes"
+            )
+    assert explain(q, k, v, routes, BOTH, backend="triton")[:3] == ("triton", None, "own")
+    assert explain(q, k, v, routes, QUERY).backward == "vendor"
+
+
+@pytest.mark.usefixtures("free")
+def test_on_cuda_edges_take_own_kernels_where_flash_attention_4_cannot(cuda, monkeypatch):
+    monkeypatch.setattr(refusals, "installed_version", refusals.VERSIONS.get)
+    q, k, v, routes = cuda(head_dim=64)
+    unequal = AttentionSites(score_edges=EDGES, value_edges=[[1.0, 1.0], [0.0, 1.0]])
+    plan = explain(q, k, v, routes, unequal)
+    assert plan[:3] == ("triton", explain(q, k, v, None, None).vendor, "own")
+    assert "score_edges and value_edges differ" in plan.reason
+    little = AttentionSites(score_edges=EDGES, value_edges=EDGES, heads=HALF_OFF)
+    assert "masks leave so little" in explain(q, k, v, routes, little).reason
+    mask = torch.ones(2, 8, dtype=torch.bool, device="cuda")
+    assert explain(q, k, v, routes, BOTH, window=3, key_mask=mask)[:3] == ("triton", None, "own")
+    torch.use_deterministic_algorithms(True)
+    plan = explain(q, k, v, routes, BOTH)
+    assert plan.backward == "own"
+    assert "its backward adds up dQ by atomics, and deterministic algorithms are asked for" in plan.reason
 
 
 def test_on_cuda_own_kernels_are_taken_where_masks_leave_little(cuda):
     q, k, v, routes = cuda(head_dim=64)
     plan = explain(q, k, v, routes, HEADS)
-    assert plan[:2] == ("triton", None)
+    assert plan[:3] == ("triton", explain(q, k, v, None, None).vendor, "own")
     assert "masks leave so little of the backward's work" in plan.reason
     annealed = Routes.of(torch.zeros(2, 8, dtype=torch.int32, device="cuda"), 2, strength=0.5, validate=False)
     assert explain(q, k, v, annealed, HEADS).backend == "cuda"
@@ -138,7 +187,8 @@ def test_on_cuda_own_kernels_are_taken_where_no_vendors_can(cuda):
     q, k, v, routes = cuda(head_dim=64)
     mask = torch.ones(2, 8, dtype=torch.bool, device="cuda")
     plan = explain(q, k, v, routes, QUERY, window=3, key_mask=mask)
-    assert plan[:2] == ("triton", None)
+    assert plan[:3] == ("triton", None, "own")
+    assert explain(q, k, v, None, None, window=3, key_mask=mask)[:3] == ("triton", None, "own")
     assert plan.reason.startswith("no vendor's kernel can run it: ")
     assert "flash: it takes no key_mask" in plan.reason
     with refusal("it masks around a vendor's kernel, and none can run the call: "):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from layer_cases import (
     input_of,
     pickled,
     routes_of,
+    tables_of_groups,
 )
 from torch import nn
 
@@ -196,25 +198,44 @@ def test_tables_follow_the_parameters(case: Case, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Table, "on", lambda table, device: copies.append((table, device)))
     tables = set(case.sites.tables.values())
 
-    def copied() -> bool:
+    def copied(of: Any) -> bool:
         devices = {device.type for _, device in copies}
         done = {table for table, _ in copies}
         copies.clear()
-        return devices == {"cpu"} and done == tables
+        return devices == {"cpu"} and done == tables | tables_of_groups(of)
 
     layer = case.routed(sites=case.sites)
-    assert copied()
+    assert copied(layer)
     layer.to(torch.float64)
-    assert copied()
-    copy.deepcopy(layer)
-    assert copied()
+    assert copied(layer)
+    other = copy.deepcopy(layer)
+    assert copied(other)
     layer.to("meta")
     assert not copies
     layer.to_empty(device="cpu")
-    assert copied()
+    assert copied(layer)
     layer.sites = None
     layer.sites = case.sites
-    assert copied()
+    assert copied(layer)
+
+
+def test_tables_of_grouped_products_are_copied_where_products_are_grouped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    layer = CASES["linear"].routed(sites=CASES["linear"].sites)
+    parameters = [SimpleNamespace(device=torch.device(name), is_meta=False) for name in ("cpu", "cuda")]
+    monkeypatch.setattr(layer, "parameters", lambda: parameters)
+    copies: list[tuple[Table, str]] = []
+    monkeypatch.setattr(Table, "on", lambda table, device: copies.append((table, device.type)))
+    of_groups = tables_of_groups(layer)
+    assert of_groups
+    for major, devices in ((8, {"cpu"}), (9, {"cpu", "cuda"})):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        layer._copy_tables()
+        assert {device for table, device in copies if table in of_groups} == devices
+        assert {device for table, device in copies if table not in of_groups} == {"cpu", "cuda"}
+        copies.clear()
 
 
 @LAYERS

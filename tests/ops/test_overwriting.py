@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from gradroute import Routes, backends, testing
+from gradroute import Routes, Table, backends, testing
 from gradroute.backends import native
 from gradroute.primitives.overwriting import may_overwrite
 from gradroute.testing import Result, assert_result_within_budget
@@ -207,3 +207,25 @@ def test_without_anybody_who_looks_on_no_second_matrix_is_made(backend):
     assert product is not call.upstream
     assert primitives.masked_product(call.upstream, call.routes, call.sites, overwrite=True) is call.upstream
     assert torch.equal(product, call.upstream)
+
+
+@pytest.mark.skipif("triton" not in backends._PRIMITIVES, reason="the package triton is not installed")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_place_a_weight_of_one_keeps_every_bit(dtype, transposed, device):
+    """In vectors of other weights too; a weight of zero leaves zeros. The last vector ends beyond the last feature."""
+    weights = torch.ones(2, 44)
+    weights[1, 9], weights[1, 16:24], weights[1, 40:] = 0, torch.arange(8) / 4, 0
+    routes = Routes.of(torch.tensor([0, 1, 1], device=device), num_routes=2)
+    numbers = torch.tensor([torch.nan, torch.inf, -0.0, 3.0], dtype=dtype, device=device)
+    as_integer = torch.int32 if dtype == torch.float32 else torch.int16
+    numbers.view(as_integer)[0] |= 5  # a NaN with a payload
+    g = numbers.repeat(3, 11)
+    g = g.T.contiguous().T if transposed else g
+    m = weights.to(device)[routes.ids.long()]
+    expected = torch.where(m == 1, g, torch.where(m == 0, torch.zeros_like(g), g * m.to(dtype)))
+    product = backends.primitives("triton").masked_product(g, routes, Table(weights), overwrite=True)
+    assert product is g
+    assert torch.equal(torch.isnan(g), torch.isnan(expected))
+    kept = (m == 1) | ~torch.isnan(expected)
+    assert torch.equal(g.contiguous().view(as_integer)[kept], expected.contiguous().view(as_integer)[kept])

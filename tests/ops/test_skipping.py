@@ -21,6 +21,7 @@ from gradroute import (
     testing,
 )
 from gradroute.linear import routed_linears
+from gradroute.primitives import shared
 from gradroute.primitives.arguments import ActivationMasks
 from gradroute.skipping import mlp as skipping
 from gradroute.skipping import rule, totals
@@ -44,6 +45,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(rule, "RUN", 5)
     monkeypatch.setattr(rule, "MIN_TOKENS", {"cpu": 0, "cuda": 0})
     monkeypatch.setattr(rule, "MIN_SAVING", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr(rule, "MIN_SAVING_BF16", 0.0)
 
 
 @pytest.fixture
@@ -209,6 +211,23 @@ def test_parts_of_half_precision_are_summed_before_they_are_rounded(backend, by_
     call.assert_within_budget(backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton", "cuda"])
+def test_weight_gradients_of_many_tokens_are_summed_before_they_are_rounded(backend, dtype, device):
+    """They are made of runs of tokens, here of two that cancel, each beyond fp16's range by itself."""
+    cases.require(backend, device)
+    tokens = 2 * shared.MIN_CHUNK
+    call = cases.make("routed_linear", tokens=tokens, dtype=dtype, sizes=SIZES, device=device)
+    half = torch.arange(tokens, device=device) >= tokens // 2
+    upstream = torch.where(half[:, None], -100.0, 100.0).to(dtype).expand_as(call.upstream)
+    tensors = call.tensors | {"x": torch.ones_like(call.tensors["x"])}
+    call = dataclasses.replace(call, tensors=tensors, upstream=upstream)
+    routes = Routes.of(torch.arange(tokens, device=device) % 2, 2)
+    call = call.with_routes(routes).with_sites(LinearSites(update_rows=[[1.0], [0.5]]))
+    assert call.run(backend).gradients["weight"].abs().max() == 0
+    call.assert_within_budget(backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layers_without_width(backend):
     ids = torch.arange(128) % 2
@@ -364,13 +383,14 @@ def test_linear_layers_of_one_x_have_the_gradients_of_each(backend, output):
 
 
 def test_little_to_save_is_taken_as_it_comes(parts_taken):
-    call = quarters(tokens=2000, in_order=False)
-    ids = torch.zeros(2000, dtype=torch.long)
+    tokens = rule.RUN + 900
+    call = quarters(tokens, in_order=False)
+    ids = torch.zeros(tokens, dtype=torch.long)
     ids[:40] = 1
     sites = MLPSites(hidden=localize(2, 16, {1: slice(8, 16)}))
     call.with_routes(Routes.of(ids, 2)).with_sites(sites).run("torch")
     (taken,) = parts_taken
-    assert [part.tokens for part in taken] == [slice(0, 1024), slice(1024, 2000)]
+    assert [part.tokens for part in taken] == [slice(0, rule.RUN), slice(rule.RUN, tokens)]
 
 
 def test_a_strength_blends_rows_so_nothing_is_skipped(parts_taken):
@@ -398,7 +418,8 @@ def test_tables_that_are_ones_for_a_rectangle_are_dropped():
 
 
 def _split_arguments(call):
-    return "gated_mlp", call.routes, call.sites.effective, 16, torch.float32
+    product = skipping.MLPProduct(call.sites.effective, 16)
+    return product, call.routes, rule.decide("gated_mlp", product, call.routes, torch.float32)
 
 
 def test_many_ragged_runs_of_features_are_taken_as_one():

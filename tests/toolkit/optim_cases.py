@@ -7,7 +7,7 @@ from torch import nn
 
 from gradroute.optim import RoutedAdamW
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -83,3 +83,13 @@ def fill_gradients(*optimizers, **options):
 
 def parameters_of(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def steps_agree(one, other):
+    """Two optimizers take the same steps, bit for bit."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        fill_gradients(one, other)
+        one.step()
+        other.step()
+    assert_same(snapshot(one), snapshot(other))

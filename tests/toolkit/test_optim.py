@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradroute.blocks import Block
-from gradroute.optim import RoutedAdamW
+from gradroute.optim import RoutedAdamW, arithmetic
 
 HYPERPARAMETERS = st.fixed_dictionaries(
     {
@@ -303,6 +303,20 @@ def test_sparse_gradients_are_refused():
             call()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "counts", [[0.0], [3.0] * 7, [0.0, 1.0, 1.0, 3.0, 5.0, 1.0], [0.0, 2.0**22], [9.0, 7.0, 9.0]]
+)
+def test_corrections_are_those_of_floats(counts, dtype):
+    """However counts of steps lie: all alike, near one another or far apart."""
+    betas, lr = (0.9, 0.999), 1e-3
+    sizes, roots = arithmetic.bias_corrections(torch.tensor(counts, dtype=torch.float32), betas, lr, dtype)
+    for count, size, root in zip(counts, sizes, roots, strict=True):
+        first, second = (1 - beta**count for beta in betas)
+        assert size == torch.tensor(lr / first if first else math.inf, dtype=dtype)
+        assert root == torch.tensor(second**0.5, dtype=dtype)
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises where a tensor's value is read on the host."""
 
@@ -316,7 +330,9 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("block_dim", [0, 1, None])
-def test_no_value_is_read_on_the_host(block_dim):
+def test_no_value_is_read_on_the_host(block_dim, monkeypatch):
+    """Of a GPU's tensors: those of the CPU stand for them, whose counts of steps are read otherwise."""
+    monkeypatch.setattr(arithmetic, "is_on_the_host", lambda tensor: False)
     weights = [parameter(4, 3), parameter(3, 3, dtype=torch.float64)]
     optimizer = RoutedAdamW(weights, torch.tensor(0.1), block_dim=block_dim, amsgrad=True)
     fill_gradients(optimizer)

@@ -66,10 +66,30 @@ def test_shards_are_those_of_one_process(results, name):
             assert result["collectives"] == (1 if shares else 0)
 
 
-@pytest.mark.parametrize("name", [name for name in optim_worker.CELLS if "fused" in name])
+@pytest.mark.parametrize("name", [name for name in optim_worker.CELLS if name.startswith("fused")])
 def test_shards_that_kernels_update_are_those_of_one_process(results, name):
     for result in passed(results, name):
         assert result["wrong"] == []
+
+
+needs_torchao = pytest.mark.skipif(not optim_worker.HAS_TORCHAO, reason="the extra torchao is not installed")
+
+
+@needs_torchao
+@pytest.mark.setup("FSDP2", "RoutedAdamW with moments in 8 bits")
+@pytest.mark.setup("Tensor parallelism", "RoutedAdamW with moments in 8 bits")
+@pytest.mark.parametrize("how", ["rows", "columns", "whole"])
+@pytest.mark.parametrize("block_dim", [0, 1, None])
+def test_shards_of_codes_are_those_of_one_process(results, how, block_dim):
+    name = f"codes {how} {block_dim}"
+    for result in passed(results, name) + (
+        passed(results, f"{name} fused") if f"{name} fused" in results else []
+    ):
+        assert result["wrong"] == []
+        assert result["coded"] >= 2
+        whole, sharded = result["refusals"]
+        assert "state_dict: got exp_avg in an ordinary tensor, expected a DTensor of (" in whole
+        assert "state_dict: got exp_avg in a DTensor of (" in sharded
 
 
 def test_partial_gradients_are_summed_first(results):
@@ -89,7 +109,7 @@ def test_a_norm_that_is_not_finite_touches_nothing_else(results, value):
 @pytest.mark.setup("DDP", "RoutedAdamW")
 @pytest.mark.setup("FSDP2", "RoutedAdamW")
 @pytest.mark.setup("Tensor parallelism", "RoutedAdamW")
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp", "2d"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp", "2d", "tp of gpt_neox", "tp of gpt2"])
 def test_training_is_that_of_one_process(results, parallel):
     """The third batch has tokens that may train everything on one rank alone."""
     for result in passed(results, f"trained {parallel}"):
@@ -101,8 +121,10 @@ def test_training_is_that_of_one_process(results, parallel):
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_checkpoints(results, kind):
-    for result in passed(results, f"checkpoint, {kind}"):
+@pytest.mark.parametrize("what", ["checkpoint", pytest.param("checkpoint of codes", marks=needs_torchao)])
+def test_checkpoints(results, what, kind):
+    for result in passed(results, f"{what}, {kind}"):
+        assert (result.pop("coded") > 0) == (what != "checkpoint")
         assert result == {"loaded": [], "went on": []}
 
 

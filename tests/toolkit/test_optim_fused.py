@@ -12,7 +12,7 @@ import gradroute
 from gradroute import BackendError, backends
 from gradroute.backends import composed, native
 from gradroute.optim import RoutedAdamW
-from gradroute.primitives.arguments import AdamWOptions
+from gradroute.primitives.arguments import AdamWOptions, Blocks
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 HALVES = (torch.bfloat16, torch.float16)
@@ -31,18 +31,24 @@ def same(one, other):
     return one.dtype == other.dtype and torch.equal(bits(one), bits(other))
 
 
+def listed(tensors):
+    """The tensors of one parameter as `adamw_step` takes those of several."""
+    return [[] if tensor is None else [tensor] for tensor in tensors]
+
+
 class Step:
     """The arguments of a step on a matrix: any numbers, but moments of which v is no smaller than g² may make it.
 
     Attributes:
         tensors: parameter, gradient, exp_avg, exp_avg_sq and max_exp_avg_sq or None, `[N, M]`.
-        factors: `[4, n]` in fp64.
+        factors: `[5, n]` in fp64.
         touched: bool `[N, M]`.
     """
 
     def __init__(self, shape, dtype, blocks, amsgrad, transposed=False, beta1=0.9, maximize=False, share=0.6):
         number = {"rows": shape[0], "columns": shape[1], "one": 1}[blocks]
         self.by_column = blocks == "columns"
+        self.kind = int(Blocks[blocks.upper()])
         self.options = AdamWOptions(beta1, 0.99, 1e-3, maximize)
         made = [torch.randn(shape[::-1] if transposed else shape) for _ in range(5)]
         made[3:] = [tensor.square() for tensor in made[3:]]
@@ -51,7 +57,13 @@ class Step:
         steps = torch.randint(1, 9, (number,)).double()
         touched = (torch.rand(number) < share).double()
         self.factors = torch.stack(
-            [torch.full_like(steps, 0.97), 0.1 / (1 - beta1**steps), (1 - 0.99**steps).rsqrt(), touched]
+            [
+                torch.full_like(steps, 0.97),
+                0.1 / (1 - beta1**steps),
+                (1 - 0.99**steps).rsqrt(),
+                touched,
+                steps,
+            ]
         )
         self.touched = (touched[None, :] if self.by_column else touched[:, None]).bool().expand(shape)
 
@@ -69,13 +81,13 @@ class Step:
         computed = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
         # The tensors are views of larger memory, as in the optimizer: rows are further apart than they are long.
         factors = torch.cat([self.factors, self.factors], 1).to(device, computed)[:, : self.factors.shape[1]]
-        kernel(*tensors, factors, self.by_column, self.options)
+        kernel(*listed(tensors), factors, [self.kind], self.options)
         return [None if tensor is None else tensor.cpu() for tensor in tensors]
 
     def exact(self):
         """The tensors after the step, in fp64."""
         tensors = self.copies(torch.float64)
-        composed.adamw_step(*tensors, self.factors, self.by_column, self.options)
+        composed.adamw_step(*listed(tensors), self.factors, [self.kind], self.options)
         return tensors
 
     def bounds(self, exact):
@@ -196,6 +208,86 @@ def test_what_is_not_touched_keeps_every_bit_whatever_it_is(backend, dtype):
     check_strange_numbers(backends.primitives(backend).adamw_step, dtype)
 
 
+def check_touched(primitives, dtype, device=None):
+    """Blocks with one element that is not 0 are found, whatever it is and wherever; zeros of both signs are not."""
+    tiny = torch.finfo(dtype).tiny / 4
+    gradients, kinds, expected = [], [], []
+    for shape in ((70, 300), (300, 70), (9, 40), (1, 5), (7,)):
+        for kind in Blocks:
+            for transposed in (False, True) if len(shape) == 2 else (False,):
+                gradient = torch.full(shape, -0.0, dtype=dtype)
+                if transposed:
+                    gradient = gradient.T.contiguous().T
+                for value in (torch.nan, -tiny, 3.0):
+                    at = tuple(int(torch.randint(size, ())) for size in shape)
+                    gradient[at] = value
+                matrix = gradient if gradient.dim() == 2 else gradient[None]
+                by = {Blocks.ROWS: 1, Blocks.COLUMNS: 0, Blocks.ONE: (0, 1)}[kind]
+                expected.append((matrix != 0).any(by).reshape(-1))
+                gradients.append(gradient.to(device))
+                kinds.append(int(kind))
+        gradients.append(torch.zeros(shape, dtype=dtype, device=device))
+        kinds.append(0)
+        expected.append(torch.zeros(shape[0] if len(shape) == 2 else 1, dtype=torch.bool))
+    found = primitives.touched_blocks(gradients, kinds)
+    assert torch.equal(found.cpu(), torch.cat(expected))
+
+
+def check_several(primitives, dtype, moments=None, shapes=(*SHAPES, (2, 1024))):
+    """The step of many parameters, of all kinds and layouts, is bit for bit the step of each by itself."""
+    steps = [
+        Step(shape, dtype, blocks, True, transposed)
+        for shape in shapes
+        for blocks in BLOCKS
+        for transposed in (False, True)
+    ]
+    own = [step.copies() for step in steps]
+    options = steps[0].options._replace(stochastic=moments is not None)
+    if moments is not None:
+        own = [[*tensors[:2], *(tensor.to(moments) for tensor in tensors[2:])] for tensors in own]
+    together = [[tensor.clone() for tensor in tensors] for tensors in own]
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    for tensors, step in zip(own, steps, strict=True):
+        primitives.adamw_step(*listed(tensors), step.factors.to(computed), [step.kind], options)
+    factors = torch.cat([step.factors for step in steps], 1).to(computed)
+    columns = [list(column) for column in zip(*together, strict=True)]
+    primitives.adamw_step(*columns, factors, [step.kind for step in steps], options)
+    for one, other in zip(own, together, strict=True):
+        assert all(map(same, one, other))
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_that_are_touched(backend, dtype):
+    check_touched(backends.primitives(backend), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize(("dtype", "moments"), [(torch.float32, None), (torch.float32, torch.bfloat16)])
+def test_many_parameters_are_stepped_as_each_by_itself(dtype, moments):
+    check_several(backends.primitives("cpu"), dtype, moments)
+
+
+@pytest.mark.skipif("triton" not in backends._PRIMITIVES, reason="the package triton is not installed")
+@pytest.mark.parametrize(("dtype", "moments"), [(torch.float32, None), (torch.float32, torch.bfloat16)])
+def test_triton_steps_parameters_of_one_shape_together(dtype, moments):
+    check_several(backends.primitives("triton"), dtype, moments, shapes=((3, 70), (5, 9), (3, 70), (3, 70)))
+
+
+@pytest.mark.skipif("triton" not in backends._PRIMITIVES, reason="the package triton is not installed")
+def test_triton_launches_once_for_eight_parameters_of_a_shape():
+    steps = [Step((3, 40), torch.float32, "rows", True) for _ in range(9)]
+    steps.insert(4, Step((3, 40), torch.float32, "columns", True))
+    columns = [list(column) for column in zip(*(step.copies() for step in steps), strict=True)]
+    factors = torch.cat([step.factors for step in steps], 1).float()
+    with backends.triton.record(90) as launches:
+        kinds = [step.kind for step in steps]
+        backends.primitives("triton").adamw_step(*columns, factors, kinds, steps[0].options)
+    assert [len(launched.arguments["p"]) for launched in launches] == [8, 1, 1]
+    by_rows = [step.factors for step in steps if step.kind == Blocks.ROWS]
+    assert torch.equal(launches[0].arguments["factors"], torch.cat(by_rows[:8], 1).float())
+
+
 MISTAKES = {
     "another epsilon": {"eps": 1.01e-3},
     "another weight of squares": {"beta2": 0.9901},
@@ -216,9 +308,9 @@ def test_mistakes_are_found(mistake):
 
 def test_a_block_too_many_is_found():
     def kernel(*arguments):
-        *rest, factors, by_column, options = arguments
+        *rest, factors, kinds, options = arguments
         factors[3] = 1
-        composed.adamw_step(*rest, factors, by_column, options)
+        composed.adamw_step(*rest, factors, kinds, options)
 
     with pytest.raises(AssertionError):
         check_kernel(kernel, torch.float32)
@@ -248,7 +340,7 @@ def test_grids_of_large_matrices(shape):
     with backends.triton.record(90) as launches:
         large = torch.zeros(1, 1).expand(shape)
         options = AdamWOptions(0.9, 0.99, 1e-8, False)
-        backends.primitives("triton").adamw_step(*[large] * 4, None, torch.zeros(4, 1), False, options)
+        backends.primitives("triton").adamw_step(*[[large]] * 4, [], torch.zeros(5, 1), [2], options)
     (launched,) = launches
     tiles = shape[0] * shape[1] // (launched.config["BLOCK_N"] * launched.config["BLOCK_M"])
     assert tiles == 2**17
@@ -364,7 +456,12 @@ def test_a_parameter_of_another_shape_is_refused(fused):
     weight.grad = torch.ones(2, 2)
     optimizer = RoutedAdamW([weight], fused=fused)
     optimizer.step()
-    weight.data, weight.grad = torch.ones(2, 5), None
+    weight.data = torch.ones(2, 5)
+    with pytest.raises(
+        ValueError, match=r"shape \[2, 5\] whose gradient is of shape \[2, 2\], expected the parameter's"
+    ):
+        optimizer.step()
+    weight.grad = None
     weight.grad = torch.ones(2, 5)
     with pytest.raises(
         ValueError, match=r"shape \[2, 5\] whose exp_avg is of shape \[2, 2\], expected it not to"
