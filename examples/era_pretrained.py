@@ -3,7 +3,7 @@
 EleutherAI's trial of ERA (arXiv 2410.04332, section 4.2.2) on a model of 6.9 billion parameters unlearnt little where
 routing began after pretraining. Here the published recipe and other plans have the same steps, tokens and learning
 rate, beside fine-tuning on the texts to keep (filtering), gradient ascent and RMU. Each run is the recipe `unlearn`;
-its folder in build/era_pretrained keeps the figures, and a stopped run goes on there. A pilot of 20 steps with seed 0
+its figures stay in examples/results/era_pretrained, and a stopped run goes on there. A pilot of 20 steps with seed 0
 chose -3 from -0.75 and -3. Exit code 1 when no plan is better than the published recipe, or the better one is no better
 than gradient ascent after an attack.
 """
@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment import Check, Experiment, main, median, spread
+from experiment import RESULTS, Check, Experiment, main, median, spread
 from matplotlib.figure import Figure
 from pretrained.runs import Figures, figures
 
-FOLDER = Path("build/era_pretrained")
+FOLDER, QUICK_FOLDER = RESULTS / "era_pretrained", Path("build/era_pretrained")
 FORGET, RETAIN = "licences", ("manuals", "code")
 FIRST_LAYERS = "[0, 1, 2, 3, 4, 5, 6, 7]"
 
@@ -103,7 +103,7 @@ def made_by(
     plan: str, share: float, seed: int, settings: Settings, quick: bool, more: Sequence[str]
 ) -> Figures:
     """The figures of one run of the recipe."""
-    folder = FOLDER / ("quick" if quick else "whole") / f"{list(PLANS).index(plan)}-{share}-{seed}"
+    folder = (QUICK_FOLDER if quick else FOLDER) / f"{list(PLANS).index(plan)}-{share}-{seed}"
     given = (*PLANS[plan], f"labels.share={share}", f"seed={seed}", f"train.steps={settings.steps}")
     return figures("unlearn", [*given, *settings.more, *more], folder)
 

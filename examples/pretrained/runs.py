@@ -1,4 +1,4 @@
-"""Runs of a recipe whose figures are kept, and whose checkpoints, half a gigabyte each, are not."""
+"""Runs of a recipe whose figures are kept, and nothing else of them: a checkpoint has half a gigabyte."""
 
 import json
 import shutil
@@ -31,6 +31,9 @@ def figures(recipe: str, settings: Sequence[str], folder: Path) -> Figures:
     run(recipe, CONFIG, folder, settings=settings)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     made = {name: report[name] for name in ("losses", "changes", "curves", "generations")} | {"config": whole}
-    kept.write_text(json.dumps(made), encoding="utf-8")
-    shutil.rmtree(folder / "stages")
+    unfinished = folder.with_name(f"{folder.name}.part")
+    unfinished.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    unfinished.replace(kept)
     return made
