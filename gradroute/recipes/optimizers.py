@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ STATE_DTYPES: dict[str, torch.dtype | Literal["8bit"] | None] = {
 
 
 def routed_adamw(model: nn.Module, settings: Train) -> RoutedAdamW:
-    """RoutedAdamW of a routed model."""
+    """RoutedAdamW of a routed model; warns where no kernel takes its steps."""
     make = functools.partial(
         RoutedAdamW,
         routed_groups(model, settings.weight_decay),
@@ -31,7 +32,12 @@ def routed_adamw(model: nn.Module, settings: Train) -> RoutedAdamW:
     )
     try:
         return make(fused=True)
-    except BackendError:  # no kernel for this device and dtype
+    except BackendError as error:  # no kernel for this device and dtype
+        warnings.warn(
+            f"RoutedAdamW updates every parameter by a dozen operations instead of one kernel: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return make()
 
 

@@ -3,8 +3,11 @@
 import importlib.util
 
 import pytest
+import torch
 
-from gradroute.recipes import needs, training
+from gradroute import BackendError
+from gradroute.optim import options
+from gradroute.recipes import needs, optimizers, training
 from gradroute.recipes.config import ConfigError, load
 from gradroute.recipes.training_sections import Train
 
@@ -52,3 +55,15 @@ def test_moments_of_one_byte(without):
     training.check_arguments(Train(states="bfloat16"))
     with pytest.raises(ConfigError, match=r"train.states: got '8bit', expected torchao to be installed"):
         training.check_arguments(Train(states="8bit"))
+
+
+def test_steps_without_a_kernel_are_said(monkeypatch):
+    def refuse(*kind):
+        raise BackendError("RoutedAdamW: no backend can run it: cpu: the native module was not compiled")
+
+    model = torch.nn.Linear(2, 2)
+    assert optimizers.routed_adamw(model, Train()).defaults["fused"]
+    monkeypatch.setattr(options, "fused_backend", refuse)
+    with pytest.warns(RuntimeWarning, match="a dozen operations instead of one kernel.*was not compiled"):
+        slow = optimizers.routed_adamw(model, Train())
+    assert not slow.defaults["fused"]
