@@ -122,10 +122,13 @@ def make_qwen3():
 
 
 def set_biases(model):
-    """Biases that are not 0, as they are in a new model."""
+    """Biases that are not 0, as they are in a new model, and no larger than embeddings.
+
+    Larger ones make all tokens alike: attention's gradients nearly cancel then, and rounding is 1e-5 of them.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.02)
 
 
 def plain_neox(parallel=True, layers=2, dropout=0.0):
