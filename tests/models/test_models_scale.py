@@ -69,7 +69,7 @@ def test_the_sequence_is_split_with_its_ids(results):
     for result in passed(results, ("context",)):
         assert result["width"] * distributed_worker.RANKS == scale_worker.SEQUENCE
         assert result["worst"][0] <= TOLERANCE, result
-        assert abs(result["loss"]) <= 1e-4
+        assert abs(result["loss"]) <= TOLERANCE
 
 
 @pytest.mark.setup(
