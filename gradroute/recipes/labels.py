@@ -6,6 +6,7 @@ have the right ones, because losses are reported by them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from .. import labels as toolkit
+from ..labels.wanted import spans_of
 from . import documents
 from .config import Config
 from .data import SPLITS
@@ -53,6 +55,8 @@ def run(context: Context) -> Figures:
             _check_all_routes(config, ids)  # errors may give tokens to a route whose words never match
             ids, figures["labelled"], figures["mistaken_tokens"] = _with_mistakes(config, ids)
             _check_all_routes(config, ids)
+            if config.labels.by == "words":
+                _warn_absent(config, split)
         counts = _write(context, name, split, ids, strengths)
         figures[name] = {source: dict(zip(config.routes, of, strict=True)) for source, of in counts.items()}
     return figures
@@ -129,6 +133,32 @@ def _by_spans(config: Config, batch: Batch) -> list[Ids]:
         else np.zeros(len(tokens), np.int16)
         for row, tokens, source in zip(ids, batch["input_ids"], batch["source"], strict=True)
     ]
+
+
+def _warn_absent(config: Config, train: Any) -> None:
+    """Warns of words that no training document has: one that is written otherwise there would label nothing."""
+    labels = config.labels
+    absent = {route: list(words) for route, words in labels.words.items()}
+    for batch in documents.batches(train):
+        texts = [
+            text
+            for text, source in zip(batch["text"], batch["source"], strict=True)
+            if not labels.sources or source in labels.sources
+        ]
+        for words in absent.values():
+            words[:] = [word for word in words if not _is_found(config, word, texts)]
+    for route, words in absent.items():
+        if words:
+            warnings.warn(
+                f"labels.words.{route}: got {', '.join(map(repr, words))}, which no training document has",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _is_found(config: Config, word: str, texts: list[str]) -> bool:
+    options = {"ignore_case": config.labels.ignore_case, "whole_words": config.labels.whole_words}
+    return any(len(spans) for spans in spans_of("labels.words", [word], texts, **options))
 
 
 def _strengths(config: Config, train: Any, vocabulary: int) -> Strengths:

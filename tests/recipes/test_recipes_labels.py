@@ -118,6 +118,14 @@ def test_words_are_looked_for_in_their_sources_alone(labelled):
     )
 
 
+def test_words_that_no_document_has_are_named(labelled):
+    words = "by: words, words: {forget: [virus, viruss, 'a  ToxinS', Toxin, zyx]}, ignore_case: true"
+    with pytest.warns(RuntimeWarning) as warned:
+        labelled(f"{{{words}, unlabelled: unknown, share: 0.9}}")
+    expected = "labels.words.forget: got 'viruss', 'a  ToxinS', 'zyx', which no training document has"
+    assert [str(one.message) for one in warned] == [expected]
+
+
 def test_words_need_offsets(labelled):
     with pytest.raises(
         ConfigError, match=r"labels.by: got 'words', expected .*, because the tokenizer has no offsets"
