@@ -341,13 +341,11 @@ def plot_weights(axis: Axes, runs: list[Run]) -> None:
             list(ratios.values()),
             0.4,
             color=COLOURS[pair],
-            label=pair,
         )
     names = list(middle(runs, TUNED))
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set(title="Relative change of the weights", xlabel="‖after − control‖ / ‖control‖")
-    axis.legend(frameon=False, fontsize=8)
 
 
 EXPERIMENT = Experiment(

@@ -274,7 +274,9 @@ def plot(runs: list[Run], figure: Figure) -> None:
     forget, retain, relearning = figure.subplots(1, 3)
     for axis, of_set in ((forget, "forget"), (retain, "retain")):
         plot_stages(axis, runs, of_set)
-    forget.legend(frameon=False, fontsize=8)
+    figure.legend(
+        *forget.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=8
+    )
     steps = runs[0]["settings"]["relearning"]
     for name in ARMS:
         values = [chosen(run, name)["relearning"] for run in runs]

@@ -151,6 +151,10 @@ def found(runs: list[Run]) -> str:
     def true(policy: str) -> str:
         return f"{median(of(runs, policy, 'true')):.2f}"
 
+    def kept(policy: str) -> str:
+        pairs = zip(of(runs, policy, "true"), before(runs, "true"), strict=True)
+        return f"{100 * median([after / first for after, first in pairs]):.0f} %"
+
     whole = [run["trainings"][ROUTED][WHOLE] for run in runs]
     recall = 100 * runs[0]["settings"]["recall"]
     return (
@@ -160,7 +164,8 @@ def found(runs: list[Run]) -> str:
         f"and {true(MASKED)}. Routed, both adapters together have "
         f"{100 * median([one['exploit'] for one in whole]):.0f} % and {median([one['true'] for one in whole]):.2f}, "
         f"without the second {percent(ROUTED)} and {true(ROUTED)}; of two adapters that are not routed the first alone "
-        f"has {percent(CONTROL)} and {true(CONTROL)}. Training on the true reward gives {true(ORACLE)}."
+        f"has {percent(CONTROL)} and {true(CONTROL)}. Training on the true reward gives {true(ORACLE)}. Of the true reward "
+        f"before GRPO, routing and removal leave {kept(ROUTED)}, masked rewards {kept(MASKED)}."
     )
 
 
