@@ -164,8 +164,8 @@ def found(runs: list[Run]) -> str:
         f"and {true(MASKED)}. Routed, both adapters together have "
         f"{100 * median([one['exploit'] for one in whole]):.0f} % and {median([one['true'] for one in whole]):.2f}, "
         f"without the second {percent(ROUTED)} and {true(ROUTED)}; of two adapters that are not routed the first alone "
-        f"has {percent(CONTROL)} and {true(CONTROL)}. Training on the true reward gives {true(ORACLE)}. Of the true reward "
-        f"before GRPO, routing and removal leave {kept(ROUTED)}, masked rewards {kept(MASKED)}."
+        f"has {percent(CONTROL)} and {true(CONTROL)}. Training on the true reward gives {true(ORACLE)}. Of the true "
+        f"reward before GRPO, routing and removal leave {kept(ROUTED)}, masked rewards {kept(MASKED)}."
     )
 
 
