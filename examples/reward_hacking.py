@@ -153,7 +153,8 @@ def found(runs: list[Run]) -> str:
 
     def kept(policy: str) -> str:
         pairs = zip(of(runs, policy, "true"), before(runs, "true"), strict=True)
-        return f"{100 * median([after / first for after, first in pairs]):.0f} %"
+        shares = [after / first for after, first in pairs if first]
+        return f"{100 * median(shares):.0f} %" if shares else "nothing of nothing"
 
     whole = [run["trainings"][ROUTED][WHOLE] for run in runs]
     recall = 100 * runs[0]["settings"]["recall"]
