@@ -154,7 +154,7 @@ def found(runs: list[Run]) -> str:
     def kept(policy: str) -> str:
         pairs = zip(of(runs, policy, "true"), before(runs, "true"), strict=True)
         shares = [after / first for after, first in pairs if first]
-        return f"{100 * median(shares):.0f} %" if shares else "nothing of nothing"
+        return f"{100 * median(shares):.0f} %" if shares else "–"
 
     whole = [run["trainings"][ROUTED][WHOLE] for run in runs]
     recall = 100 * runs[0]["settings"]["recall"]
